@@ -1,0 +1,142 @@
+"""Every error the engine raises, as siblings by who must act.
+
+`RetryLater` waits for the engine or the machine, `CallError` for the caller, `BackendError` for the author of the
+backend, `EngineClosed` for nobody: it is over. An exception raised by user code is none of these: it arrives at the
+caller as its own type, with a `RemoteTraceback` as its cause.
+
+Every error pickles (all arguments go to ``super().__init__``) so that it survives the way through any number of workers.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BackendError",
+    "BackendStartError",
+    "CallError",
+    "DeadlineExceeded",
+    "EndpointNotFound",
+    "EngineClosed",
+    "EngineError",
+    "InvalidArgument",
+    "MethodNotFound",
+    "NoReplica",
+    "NotSerializable",
+    "Overloaded",
+    "RemoteError",
+    "RemoteTraceback",
+    "ReplicaDied",
+    "ResourcesUnavailable",
+    "ResultNotSerializable",
+    "RetryLater",
+    "WouldBlock",
+]
+
+
+class EngineError(Exception):
+    """Root of everything the engine raises on its own account."""
+
+
+# -- retry later ---------------------------------------------------------------------------------------------------
+
+
+class RetryLater(EngineError):
+    """The call was fine; the engine could not serve it now."""
+
+
+class Overloaded(RetryLater):
+    """The queue of the endpoint is full (HTTP: 503 with Retry-After)."""
+
+
+class NoReplica(RetryLater):
+    """The backend has no living replica and none is on its way (HTTP: 503 with Retry-After)."""
+
+
+class DeadlineExceeded(RetryLater, TimeoutError):
+    """The call's ``timeout_s`` passed before its answer came (HTTP: 504)."""
+
+
+class ReplicaDied(RetryLater):
+    """The replica died while it held the call, which may or may not have run (HTTP: 502)."""
+
+
+class ResourcesUnavailable(RetryLater):
+    """What ``ray_actor_options`` asks for is not free here; the message says what was asked and what there is."""
+
+
+# -- fix the call --------------------------------------------------------------------------------------------------
+
+
+class CallError(EngineError):
+    """The caller must change the call."""
+
+
+class InvalidArgument(CallError, ValueError):
+    """An argument or option is wrong; the message names the field, the value and what is allowed."""
+
+
+class EndpointNotFound(CallError, LookupError):
+    """No endpoint has this name."""
+
+
+class MethodNotFound(CallError, AttributeError):
+    """The backend has no public method of this name (HTTP: 400)."""
+
+
+class NotSerializable(CallError, TypeError):
+    """An argument or a backend cannot be pickled; the message says which part of it."""
+
+
+class WouldBlock(CallError, RuntimeError):
+    """A sync handle would block the event loop of the async backend that uses it."""
+
+
+# -- fix the backend -----------------------------------------------------------------------------------------------
+
+
+class BackendError(EngineError):
+    """The author of the backend must act."""
+
+
+class BackendStartError(BackendError):
+    """A replica did not become ready: it died, or its constructor outlasted the deadline."""
+
+
+class ResultNotSerializable(BackendError, TypeError):
+    """What the backend returned cannot be pickled; the message says which part of it."""
+
+
+class RemoteError(BackendError):
+    """Stands for a user's exception that cannot be rebuilt here.
+
+    Args:
+        type_name: The qualified name of the original exception's type.
+        message: ``str()`` of the original exception.
+        remote_traceback: The formatted traceback of the replica.
+    """
+
+    def __init__(self, type_name: str, message: str, remote_traceback: str) -> None:
+        super().__init__(type_name, message, remote_traceback)
+        self.type_name = type_name
+        self.message = message
+        self.remote_traceback = remote_traceback
+
+    def __str__(self) -> str:
+        return f"{self.type_name}: {self.message} (the exception itself could not be rebuilt in this process)"
+
+
+# -- it is over ----------------------------------------------------------------------------------------------------
+
+
+class EngineClosed(EngineError, RuntimeError):
+    """The engine was shut down, or belongs to the process this one was forked from."""
+
+
+class RemoteTraceback(Exception):  # noqa: N818 - a cause that carries text, not an error of its own
+    """The traceback of a replica, as the ``__cause__`` of the exception raised there."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.text = text
+
+    def __str__(self) -> str:
+        return f"\n\nraised in a replica:\n{self.text}"

@@ -1,0 +1,154 @@
+"""Pickling, and saying what could not be pickled.
+
+The plain pickler is several times faster than cloudpickle but stores classes and functions by reference, which fails
+for those of ``__main__``: another process has another ``__main__``. So whatever the plain pickler refuses, and whatever
+mentions ``__main__``, goes to cloudpickle, which stores such things by value.
+"""
+
+from __future__ import annotations
+
+import pickle
+import traceback
+from typing import Any
+
+from .errors import EngineError, NotSerializable, RemoteError, RemoteTraceback
+
+__all__ = ["dumps", "dumps_by_value", "explain_unpicklable", "loads", "pack_exception", "unpack_exception"]
+
+loads = pickle.loads
+_SIMPLE = (int, str, bytes, float, bool, type(None))
+_MAX_EXPLAINED_DEPTH = 6
+
+
+def dumps(value: Any, what: str, error: type[EngineError] = NotSerializable) -> bytes:
+    """Pickle a value for another process.
+
+    Args:
+        value: Anything.
+        what: How to call the value in an error message, e.g. ``"the argument"``.
+        error: The error to raise.
+
+    Raises:
+        EngineError: Of type ``error``: the value cannot be pickled; the message says which part.
+    """
+    try:
+        data = pickle.dumps(value, 5)
+        if b"__main__" not in data:
+            return data
+    except Exception:  # noqa: S110 - the plain pickler's refusal is cloudpickle's task
+        pass
+    return dumps_by_value(value, what, error)
+
+
+def dumps_by_value(value: Any, what: str, error: type[EngineError] = NotSerializable) -> bytes:
+    """Pickle with cloudpickle: functions and classes of ``__main__``, lambdas and closures go by value.
+
+    Raises:
+        EngineError: Of type ``error``: the value cannot be pickled; the message says which part.
+    """
+    import cloudpickle
+
+    try:
+        data: bytes = cloudpickle.dumps(value, 5)
+    except Exception as failure:
+        raise error(f"{what} cannot be pickled: {explain_unpicklable(value, failure)}") from failure
+    return data
+
+
+def explain_unpicklable(value: Any, failure: BaseException) -> str:
+    """Say which attribute, item or closure variable makes a value unpicklable."""
+    path, culprit = _find_culprit(value, "", 0, set())
+    reason = f"{type(failure).__name__}: {failure}"
+    if not path:
+        return f"{_describe(culprit)} ({reason})"
+    return f"{path.lstrip('.')} is {_describe(culprit)} ({reason})"
+
+
+def _describe(value: Any) -> str:
+    text = repr(value)
+    return f"a {type(value).__qualname__}, {text if len(text) <= 80 else text[:77] + '...'}"
+
+
+def _find_culprit(value: Any, path: str, depth: int, seen: set[int]) -> tuple[str, Any]:
+    seen.add(id(value))
+    if depth < _MAX_EXPLAINED_DEPTH:
+        for step, part in _parts(value):
+            if id(part) not in seen and not _picklable(part):
+                return _find_culprit(part, path + step, depth + 1, seen)
+    return path, value
+
+
+def _parts(value: Any) -> list[tuple[str, Any]]:
+    if isinstance(value, dict):
+        return [(f"[{key!r}]", item) for key, item in value.items()]
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [(f"[{position}]", item) for position, item in enumerate(value)]
+    function = getattr(value, "__func__", value)
+    parts: list[tuple[str, Any]] = []
+    code = getattr(function, "__code__", None)
+    if code is not None:
+        cells = getattr(function, "__closure__", None) or ()
+        for name, cell in zip(code.co_freevars, cells, strict=False):
+            try:
+                parts.append((f".closure variable {name!r}", cell.cell_contents))
+            except ValueError:
+                continue
+        names = getattr(function, "__globals__", {})
+        parts += [(f".global {name!r}", names[name]) for name in code.co_names if name in names]
+        parts += [(f".default {position}", item) for position, item in enumerate(function.__defaults__ or ())]
+    if isinstance(value, type):
+        parts += [(f".{name}", item) for name, item in vars(value).items() if not name.startswith("__") or callable(item)]
+    parts += [(f".attribute {name!r}", item) for name, item in getattr(value, "__dict__", {}).items()] if not isinstance(value, type) else []
+    if getattr(value, "__self__", None) is not None and not isinstance(value.__self__, type):
+        parts.append((".__self__", value.__self__))
+    return parts
+
+
+def _picklable(value: Any) -> bool:
+    import cloudpickle
+
+    if type(value) in _SIMPLE:
+        return True
+    try:
+        cloudpickle.dumps(value, 5)
+    except Exception:
+        return False
+    return True
+
+
+def pack_exception(error: BaseException) -> bytes:
+    """Pickle an exception so that `unpack_exception` can always make something of it.
+
+    The type's name, the message and the formatted traceback travel apart from the exception itself, which may refuse
+    to be pickled here or to be rebuilt there.
+    """
+    text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    name = f"{type(error).__module__}.{type(error).__qualname__}".removeprefix("builtins.")
+    try:
+        message = str(error)
+    except Exception:
+        message = "(its __str__ raised)"
+    try:
+        inner = dumps(error, "the exception")
+    except EngineError:
+        inner = b""
+    return pickle.dumps((name, message, text, inner), 5)
+
+
+def unpack_exception(data: bytes) -> BaseException:
+    """Rebuild what `pack_exception` packed, with a `RemoteTraceback` as its cause.
+
+    Returns:
+        The exception itself, or a `RemoteError` that carries its type name, message and traceback.
+    """
+    name, message, text, inner = pickle.loads(data)
+    error: BaseException | None = None
+    if inner:
+        try:
+            error = pickle.loads(inner)
+        except Exception:
+            error = None
+    if not isinstance(error, BaseException):
+        error = RemoteError(name, message, text)
+    error.__cause__ = RemoteTraceback(text)
+    return error

@@ -1,0 +1,68 @@
+"""Routing snapshots: all that a caller must know to route, immutable and versioned.
+
+The controller builds them and pushes them to every process that calls; a router only ever replaces one by the next.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+__all__ = ["BackendEntry", "EndpointEntry", "ReplicaEntry", "RoutingSnapshot"]
+
+
+@dataclass(frozen=True)
+class ReplicaEntry:
+    """A replica that accepts calls.
+
+    Attributes:
+        replica_id: Unique within the engine, e.g. ``"model#3"``.
+        address: For `Adapter.open_channel`.
+    """
+
+    replica_id: str
+    address: str
+
+
+@dataclass(frozen=True)
+class BackendEntry:
+    """A backend as callers see it.
+
+    Attributes:
+        replicas: Those that are ready.
+        max_concurrent_queries: Calls one replica holds at once.
+        max_queued_requests: Calls a caller may queue for this backend.
+        expecting: More replicas are on their way, so that calls may wait where there is none yet.
+    """
+
+    tag: str
+    replicas: tuple[ReplicaEntry, ...]
+    max_concurrent_queries: int
+    max_queued_requests: int
+    expecting: bool = True
+
+
+@dataclass(frozen=True)
+class EndpointEntry:
+    """An endpoint as callers see it.
+
+    Attributes:
+        route: The HTTP path, literal or with ``{name}`` segments, or None.
+        methods: Upper-case HTTP verbs.
+        traffic: Pairs of backend tag and weight, sorted by tag; the weights sum to 1.
+        shadows: Pairs of backend tag and proportion of copied calls.
+    """
+
+    name: str
+    route: str | None
+    methods: tuple[str, ...]
+    traffic: tuple[tuple[str, float], ...]
+    shadows: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class RoutingSnapshot:
+    """One consistent picture of endpoints and backends; a higher version replaces a lower one."""
+
+    version: int = 0
+    endpoints: dict[str, EndpointEntry] = field(default_factory=dict)
+    backends: dict[str, BackendEntry] = field(default_factory=dict)
