@@ -1,0 +1,254 @@
+"""One channel over a connected socket.
+
+The socket stays in blocking mode; all I/O here passes ``MSG_DONTWAIT``, except the read of a thread that drives the
+channel and has nothing else to wait for. So driving costs one system call, not two.
+
+Who reads: exactly one party at a time, the holder of the reader role (`_reading`). It is either the driver (a loop, or
+a polling thread) or a thread inside `SocketChannel.drive`, which waits for its own answer and delivers everybody else's
+on the way. Who writes: any thread, under `_write_lock`; what the kernel does not take at once is kept and written by
+the driver, or by the driving thread.
+
+When the peer dies, the reader delivers what was complete and then calls ``listener.lost`` once.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+from engine.adapter import ChannelClosed, ChannelListener
+from engine.messages import Call, End, Failure, Message, Reply
+
+from .protocol import GREETING, Decoder, ProtocolError, encode
+
+__all__ = ["Driver", "SocketChannel"]
+
+_READ_SIZE = 1 << 16
+_NOWAIT = socket.MSG_DONTWAIT
+
+
+class Driver(Protocol):
+    """What reads a channel when no thread drives it."""
+
+    drivable: bool
+    """Whether threads may take the reader role for themselves."""
+
+    def arm(self, channel: SocketChannel) -> None:
+        """Call `SocketChannel.on_readable` whenever there is something to read (idempotent)."""
+
+    def disarm(self, channel: SocketChannel) -> None:
+        """Stop doing so (idempotent)."""
+
+    def flush(self, channel: SocketChannel) -> None:
+        """Call `SocketChannel.on_writable` once the socket takes more bytes."""
+
+    def forget(self, channel: SocketChannel) -> None:
+        """The channel's socket is about to be closed."""
+
+
+class SocketChannel:
+    """A `engine.adapter.Channel` over a socket.
+
+    Args:
+        sock: Connected; owned by the channel from now on.
+        listener: Who hears it; may be set later, before `start`.
+        driver: What reads it.
+        greet: Exchange greetings first. Off where the socket itself is proof of the peer, as in a socketpair.
+    """
+
+    def __init__(
+        self, sock: socket.socket, listener: ChannelListener | None, driver: Driver, *, greet: bool = True
+    ) -> None:
+        sock.setblocking(True)
+        self.sock = sock
+        self.fd = sock.fileno()
+        self.listener = listener
+        self._driver = driver
+        self._decoder = Decoder(greeting=greet)
+        self._reading = threading.Lock()  # the reader role
+        self._write_lock = threading.Lock()  # guards the next three and the order of frames
+        self._unsent: deque[memoryview] = deque()
+        self._closed = False
+        self._told = False
+        self.armed = False  # whether the driver reads; only the driver's arm and disarm touch it
+        self._open_calls = 0  # calls sent and not answered: somebody must read while there are any
+        if greet:
+            sock.send(GREETING, _NOWAIT)
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "driven" if self._reading.locked() else "armed" if self.armed else "idle"
+        return f"<SocketChannel fd={self.fd} {state} open_calls={self._open_calls} unsent={len(self._unsent)}>"
+
+    @property
+    def closed(self) -> bool:
+        """Whether it takes no more messages."""
+        return self._closed
+
+    # -- writing ---------------------------------------------------------------------------------------------------
+
+    def send(self, message: Message) -> None:
+        """See `engine.adapter.Channel.send`."""
+        data = encode(message)
+        with self._write_lock:
+            if self._closed:
+                raise ChannelClosed("the channel is closed")
+            if type(message) is Call:
+                self._open_calls += 1
+            if self._unsent:
+                self._unsent.append(memoryview(data))
+                return
+            try:
+                sent = self.sock.send(data, _NOWAIT)
+            except BlockingIOError:
+                sent = 0
+            except OSError as error:
+                raise ChannelClosed(f"the peer is gone ({error.strerror})") from error
+            if sent == len(data):
+                return
+            self._unsent.append(memoryview(data)[sent:])
+        self._driver.flush(self)
+
+    def on_writable(self) -> bool:
+        """Write what is kept; returns whether everything is out. A broken socket is left for the reader to find."""
+        with self._write_lock:
+            while self._unsent and not self._closed:
+                try:
+                    sent = self.sock.send(self._unsent[0], _NOWAIT)
+                except BlockingIOError:
+                    return False
+                except OSError:
+                    self._unsent.clear()
+                    return True
+                if sent == len(self._unsent[0]):
+                    self._unsent.popleft()
+                else:
+                    self._unsent[0] = self._unsent[0][sent:]
+            return True
+
+    def flush_blocking(self) -> None:
+        """Write what is kept, waiting for the peer to take it. For channels that no loop and no poller drives."""
+        while not self.on_writable():
+            self._poll(select.POLLOUT, None)
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    def watch(self) -> None:
+        """See `engine.adapter.Channel.watch`."""
+        if self.armed or not self._reading.acquire(False):
+            return  # whoever holds the role arms the driver when it leaves calls behind
+        self._reading.release()
+        if not self._closed:
+            self._driver.arm(self)
+
+    def drive(self, done: Callable[[], bool], timeout_s: float | None) -> bool:
+        """See `engine.adapter.Channel.drive`."""
+        if not self._driver.drivable or not self._reading.acquire(False):
+            return False
+        try:
+            if self.armed:
+                self._driver.disarm(self)
+            deadline = None if timeout_s is None else time.monotonic() + timeout_s
+            while not done() and not self._closed:
+                if (deadline is not None or self._unsent) and not self._await_input(deadline):
+                    break
+                self._read(0)
+        except BaseException:
+            # An interrupt may have cut a frame in two: nothing more can be trusted to come whole.
+            self._lose("reading it was interrupted")
+            raise
+        finally:
+            self._leave_role()
+            if self._open_calls and not self._closed:
+                self._driver.arm(self)
+        return True
+
+    def _await_input(self, deadline: float | None) -> bool:
+        while True:
+            remaining = None if deadline is None else deadline - time.monotonic()
+            if remaining is not None and remaining <= 0:
+                return False
+            events = self._poll(select.POLLIN | (select.POLLOUT if self._unsent else 0), remaining)
+            if events & select.POLLOUT:
+                self.on_writable()
+            if events & ~select.POLLOUT:
+                return True
+
+    def _poll(self, events: int, timeout_s: float | None) -> int:
+        poll = select.poll()
+        poll.register(self.fd, events)
+        ready = poll.poll(None if timeout_s is None else max(0.0, timeout_s) * 1000)
+        return ready[0][1] if ready else 0
+
+    def on_readable(self) -> None:
+        """Read once, without blocking, and deliver what came. Called by the driver."""
+        if self._reading.acquire(False):
+            try:
+                self._read(_NOWAIT)
+            finally:
+                self._leave_role()
+
+    def _read(self, flags: int) -> None:
+        try:
+            spare = self._decoder.spare
+            if spare is not None:
+                count = self.sock.recv_into(spare, 0, flags)
+                messages = self._decoder.filled(count) if count else None
+            else:
+                data = self.sock.recv(_READ_SIZE, flags)
+                messages = self._decoder.feed(data) if data else None
+        except BlockingIOError:
+            return
+        except ProtocolError as error:
+            self._lose(f"the peer broke the protocol: {error}")
+            return
+        except OSError as error:
+            self._lose(f"the connection broke ({error.strerror})")
+            return
+        if messages is None:
+            self._lose("the peer closed the connection")
+            return
+        listener = self.listener
+        assert listener is not None
+        for message in messages:
+            if type(message) is Reply or isinstance(message, (Failure, End)):
+                self._open_calls -= 1
+            listener.received(self, message)
+
+    # -- closing ---------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """See `engine.adapter.Channel.close`."""
+        self._told = True
+        self._shut()
+
+    def _lose(self, reason: str) -> None:
+        self._shut()
+        if not self._told:
+            self._told = True
+            assert self.listener is not None
+            self.listener.lost(self, reason)
+
+    def _shut(self) -> None:
+        with self._write_lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._unsent.clear()
+        self._driver.forget(self)
+        try:
+            self.sock.shutdown(socket.SHUT_RDWR)  # wakes a thread that drives the channel
+        except OSError:
+            pass  # the peer was faster
+        if self._reading.acquire(False):
+            self._leave_role()
+
+    def _leave_role(self) -> None:
+        # Only who holds the role closes the socket: its descriptor must not be reused under a thread blocked in recv.
+        if self._closed:
+            self.sock.close()
+        self._reading.release()

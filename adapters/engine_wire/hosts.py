@@ -1,0 +1,261 @@
+"""The accepting side: what a worker runs on its main thread to serve calls, and the controller to hear its callers.
+
+`BlockingHost` runs user code right between two reads of its sockets, on one thread: nothing is handed over. `LoopHost`
+runs an event loop. Both stop when the service says it is finished; channels that break are simply dropped, after the
+service heard of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import selectors
+import socket
+from collections.abc import Callable
+
+from engine.adapter import Channel, ChannelClosed, ChannelListener, Service
+
+from .channel import SocketChannel
+from .drivers import LoopDriver, Poller
+
+__all__ = ["Acceptor", "BlockingHost", "LoopHost", "connect", "listen_unix", "new_event_loop"]
+
+_BACKLOG = 512
+
+
+def listen_unix(path: str) -> socket.socket:
+    """Bind and listen on a Unix socket."""
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        sock.bind(path)
+        sock.listen(_BACKLOG)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def connect(address: str, listener: ChannelListener, *, on_loop: bool, poller: Poller) -> SocketChannel:
+    """Open a channel to ``unix:PATH``.
+
+    Args:
+        address: As announced by a worker.
+        listener: Who hears it.
+        on_loop: Read on the asyncio loop running in this thread rather than by ``poller``.
+        poller: Reads the channels that no loop owns.
+
+    Raises:
+        engine.adapter.ChannelClosed: Nobody listens there.
+    """
+    scheme, _, path = address.partition(":")
+    if scheme != "unix":
+        raise ChannelClosed(f"cannot reach {address!r}: the scheme must be 'unix'")
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        sock.connect(path)
+        if on_loop:
+            channel = SocketChannel(sock, listener, LoopDriver(asyncio.get_running_loop()))
+            channel.watch()
+        else:
+            channel = SocketChannel(sock, listener, poller)
+    except OSError as error:
+        sock.close()
+        raise ChannelClosed(f"nobody answers at {path} ({error.strerror})") from error
+    return channel
+
+
+def new_event_loop() -> asyncio.AbstractEventLoop:
+    """A loop for a process of the engine's own: uvloop's where it is installed."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop()
+    loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
+    return loop
+
+
+class Acceptor:
+    """Accepts connections on an asyncio loop until closed.
+
+    Args:
+        listening: Owned by the acceptor from now on.
+        accept: Says who hears a new channel.
+        loop: Runs it.
+    """
+
+    def __init__(
+        self,
+        listening: socket.socket,
+        accept: Callable[[Channel], ChannelListener],
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        listening.setblocking(False)
+        self._listening = listening
+        self._accept = accept
+        self._loop = loop
+        self._driver = LoopDriver(loop)
+        self._channels: set[SocketChannel] = set()
+        loop.add_reader(listening.fileno(), self._on_connection)
+
+    def close(self) -> None:
+        """Stop accepting and close every channel (idempotent)."""
+        if self._listening.fileno() >= 0:
+            self._loop.remove_reader(self._listening.fileno())
+            self._listening.close()
+        for channel in self._channels:
+            channel.close()
+        self._channels.clear()
+
+    def open_channels(self) -> int:
+        """How many of the accepted channels stand."""
+        self._channels = {known for known in self._channels if not known.closed}
+        return len(self._channels)
+
+    def _on_connection(self) -> None:
+        sock = _accept_one(self._listening)
+        if sock is None:
+            return
+        channel = SocketChannel(sock, None, self._driver)
+        channel.listener = self._accept(channel)
+        self.open_channels()  # drops the closed ones
+        self._channels.add(channel)
+        channel.watch()
+
+
+def _accept_one(listening: socket.socket) -> socket.socket | None:
+    try:
+        sock, _ = listening.accept()
+    except (BlockingIOError, ConnectionAbortedError):
+        return None
+    return sock
+
+
+class LoopHost:
+    """Runs a service that wants an event loop, on the calling thread."""
+
+    def __init__(self, listening: socket.socket, service: Service) -> None:
+        self._listening = listening
+        self._service = service
+
+    def run(self) -> None:
+        """Serve until the service is finished."""
+        loop = new_event_loop()
+        asyncio.set_event_loop(loop)
+        try:
+            loop.run_until_complete(self._serve(loop))
+            loop.run_until_complete(loop.shutdown_asyncgens())
+        finally:
+            asyncio.set_event_loop(None)
+            loop.close()
+
+    async def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._changed = asyncio.Event()
+        self._acceptor = Acceptor(self._listening, lambda channel: self._service, loop)
+        self._service.attach(self)
+        try:
+            while not self._service.finished():
+                await self._changed.wait()
+                self._changed.clear()
+        finally:
+            self._acceptor.close()
+
+    def wake(self) -> None:
+        """See `engine.adapter.ServiceHost.wake`."""
+        self._loop.call_soon_threadsafe(self._changed.set)
+
+    def poll(self, timeout_s: float | None) -> None:
+        """See `engine.adapter.ServiceHost.poll`; the loop reads by itself."""
+
+    def open_channels(self) -> int:
+        """See `engine.adapter.ServiceHost.open_channels`."""
+        return self._acceptor.open_channels()
+
+
+class BlockingHost:
+    """Runs a service of plain functions: reads its sockets and calls ``run_next`` in turn, on the calling thread."""
+
+    drivable = False
+
+    def __init__(self, listening: socket.socket, service: Service) -> None:
+        listening.setblocking(False)
+        self._listening = listening
+        self._service = service
+        self._selector = selectors.DefaultSelector()
+        self._wake_in, self._wake_out = socket.socketpair()
+        self._wake_in.setblocking(False)
+        self._wake_out.setblocking(False)
+
+    def run(self) -> None:
+        """Serve until the service is finished."""
+        service = self._service
+        self._selector.register(self._listening, selectors.EVENT_READ, self._on_connection)
+        self._selector.register(self._wake_in, selectors.EVENT_READ, self._on_wake)
+        service.attach(self)
+        wait: float | None = None
+        try:
+            while not service.finished():
+                self.poll(wait)
+                wait = service.run_next()
+        finally:
+            self._close()
+
+    def open_channels(self) -> int:
+        """See `engine.adapter.ServiceHost.open_channels`."""
+        return sum(isinstance(key.data, SocketChannel) for key in self._selector.get_map().values())
+
+    def wake(self) -> None:
+        """See `engine.adapter.ServiceHost.wake`."""
+        try:
+            self._wake_out.send(b"x")
+        except OSError:
+            pass  # it is awake already, or gone
+
+    def poll(self, timeout_s: float | None) -> None:
+        """Read what there is, waiting at most ``timeout_s`` seconds for the first of it."""
+        for key, events in self._selector.select(timeout_s):
+            if isinstance(key.data, SocketChannel):
+                if events & selectors.EVENT_WRITE and key.data.on_writable():
+                    self._selector.modify(key.fd, selectors.EVENT_READ, key.data)
+                if events & selectors.EVENT_READ:
+                    key.data.on_readable()
+            else:
+                key.data()
+
+    # -- the driver of its channels, all on the host's thread --------------------------------------------------------
+
+    def arm(self, channel: SocketChannel) -> None:
+        """See `engine_wire.channel.Driver.arm`."""
+        if not channel.armed:
+            channel.armed = True
+            self._selector.register(channel.fd, selectors.EVENT_READ, channel)
+
+    def disarm(self, channel: SocketChannel) -> None:
+        """Never needed: nobody else reads these channels."""
+
+    def flush(self, channel: SocketChannel) -> None:
+        """See `engine_wire.channel.Driver.flush`."""
+        self._selector.modify(channel.fd, selectors.EVENT_READ | selectors.EVENT_WRITE, channel)
+
+    def forget(self, channel: SocketChannel) -> None:
+        """See `engine_wire.channel.Driver.forget`."""
+        if channel.armed:
+            channel.armed = False
+            self._selector.unregister(channel.fd)
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _on_connection(self) -> None:
+        sock = _accept_one(self._listening)
+        if sock is not None:
+            SocketChannel(sock, self._service, self).watch()
+
+    def _on_wake(self) -> None:
+        self._wake_in.recv(4096)
+
+    def _close(self) -> None:
+        for key in list(self._selector.get_map().values()):
+            if isinstance(key.data, SocketChannel):
+                key.data.close()
+        self._selector.close()
+        for sock in (self._wake_in, self._wake_out, self._listening):
+            sock.close()

@@ -1,0 +1,75 @@
+"""The public addresses of an engine: bound once in its process, inherited by every worker that shares them."""
+
+from __future__ import annotations
+
+import dataclasses
+import socket
+
+from engine.adapter import Listen
+from engine.errors import InvalidArgument
+
+__all__ = ["ListeningSockets"]
+
+
+class ListeningSockets:
+    """Binds addresses on first use and keeps them until `close`. Only the controller's loop touches it."""
+
+    def __init__(self) -> None:
+        self._sockets: dict[Listen, socket.socket] = {}
+
+    def get(self, listen: Listen) -> socket.socket:
+        """The socket bound to this address, which stays owned here.
+
+        Raises:
+            engine.errors.InvalidArgument: It cannot be bound.
+        """
+        if listen not in self._sockets:
+            self._sockets[listen] = _bind(listen)
+        return self._sockets[listen]
+
+    def bound(self, listen: Listen) -> Listen:
+        """The address with its real port.
+
+        Raises:
+            KeyError: It was never bound.
+        """
+        return dataclasses.replace(listen, port=self._sockets[listen].getsockname()[1])
+
+    def close(self) -> None:
+        """Close all sockets (idempotent)."""
+        while self._sockets:
+            self._sockets.popitem()[1].close()
+
+
+def _bind(listen: Listen) -> socket.socket:
+    try:
+        candidates = socket.getaddrinfo(listen.host, listen.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        raise InvalidArgument(
+            f"host {listen.host!r} is not an address of this machine ({error}); "
+            "'127.0.0.1' serves this machine only, '0.0.0.0' every network it is in"
+        ) from error
+    failures: list[OSError] = []
+    for family, kind, protocol, _, address in candidates:
+        try:
+            return _listen(family, kind, protocol, address, listen.backlog)
+        except OSError as error:
+            failures.append(error)
+    raise InvalidArgument(
+        f"cannot listen on host {listen.host!r}, port {listen.port} ({failures[0].strerror}); "
+        "choose another one in http_options, e.g. {'port': 0} for any that is free"
+    ) from failures[0]
+
+
+def _listen(family: int, kind: int, protocol: int, address: object, backlog: int) -> socket.socket:
+    sock = socket.socket(family, kind, protocol)
+    try:
+        # A port whose last connections still linger can be taken again, but not one that somebody listens on.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        sock.listen(backlog)
+        sock.setblocking(False)
+    except BaseException:
+        sock.close()
+        raise
+    return sock

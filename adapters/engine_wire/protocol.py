@@ -1,0 +1,234 @@
+"""The wire format: messages to bytes and back, without any I/O.
+
+A frame is a 13-byte header (length of the body, type, call id) and a body. Both ends open with a greeting that carries
+the protocol's version. Deadlines travel as seconds remaining, because clocks of different hosts do not agree.
+
+Frames from the peer are checked for type and length before anything of them is used; only the bodies of `Control`
+are unpickled here, and those come from channels whose ends have proved who they are.
+"""
+
+from __future__ import annotations
+
+import pickle
+import struct
+import time
+
+from engine.errors import InvalidArgument
+from engine.messages import Call, Cancel, Control, Credit, End, Failure, Item, Message, Reply
+
+__all__ = ["GREETING", "MAX_FRAME_BYTES", "Decoder", "ProtocolError", "encode"]
+
+PROTOCOL_VERSION = 1
+MAX_FRAME_BYTES = 1 << 30
+"""Largest body. A gigabyte: what is larger belongs in a file or an object store, not in one message."""
+
+_GREETING, _CALL, _REPLY, _FAILURE, _ITEM, _END, _CANCEL, _CREDIT, _CONTROL = range(9)
+_NO_DEADLINE = -1.0
+
+_header = struct.Struct("<IBQ")
+_call_head = struct.Struct("<IBQBdHHI")
+_call_fields = struct.Struct("<BdHHI")
+_reply_head = struct.Struct("<IBQII")
+_reply_fields = struct.Struct("<II")
+_failure_head = struct.Struct("<IBQIBI")
+_failure_fields = struct.Struct("<IBI")
+_item_head = struct.Struct("<IBQI")
+_end_head = struct.Struct("<IBQIB")
+_end_fields = struct.Struct("<IB")
+_amount = struct.Struct("<I")
+
+_MAGIC = b"engine/wire\0"
+GREETING = _header.pack(len(_MAGIC) + 2, _GREETING, 0) + _MAGIC + PROTOCOL_VERSION.to_bytes(2, "little")
+"""The first bytes either end sends."""
+
+
+class ProtocolError(Exception):
+    """The peer sent something that is not this protocol."""
+
+
+def encode(message: Message) -> bytes:
+    """Turn a message into one frame.
+
+    Raises:
+        engine.errors.InvalidArgument: It is larger than `MAX_FRAME_BYTES`.
+    """
+    kind = type(message)
+    if kind is Reply:
+        call_id, load, head, payload = message
+        size = 8 + len(head) + len(payload)
+        if size > MAX_FRAME_BYTES:
+            raise _too_large(size)
+        return b"".join((_reply_head.pack(size, _REPLY, call_id, load, len(head)), head, payload))
+    if kind is Call:
+        return _encode_call(message)  # type: ignore[arg-type]
+    return _encode_other(message)
+
+
+def _encode_call(call: Call) -> bytes:
+    method, request_id = call.method.encode(), call.request_id.encode()
+    size = _call_fields.size + len(method) + len(request_id) + len(call.head) + len(call.payload)
+    if size > MAX_FRAME_BYTES:
+        raise _too_large(size)
+    remaining = _NO_DEADLINE if call.deadline is None else max(0.0, call.deadline - time.monotonic())
+    prefix = _call_head.pack(
+        size, _CALL, call.id, call.kind, remaining, len(method), len(request_id), len(call.head)
+    )
+    return b"".join((prefix, method, request_id, call.head, call.payload))
+
+
+def _encode_other(message: Message) -> bytes:
+    if isinstance(message, Failure):
+        size = _failure_fields.size + len(message.head) + len(message.payload)
+        prefix = _failure_head.pack(size, _FAILURE, message.id, message.load, message.kind, len(message.head))
+        frame = b"".join((prefix, message.head, message.payload))
+    elif isinstance(message, Item):
+        size = _amount.size + len(message.head) + len(message.payload)
+        frame = b"".join((_item_head.pack(size, _ITEM, message.id, len(message.head)), message.head, message.payload))
+    elif isinstance(message, End):
+        frame = _end_head.pack(_end_fields.size, _END, message.id, message.load, message.failed)
+    elif isinstance(message, Cancel):
+        frame = _header.pack(0, _CANCEL, message.id)
+    elif isinstance(message, Credit):
+        frame = _header.pack(_amount.size, _CREDIT, message.id) + _amount.pack(message.amount)
+    elif isinstance(message, Control):
+        body = pickle.dumps(message.body, 5)
+        frame = _header.pack(len(body), _CONTROL, 0) + body
+    else:
+        raise TypeError(f"not a message: {message!r}")
+    if len(frame) > MAX_FRAME_BYTES:
+        raise _too_large(len(frame))
+    return frame
+
+
+def _too_large(size: int) -> InvalidArgument:
+    return InvalidArgument(
+        f"the message is {size} bytes, more than the {MAX_FRAME_BYTES} of one frame; "
+        "pass a file name or split the data"
+    )
+
+
+class Decoder:
+    """Cuts a stream of bytes into messages.
+
+    A frame that is larger than one read is collected in a buffer of its exact size: `spare` is the part of it still to
+    fill, for reads straight into it.
+    """
+
+    def __init__(self, *, greeting: bool) -> None:
+        self._greeting_due = greeting
+        self._tail = b""
+        self._large: bytearray | None = None
+        self._filled = 0
+
+    @property
+    def spare(self) -> memoryview | None:
+        """Where to read into, or None to read anywhere and `feed` it."""
+        return None if self._large is None else memoryview(self._large)[self._filled :]
+
+    def filled(self, count: int) -> list[Message]:
+        """Say that ``count`` bytes of `spare` were filled; returns the message they complete, if any."""
+        assert self._large is not None
+        self._filled += count
+        if self._filled < len(self._large):
+            return []
+        frame, self._large, self._filled = bytes(self._large), None, 0
+        return self._cut(frame)
+
+    def feed(self, data: bytes) -> list[Message]:
+        """Take bytes as they came; returns the messages they complete.
+
+        Raises:
+            ProtocolError: They are not this protocol, or a frame is larger than `MAX_FRAME_BYTES`.
+        """
+        return self._cut(self._tail + data if self._tail else data)
+
+    def _cut(self, data: bytes) -> list[Message]:
+        messages: list[Message] = []
+        position, end = 0, len(data)
+        while end - position >= 13:
+            size, kind, call_id = _header.unpack_from(data, position)
+            if self._greeting_due:
+                self._check_greeting(data[position : position + len(GREETING)])
+            if size > MAX_FRAME_BYTES or kind > _CONTROL:
+                raise ProtocolError(f"a frame of type {kind} and {size} bytes")
+            start = position + 13
+            if start + size > end:
+                break
+            position = start + size
+            if kind:
+                messages.append(_decode(kind, call_id, data, start, position))
+            else:
+                self._greeting_due = False
+        self._keep(data, position)
+        return messages
+
+    def _check_greeting(self, data: bytes) -> None:
+        if data == GREETING[: len(data)]:
+            return
+        if data[13:25] == _MAGIC[: max(0, len(data) - 13)] and len(data) >= len(GREETING):
+            version = int.from_bytes(data[-2:], "little")
+            raise ProtocolError(f"the peer speaks version {version}, this side {PROTOCOL_VERSION}")
+        raise ProtocolError("the peer did not greet")
+
+    def _keep(self, data: bytes, position: int) -> None:
+        rest = len(data) - position
+        if rest >= 13:
+            total = 13 + int.from_bytes(data[position : position + 4], "little")
+            if total > 1 << 18:
+                self._large = bytearray(total)
+                self._large[:rest] = data[position:]
+                self._filled = rest
+                self._tail = b""
+                return
+        self._tail = data[position:] if rest else b""
+
+
+def _decode(kind: int, call_id: int, data: bytes, start: int, end: int) -> Message:
+    try:
+        if kind == _REPLY:
+            load, head_size = _reply_fields.unpack_from(data, start)
+            middle = start + 8 + head_size
+            return Reply(call_id, load, data[start + 8 : middle], data[middle:end])
+        if kind == _CALL:
+            return _decode_call(call_id, data, start, end)
+        return _decode_other(kind, call_id, data, start, end)
+    except (struct.error, UnicodeDecodeError, ValueError) as error:
+        raise ProtocolError(f"a malformed frame of type {kind}: {error}") from error
+
+
+def _decode_call(call_id: int, data: bytes, start: int, end: int) -> Call:
+    kind, remaining, method_size, request_id_size, head_size = _call_fields.unpack_from(data, start)
+    method_at = start + _call_fields.size
+    request_id_at = method_at + method_size
+    head_at = request_id_at + request_id_size
+    payload_at = head_at + head_size
+    if payload_at > end:
+        raise ValueError("fields longer than the frame")
+    deadline = None if remaining < 0 else time.monotonic() + remaining
+    return Call(
+        call_id,
+        kind,
+        data[method_at:request_id_at].decode(),
+        deadline,
+        data[request_id_at:head_at].decode(),
+        data[head_at:payload_at],
+        data[payload_at:end],
+    )
+
+
+def _decode_other(kind: int, call_id: int, data: bytes, start: int, end: int) -> Message:
+    if kind == _FAILURE:
+        load, why, head_size = _failure_fields.unpack_from(data, start)
+        head_at = start + _failure_fields.size
+        return Failure(call_id, load, why, data[head_at : head_at + head_size], data[head_at + head_size : end])
+    if kind == _ITEM:
+        (head_size,) = _amount.unpack_from(data, start)
+        return Item(call_id, data[start + 4 : start + 4 + head_size], data[start + 4 + head_size : end])
+    if kind == _END:
+        load, failed = _end_fields.unpack_from(data, start)
+        return End(call_id, load, bool(failed))
+    if kind == _CANCEL:
+        return Cancel(call_id)
+    if kind == _CREDIT:
+        return Credit(call_id, _amount.unpack_from(data, start)[0])
+    return Control(pickle.loads(data[start:end]))
