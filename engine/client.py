@@ -1,0 +1,242 @@
+"""This process's side of one engine: the routing snapshot that rules here, and the callers that use it.
+
+The process that created the engine has its client from the controller directly. Any other process (a replica that uses
+handles, an ingress, a program that was sent a handle) attaches: it opens a channel to the engine's control address,
+subscribes, and from then on gets every new snapshot pushed.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from .adapter import Adapter, Channel, ChannelClosed
+from .caller import Caller
+from .control import Applied, Publish, Subscribe
+from .errors import EngineClosed, EngineError
+from .home import LoopHome, ThreadHome
+from .messages import Control, Message
+from .snapshot import RoutingSnapshot
+
+if TYPE_CHECKING:
+    import asyncio
+
+__all__ = ["Client", "connector_for", "register_connector", "unregister_connector"]
+
+_ATTACH_TIMEOUT_S = 10.0
+
+_lock = threading.Lock()  # guards the two tables; they map engine ids, so engines do not see each other
+_clients: dict[str, Client] = {}
+_connectors: dict[str, Adapter] = {}
+
+
+def register_connector(engine_id: str, adapter: Adapter) -> None:
+    """Say which adapter opens this engine's channels in this process."""
+    with _lock:
+        _connectors[engine_id] = adapter
+
+
+def unregister_connector(engine_id: str) -> None:
+    """Take `register_connector` back."""
+    with _lock:
+        _connectors.pop(engine_id, None)
+
+
+def connector_for(engine_id: str, adapter_name: str) -> Adapter:
+    """The adapter that opens this engine's channels in this process."""
+    from .plugins import load_adapter
+
+    with _lock:
+        known = _connectors.get(engine_id)
+    return known if known is not None else load_adapter(adapter_name)
+
+
+class Client:
+    """Holds the ruling snapshot and one caller per event loop, plus one for threads.
+
+    Args:
+        engine_id: The engine.
+        adapter: Opens channels from this process.
+    """
+
+    def __init__(self, engine_id: str, adapter: Adapter) -> None:
+        self.engine_id = engine_id
+        self.pid = os.getpid()
+        self.snapshot = RoutingSnapshot(version=-1)
+        self._adapter = adapter
+        self._lock = threading.Lock()  # guards the callers
+        self._threads: Caller | None = None
+        self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Caller] = weakref.WeakKeyDictionary()
+        self._closed = False
+        with _lock:
+            _clients[engine_id] = self
+
+    @staticmethod
+    def find(engine_id: str) -> Client | None:
+        """This process's client of an engine, if it has one."""
+        with _lock:
+            client = _clients.get(engine_id)
+        return client if client is not None and client.pid == os.getpid() else None
+
+    @classmethod
+    def attach(
+        cls, engine_id: str, adapter: Adapter, control_address: str, *, ingress: bool = False, worker_id: str = ""
+    ) -> Client:
+        """The client of an engine that another process created; subscribes if there is none here yet.
+
+        Raises:
+            errors.EngineClosed: The engine cannot be reached.
+        """
+        with _attaching:
+            known = cls.find(engine_id)
+            if known is not None:
+                return known
+            client = cls(engine_id, adapter)
+            subscription = _Subscription(client)
+            try:
+                channel = adapter.open_channel(control_address, subscription, on_loop=False)
+                channel.send(Control(Subscribe(ingress, worker_id)))
+                channel.watch()
+            except ChannelClosed as error:
+                client.close()
+                raise EngineClosed(f"the engine of this handle cannot be reached: {error}") from error
+            if not subscription.first.wait(_ATTACH_TIMEOUT_S) or client._closed:
+                channel.close()
+                client.close()
+                raise EngineClosed(f"the engine of this handle did not answer within {_ATTACH_TIMEOUT_S:g} s")
+            return client
+
+    @classmethod
+    async def connect(
+        cls, engine_id: str, adapter: Adapter, control_address: str, *, ingress: bool, worker_id: str
+    ) -> Client:
+        """As `attach`, for a worker about to serve on the running loop."""
+        return cls.attach(engine_id, adapter, control_address, ingress=ingress, worker_id=worker_id)
+
+    # -- callers ---------------------------------------------------------------------------------------------------
+
+    def thread_caller(self) -> Caller:
+        """The caller of all threads."""
+        caller = self._threads
+        if caller is None or self.pid != os.getpid():
+            with self._lock:
+                self._check_open()
+                if self._threads is None:
+                    self._threads = Caller(self._adapter, ThreadHome(), self._current)
+                caller = self._threads
+        return caller
+
+    def loop_caller(self) -> Caller:
+        """The caller of the asyncio loop that runs in this thread."""
+        import asyncio
+
+        loop = asyncio.get_running_loop()
+        caller = self._loops.get(loop)
+        if caller is None or self.pid != os.getpid():
+            with self._lock:
+                self._check_open()
+                for old in [known for known in self._loops if known.is_closed()]:
+                    self._loops.pop(old).close()
+                caller = self._loops[loop] = Caller(self._adapter, LoopHome(loop), self._current)
+        return caller
+
+    # -- snapshots -------------------------------------------------------------------------------------------------
+
+    def apply(self, snapshot: RoutingSnapshot) -> None:
+        """Let this snapshot rule; every call submitted after this returns is routed by it."""
+        if snapshot.version <= self.snapshot.version:
+            return
+        self.snapshot = snapshot
+        with self._lock:
+            threads, loops = self._threads, list(self._loops.items())
+        if threads is not None:
+            threads.apply(snapshot)
+        for loop, caller in loops:
+            _on_loop(loop, caller.apply, snapshot)
+
+    def statistics(self) -> list[dict[str, Any]]:
+        """What the callers of this process counted."""
+        with self._lock:
+            callers = list(self._loops.values()) + ([self._threads] if self._threads else [])
+        return [caller.statistics() for caller in callers]
+
+    def begin_close(self) -> None:
+        """Take no more calls and fail those that wait for a replica; what is in flight goes on."""
+        error = EngineClosed("the engine was shut down")
+        with self._lock:
+            self._closed = True
+            threads, loops = self._threads, list(self._loops.items())
+        if threads is not None:
+            threads.begin_close(error)
+        for loop, caller in loops:
+            _on_loop(loop, caller.begin_close, error)
+
+    def close(self, error: EngineError | None = None) -> None:
+        """Fail what is in flight and close all channels (idempotent)."""
+        with self._lock:
+            self._closed = True
+            threads, loops = self._threads, list(self._loops.items())
+        with _lock:
+            if _clients.get(self.engine_id) is self:
+                del _clients[self.engine_id]
+        if threads is not None:
+            threads.close(error)
+        for loop, caller in loops:
+            if not _on_loop(loop, caller.close, error):
+                caller.close(error)
+
+    def _current(self) -> RoutingSnapshot:
+        return self.snapshot
+
+    def _check_open(self) -> None:
+        if self.pid != os.getpid():
+            raise EngineClosed("this engine belongs to the process that this one was forked from; create one here")
+        if self._closed:
+            raise EngineClosed("the engine was shut down")
+
+
+_attaching = threading.Lock()
+
+
+class _Subscription:
+    """Hears the controller."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self.first = threading.Event()
+
+    def received(self, channel: Channel, message: Message) -> None:
+        """See `engine.adapter.ChannelListener.received`."""
+        if isinstance(message, Control) and isinstance(message.body, Publish):
+            snapshot = message.body.snapshot
+            self._client.apply(snapshot)
+            self.first.set()
+            try:
+                channel.send(Control(Applied(snapshot.version)))
+            except ChannelClosed as error:
+                self.lost(channel, str(error))
+
+    def lost(self, channel: Channel, reason: str) -> None:
+        """See `engine.adapter.ChannelListener.lost`: without its controller there is no engine."""
+        self._client.close(EngineClosed(f"the engine is gone: {reason}"))
+        self.first.set()
+
+
+def _on_loop(loop: asyncio.AbstractEventLoop, function: Any, argument: Any) -> bool:
+    """Run a function on a loop: at once if it is this thread's, else soon. False if the loop is closed."""
+    import asyncio
+
+    try:
+        running: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
+    except RuntimeError:
+        running = None
+    if running is loop:
+        function(argument)
+        return True
+    try:
+        loop.call_soon_threadsafe(function, argument)
+    except RuntimeError:
+        return False
+    return True

@@ -1,0 +1,461 @@
+"""The controller: what the application wants, and what is done to get there. Never on the path of a call.
+
+All of it runs on one asyncio loop, in a thread of the engine's process; `engine.engine.Engine` brings calls there.
+Changes are events: an API call, a worker's word, a worker's death. Operations on one backend exclude each other;
+operations on different ones run side by side.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import pickle
+import time
+from collections.abc import Coroutine
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from .adapter import Adapter, Channel, ChannelListener, Resources, WorkerExit, WorkerSpec
+from .client import Client
+from .config import BackendConfig, HTTPOptions
+from .errors import InvalidArgument
+from .ingress_fleet import IngressFleet
+from .publisher import Publisher
+from .replica_worker import ReplicaSpec
+from .snapshot import BackendEntry, EndpointEntry, ReplicaEntry
+from .workers import Life, Worker, Workers
+
+__all__ = ["BackendPlan", "Controller"]
+
+_logger = logging.getLogger("engine.controller")
+
+_APPLIED_TIMEOUT_S = 5.0
+_FIRST_BACKOFF_S = 0.1
+_LONGEST_BACKOFF_S = 10.0
+_STABLE_S = 10.0
+"""A replica that lived this long died of bad luck: the next one starts at once. Others wait longer and longer."""
+_HOPELESS_AFTER = 3
+"""Failed starts in a row after which callers are told that there is no replica, rather than left waiting for one."""
+
+
+@dataclass(frozen=True)
+class BackendPlan:
+    """A backend as the application described it.
+
+    Attributes:
+        target: The pickled ``(function or class, init_args, init_kwargs)``.
+        blocking: It has no ``async def`` callable.
+        batches: It has a callable marked with ``accept_batch``.
+        reconfigurable: It is a class with a ``reconfigure`` method.
+    """
+
+    tag: str
+    target: bytes
+    config: BackendConfig
+    resources: Resources
+    blocking: bool
+    batches: bool
+    reconfigurable: bool
+
+    def check(self, config: BackendConfig) -> None:
+        """Refuse a configuration that this callable cannot honour.
+
+        Raises:
+            InvalidArgument: It can't.
+        """
+        if config.max_batch_size is not None and not self.batches:
+            raise InvalidArgument(
+                f"config: max_batch_size={config.max_batch_size} of backend {self.tag!r} needs a callable that takes "
+                "a list: mark the function or method with @accept_batch"
+            )
+        if config.user_config is not None and not self.reconfigurable:
+            raise InvalidArgument(
+                f"config: user_config of backend {self.tag!r} needs a class with a reconfigure(user_config) method"
+            )
+
+
+@dataclass
+class _Backend:
+    plan: BackendPlan
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    replicas: list[Worker] = field(default_factory=list)
+    started: int = 0  # numbers the replicas
+    failed_starts: int = 0  # in a row
+    live: bool = False  # created: replicas that die are replaced
+    deleted: bool = False
+
+    @property
+    def config(self) -> BackendConfig:
+        return self.plan.config
+
+
+class Controller:
+    """Holds the desired and the actual state of one engine.
+
+    Args:
+        engine_id: Names the engine towards adapters and handles.
+        adapter: Runs the workers.
+        client: Of this process.
+        http: How the engine is reached over HTTP.
+    """
+
+    def __init__(self, engine_id: str, adapter: Adapter, client: Client, http: HTTPOptions) -> None:
+        self._engine_id = engine_id
+        self._adapter = adapter
+        self._client = client
+        self._http = http
+        self._backends: dict[str, _Backend] = {}
+        self._endpoints: dict[str, EndpointEntry] = {}
+        self._workers = Workers(adapter, self._replace_worker)
+        self._publisher = Publisher(client)
+        self._ingresses = IngressFleet(engine_id, adapter, self._workers, http)
+        self._background: set[asyncio.Task[None]] = set()
+        self._closing = False
+
+    # -- AdapterEvents -----------------------------------------------------------------------------------------------
+
+    def worker_said(self, worker_id: str, body: Any) -> None:
+        """See `engine.adapter.AdapterEvents.worker_said`."""
+        self._workers.worker_said(worker_id, body)
+
+    def worker_exited(self, exit: WorkerExit) -> None:
+        """See `engine.adapter.AdapterEvents.worker_exited`."""
+        self._workers.worker_exited(exit)
+
+    def peer_connected(self, channel: Channel) -> ChannelListener:
+        """See `engine.adapter.AdapterEvents.peer_connected`."""
+        return self._publisher.connected(channel)
+
+    # -- life ----------------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Get the adapter ready."""
+        await self._adapter.start(self._engine_id, self)
+
+    async def shutdown(self, grace_s: float) -> None:
+        """Stop taking calls, give those in flight ``grace_s`` seconds, end every worker."""
+        self._closing = True
+        for task in self._background:
+            task.cancel()
+        await self._ingresses.stop(grace_s)
+        self._client.begin_close()
+        self._publisher.publish({}, {})
+        replicas = [worker for backend in self._backends.values() for worker in backend.replicas]
+        await asyncio.gather(*[self._workers.drain(worker, grace_s) for worker in replicas])
+        self._client.close()
+        await self._adapter.stop()
+        self._adapter.close()
+
+    # -- backends ------------------------------------------------------------------------------------------------------
+
+    async def create_backend(self, plan: BackendPlan) -> None:
+        """Start a backend; it exists once all of its replicas are ready, or not at all.
+
+        Raises:
+            InvalidArgument: The tag is taken.
+            BaseException: What a replica's constructor raised, or why it did not become ready.
+        """
+        if plan.tag in self._backends:
+            raise InvalidArgument(f"backend {plan.tag!r} exists already: choose another tag or delete it first")
+        backend = self._backends[plan.tag] = _Backend(plan)
+        async with backend.lock:
+            try:
+                await self._add_replicas(backend, plan.config.num_replicas)
+            except BaseException:
+                backend.deleted = True
+                del self._backends[plan.tag]
+                raise
+            backend.live = True
+            self._publish()
+            self._refill(backend)
+
+    async def update_backend_config(self, tag: str, changes: Any) -> None:
+        """Change a backend's configuration; the change rules once this returns.
+
+        Raises:
+            InvalidArgument: The backend is unknown, or the change is not valid.
+            BaseException: What ``reconfigure`` or a new replica's constructor raised.
+        """
+        backend = self._backend(tag)
+        async with backend.lock:
+            before = backend.config
+            after = before.updated(changes)
+            backend.plan.check(after)
+            await self._reconfigure(backend, before, after)
+            backend.plan = replace(backend.plan, config=after)
+            surplus = len(backend.replicas) - after.num_replicas
+            if surplus > 0:
+                await self._remove_replicas(backend, backend.replicas[-surplus:])
+            elif surplus < 0:
+                try:
+                    await self._add_replicas(backend, -surplus)
+                except BaseException:
+                    backend.plan = replace(backend.plan, config=replace(after, num_replicas=before.num_replicas))
+                    raise
+            self._publish()
+
+    async def delete_backend(self, tag: str, *, force: bool) -> None:
+        """End a backend that no endpoint uses.
+
+        Raises:
+            InvalidArgument: It is unknown, or in use.
+        """
+        backend = self._backend(tag)
+        users = [
+            name
+            for name, endpoint in self._endpoints.items()
+            if any(tag == used for used, _ in endpoint.traffic + endpoint.shadows)
+        ]
+        if users:
+            raise InvalidArgument(
+                f"backend {tag!r} is in use by endpoint {', '.join(map(repr, users))}: "
+                "set_traffic (or shadow_traffic) to another backend, or delete the endpoint, first"
+            )
+        backend.deleted = True
+        async with backend.lock:
+            if self._backends.get(tag) is backend:
+                del self._backends[tag]
+                await self._remove_replicas(backend, list(backend.replicas), force=force)
+
+    async def get_backend_config(self, tag: str) -> BackendConfig:
+        """A backend's configuration.
+
+        Raises:
+            InvalidArgument: It is unknown.
+        """
+        return self._backend(tag).config
+
+    async def list_backends(self) -> dict[str, BackendConfig]:
+        """Every backend's configuration by tag."""
+        return {tag: backend.config for tag, backend in self._backends.items() if backend.live}
+
+    # -- endpoints -----------------------------------------------------------------------------------------------------
+
+    async def create_endpoint(self, entry: EndpointEntry) -> None:
+        """Name a backend for callers; a route is served by every ingress when this returns.
+
+        Raises:
+            InvalidArgument: The name or the route is taken, or the backend is unknown.
+        """
+        if entry.name in self._endpoints:
+            raise InvalidArgument(f"endpoint {entry.name!r} exists already: choose another name or delete it first")
+        for tag, _ in entry.traffic:
+            self._backend(tag)
+        for other in self._endpoints.values():
+            if entry.route is not None and entry.route == other.route:
+                raise InvalidArgument(f"route {entry.route!r} is taken by endpoint {other.name!r}")
+        self._endpoints[entry.name] = entry
+        if entry.route is not None:
+            try:
+                await self._ingresses.ensure_started()
+            except BaseException:
+                del self._endpoints[entry.name]
+                raise
+        await self._publish_and_wait()
+
+    async def delete_endpoint(self, name: str) -> None:
+        """Remove a name; calls in flight finish.
+
+        Raises:
+            InvalidArgument: It is unknown.
+        """
+        self._endpoint(name)
+        del self._endpoints[name]
+        await self._publish_and_wait()
+
+    async def set_traffic(self, name: str, weights: dict[str, float]) -> None:
+        """Split an endpoint's calls over backends.
+
+        Raises:
+            InvalidArgument: The endpoint or a backend is unknown.
+        """
+        endpoint = self._endpoint(name)
+        for tag in weights:
+            self._backend(tag)
+        self._endpoints[name] = replace(endpoint, traffic=tuple(sorted(weights.items())))
+        await self._publish_and_wait()
+
+    async def shadow_traffic(self, name: str, tag: str, proportion: float) -> None:
+        """Copy a proportion of an endpoint's calls to a backend; 0 ends it.
+
+        Raises:
+            InvalidArgument: The endpoint or the backend is unknown.
+        """
+        endpoint = self._endpoint(name)
+        self._backend(tag)
+        shadows = {**dict(endpoint.shadows), tag: proportion}
+        kept = tuple(sorted((known, share) for known, share in shadows.items() if share > 0))
+        self._endpoints[name] = replace(endpoint, shadows=kept)
+        await self._publish_and_wait()
+
+    async def list_endpoints(self) -> dict[str, EndpointEntry]:
+        """Every endpoint by name."""
+        return dict(self._endpoints)
+
+    # -- looking at it -------------------------------------------------------------------------------------------------
+
+    def http_url(self) -> str | None:
+        """The ingress's base URL, once it runs."""
+        return self._ingresses.url()
+
+    async def statistics(self) -> dict[str, Any]:
+        """Replicas by backend, and what the callers of this process counted."""
+        backends = {
+            tag: {
+                "replicas": {worker.spec.worker_id: worker.life.value for worker in backend.replicas},
+                "queued": 0,
+                "in_flight": 0,
+            }
+            for tag, backend in self._backends.items()
+        }
+        endpoints: dict[str, dict[str, Any]] = {name: {"calls": 0} for name in self._endpoints}
+        for counted in self._client.statistics():
+            for tag, numbers in counted["backends"].items():
+                for name, value in numbers.items():
+                    if tag in backends:
+                        backends[tag][name] += value  # type: ignore[operator]
+            for name, numbers in counted["endpoints"].items():
+                if name in endpoints:
+                    endpoints[name]["calls"] += numbers["calls"]
+        return {"backends": backends, "endpoints": endpoints}
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _backend(self, tag: str) -> _Backend:
+        backend = self._backends.get(tag)
+        if backend is None or not (backend.live or backend.lock.locked()):
+            known = ", ".join(map(repr, self._backends)) or "none"
+            raise InvalidArgument(f"there is no backend {tag!r}; the backends are: {known}")
+        return backend
+
+    def _endpoint(self, name: str) -> EndpointEntry:
+        endpoint = self._endpoints.get(name)
+        if endpoint is None:
+            known = ", ".join(map(repr, self._endpoints)) or "none"
+            raise InvalidArgument(f"there is no endpoint {name!r}; the endpoints are: {known}")
+        return endpoint
+
+    def _publish(self) -> int:
+        backends = {}
+        for tag, backend in self._backends.items():
+            ready = [worker for worker in backend.replicas if worker.life is Life.READY]
+            backends[tag] = BackendEntry(
+                tag,
+                tuple(ReplicaEntry(worker.spec.worker_id, worker.address) for worker in ready),
+                backend.config.concurrency(blocking=backend.plan.blocking),
+                backend.config.max_queued_requests,
+                expecting=backend.failed_starts < _HOPELESS_AFTER,
+            )
+        return self._publisher.publish(dict(self._endpoints), backends)
+
+    async def _publish_and_wait(self) -> None:
+        version = self._publish()
+        if not await self._publisher.applied(version, _APPLIED_TIMEOUT_S, ingress_only=True):
+            _logger.warning("an ingress has not taken the newest routes within %g s", _APPLIED_TIMEOUT_S)
+
+    # -- replicas ------------------------------------------------------------------------------------------------------
+
+    async def _add_replicas(self, backend: _Backend, count: int) -> None:
+        starts = [asyncio.ensure_future(self._start_replica(backend)) for _ in range(count)]
+        try:
+            await asyncio.gather(*starts)
+        except BaseException:
+            for start in starts:
+                start.cancel()
+            done = await asyncio.gather(*starts, return_exceptions=True)
+            started = [worker for worker in done if isinstance(worker, Worker)]
+            await asyncio.gather(*[self._workers.kill(worker) for worker in started])
+            raise
+        backend.replicas += [start.result() for start in starts]
+
+    async def _start_replica(self, backend: _Backend) -> Worker:
+        backend.started += 1
+        plan = backend.plan
+        replica_tag = f"{plan.tag}#{backend.started}"
+        spec = ReplicaSpec(
+            engine_id=self._engine_id,
+            adapter_name=self._adapter.name,
+            control_address=self._adapter.control_address,
+            backend_tag=plan.tag,
+            replica_tag=replica_tag,
+            target=plan.target,
+            config=plan.config,
+            debug=self._http.debug,
+            shares_process=self._adapter.shares_process,
+        )
+        return await self._workers.start(
+            WorkerSpec(
+                worker_id=replica_tag,
+                name=f"replica.{plan.tag}.{backend.started}",
+                entry="engine.replica_worker:main",
+                payload=pickle.dumps(spec, 5),
+                resources=plan.resources,
+            ),
+            plan.config.start_timeout_s,
+        )
+
+    async def _remove_replicas(self, backend: _Backend, leaving: list[Worker], *, force: bool = False) -> None:
+        backend.replicas = [worker for worker in backend.replicas if worker not in leaving]
+        version = self._publish()
+        if force:
+            await asyncio.gather(*[self._workers.kill(worker) for worker in leaving])
+            return
+        await self._publisher.applied(version, 1.0, ingress_only=False)
+        grace_s = backend.config.graceful_shutdown_timeout_s
+        await asyncio.gather(*[self._workers.drain(worker, grace_s) for worker in leaving])
+
+    async def _reconfigure(self, backend: _Backend, before: BackendConfig, after: BackendConfig) -> None:
+        if after == before or replace(after, num_replicas=before.num_replicas) == before:
+            return
+        changed = after.user_config != before.user_config
+        config = pickle.dumps(after, 5)
+        replicas = [worker for worker in backend.replicas if worker.life is Life.READY]
+        await asyncio.gather(
+            *[self._workers.reconfigure(worker, config, user_config_changed=changed) for worker in replicas]
+        )
+
+    def _replace_worker(self, worker: Worker) -> None:
+        """A ready worker died."""
+        if self._closing:
+            return
+        for backend in self._backends.values():
+            if worker in backend.replicas:
+                backend.replicas.remove(worker)
+                lived = time.monotonic() - worker.ready_at
+                _logger.warning("%s %s after %.1f s; replacing it", worker.spec.name, worker.exit_reason, lived)
+                backend.failed_starts = 0 if lived > _STABLE_S else backend.failed_starts + 1
+                self._publish()
+                self._refill(backend)
+                return
+        if self._ingresses.forget(worker):
+            _logger.warning("%s %s; replacing it", worker.spec.name, worker.exit_reason)
+            self._spawn(self._ingresses.refill())
+
+    def _refill(self, backend: _Backend) -> None:
+        if len(backend.replicas) < backend.config.num_replicas:
+            self._spawn(self._replace_replicas(backend))
+
+    async def _replace_replicas(self, backend: _Backend) -> None:
+        while True:
+            if backend.failed_starts > 1:
+                delay = _FIRST_BACKOFF_S * 2 ** min(backend.failed_starts - 2, 16)
+                await asyncio.sleep(min(_LONGEST_BACKOFF_S, delay))
+            async with backend.lock:
+                if backend.deleted or len(backend.replicas) >= backend.config.num_replicas:
+                    return
+                try:
+                    await self._add_replicas(backend, 1)
+                except Exception as error:
+                    backend.failed_starts += 1
+                    _logger.error("backend %r: a replica could not be replaced: %r", backend.plan.tag, error)
+                self._publish()
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._background.add(task)
+        task.add_done_callback(self._background_done)
+
+    def _background_done(self, task: asyncio.Task[None]) -> None:
+        self._background.discard(task)
+        if not task.cancelled() and task.exception() is not None and not self._closing:
+            _logger.error("replacing a worker failed", exc_info=task.exception())

@@ -1,0 +1,462 @@
+"""The engine: what an application creates, and the thread its controller runs in."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import concurrent.futures
+import os
+import threading
+import uuid
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Literal, TypeVar, overload
+
+from . import ref as refs
+from .adapter import Adapter
+from .client import Client, register_connector, unregister_connector
+from .config import BackendConfig, HTTPOptions, resources_of
+from .context import check_may_block
+from .controller import BackendPlan, Controller
+from .errors import EndpointNotFound, EngineClosed, InvalidArgument
+from .handle import AsyncHandle, Handle, make_handle
+from .plugins import load_adapter
+from .ref import Ref
+from .serialization import dumps_by_value
+from .snapshot import EndpointEntry
+from .traffic import validate_proportion, validate_weights
+from .user_callable import accepts_batches, is_blocking
+
+__all__ = ["Engine"]
+
+_T = TypeVar("_T")
+_VERBS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT")
+_SHUTDOWN_MARGIN_S = 30.0
+
+
+class Engine:
+    """Runs functions and classes as replicas, and routes calls to them.
+
+    Every method may be called from any thread, blocks until what it asks for is done, and raises otherwise. Use it as a
+    context manager, or call `shutdown`; at interpreter exit it shuts down by itself.
+
+    Args:
+        backend: Where replicas run: ``"local"`` (processes on this machine), ``"inline"`` (threads of this process,
+            for tests and debugging), the name of an installed plug-in, or an adapter instance.
+        http_options: A dict or `HTTPOptions`; see there.
+        name: Names the engine in logs and reprs.
+
+    Raises:
+        errors.InvalidArgument: An option is wrong, or there is no such adapter.
+    """
+
+    def __init__(
+        self,
+        backend: str | Adapter = "local",
+        *,
+        http_options: HTTPOptions | Mapping[str, Any] | None = None,
+        name: str | None = None,
+    ) -> None:
+        if name is not None and not isinstance(name, str):
+            raise InvalidArgument(f"name must be a str or None, not {name!r}")
+        self._http = HTTPOptions.of(http_options)
+        self._validate_server_options()
+        adapter = load_adapter(backend) if isinstance(backend, str) else backend
+        if not hasattr(adapter, "start_worker"):
+            raise InvalidArgument(f"backend must be the name of an adapter or an adapter instance, not {backend!r}")
+        self.name = name
+        self._id = uuid.uuid4().hex[:12]
+        self._pid = os.getpid()
+        self._adapter: Adapter = adapter
+        self._closed = False
+        self._shutdown_lock = threading.Lock()
+        register_connector(self._id, adapter)
+        self._client = Client(self._id, adapter)
+        self._runner = _Runner(self._id, adapter, self._client, self._http)
+        atexit.register(self._at_exit)
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "open"
+        return f"<Engine {self.name or self._id} on {self._adapter.name} {state}>"
+
+    # -- backends ------------------------------------------------------------------------------------------------------
+
+    def create_backend(
+        self,
+        tag: str,
+        func_or_class: Callable[..., Any],
+        *init_args: Any,
+        config: BackendConfig | Mapping[str, Any] | None = None,
+        ray_actor_options: Mapping[str, Any] | None = None,
+        **init_kwargs: Any,
+    ) -> None:
+        """Serve a function or a class under a tag; returns when its replicas are ready.
+
+        Args:
+            tag: Names the backend.
+            func_or_class: Called with one request for each call. A class is constructed once in each replica.
+            init_args: For the class.
+            config: A dict or `BackendConfig`; see there.
+            ray_actor_options: What a replica needs: ``num_cpus``, ``num_gpus``, ``runtime_env={"env_vars": ...}``.
+            init_kwargs: For the class.
+
+        Raises:
+            errors.InvalidArgument: An argument is wrong, or the tag is taken.
+            errors.NotSerializable: The callable or an argument cannot be pickled; the message says which part.
+            errors.BackendStartError: A replica died before it was ready, or took too long.
+            errors.ResourcesUnavailable: The resources are not free.
+            BaseException: What the constructor raised, with its traceback as cause.
+        """
+        self._check_open()
+        _check_name(tag, "tag")
+        if not callable(func_or_class):
+            raise InvalidArgument(f"func_or_class must be a function or a class, not {func_or_class!r}")
+        if (init_args or init_kwargs) and not isinstance(func_or_class, type):
+            raise InvalidArgument(f"backend {tag!r} is a function: only a class takes init arguments")
+        plan = BackendPlan(
+            tag=tag,
+            target=dumps_by_value((func_or_class, init_args, init_kwargs), f"backend {tag!r}"),
+            config=BackendConfig.of(config),
+            resources=resources_of(ray_actor_options),
+            blocking=is_blocking(func_or_class),
+            batches=accepts_batches(func_or_class),
+            reconfigurable=isinstance(func_or_class, type)
+            and callable(getattr(func_or_class, "reconfigure", None)),
+        )
+        plan.check(plan.config)
+        self._run(self._runner.controller.create_backend(plan))
+
+    def update_backend_config(self, tag: str, config: BackendConfig | Mapping[str, Any]) -> None:
+        """Change fields of a backend's configuration; returns when every replica has taken the change.
+
+        Raises:
+            errors.InvalidArgument: The backend is unknown, or a field is wrong.
+            BaseException: What ``reconfigure`` or a new replica's constructor raised.
+        """
+        self._run(self._runner.controller.update_backend_config(tag, config))
+
+    def get_backend_config(self, tag: str) -> BackendConfig:
+        """A backend's configuration as it rules now.
+
+        Raises:
+            errors.InvalidArgument: The backend is unknown.
+        """
+        return self._run(self._runner.controller.get_backend_config(tag))
+
+    def list_backends(self) -> dict[str, BackendConfig]:
+        """The configurations of all backends by tag."""
+        return self._run(self._runner.controller.list_backends())
+
+    def delete_backend(self, tag: str, force: bool = False) -> None:
+        """End a backend that no endpoint uses; its replicas finish what they hold first.
+
+        Args:
+            tag: The backend.
+            force: End the replicas at once instead.
+
+        Raises:
+            errors.InvalidArgument: The backend is unknown, or an endpoint uses it.
+        """
+        self._run(self._runner.controller.delete_backend(tag, force=force))
+
+    # -- endpoints -----------------------------------------------------------------------------------------------------
+
+    def create_endpoint(
+        self, name: str, *, backend: str, route: str | None = None, methods: Sequence[str] = ("GET",)
+    ) -> None:
+        """Name a backend for callers; a route is served by every ingress when this returns.
+
+        Args:
+            name: Names the endpoint.
+            backend: The tag that gets all of its traffic for now.
+            route: An HTTP path, literal or with ``{name}`` segments as Starlette has them, or None.
+            methods: The HTTP verbs it answers to.
+
+        Raises:
+            errors.InvalidArgument: An argument is wrong, the name or route is taken, the backend is unknown, or the
+                address of ``http_options`` cannot be bound.
+        """
+        self._check_open()
+        _check_name(name, "name")
+        if not isinstance(backend, str):
+            raise InvalidArgument(f"backend must be the tag of a backend, not {backend!r}")
+        if route is not None:
+            from .routes import validate_route
+
+            validate_route(route)
+        entry = EndpointEntry(name, route, _checked_methods(methods), ((backend, 1.0),))
+        self._run(self._runner.controller.create_endpoint(entry))
+
+    def delete_endpoint(self, name: str) -> None:
+        """Remove an endpoint and its route; calls in flight finish.
+
+        Raises:
+            errors.InvalidArgument: It is unknown.
+        """
+        self._run(self._runner.controller.delete_endpoint(name))
+
+    def list_endpoints(self) -> dict[str, dict[str, Any]]:
+        """Every endpoint by name: its ``route``, ``methods``, ``traffic`` and ``shadows``."""
+        entries = self._run(self._runner.controller.list_endpoints())
+        return {
+            name: {
+                "route": entry.route,
+                "methods": list(entry.methods),
+                "traffic": dict(entry.traffic),
+                "shadows": dict(entry.shadows),
+            }
+            for name, entry in entries.items()
+        }
+
+    def set_traffic(self, name: str, weights: Mapping[str, float]) -> None:
+        """Split an endpoint's calls over backends; every call made after this returns follows the new split.
+
+        Args:
+            name: The endpoint.
+            weights: Backend tag to weight; each at least 0, together 1.
+
+        Raises:
+            errors.InvalidArgument: The endpoint or a backend is unknown, or a weight is wrong.
+        """
+        self._check_open()
+        self._run(self._runner.controller.set_traffic(name, validate_weights(weights)))
+
+    def shadow_traffic(self, name: str, tag: str, proportion: float) -> None:
+        """Send copies of an endpoint's calls to a backend, off the callers' path; 0 ends it.
+
+        Args:
+            name: The endpoint.
+            tag: The backend that gets the copies. What it answers is dropped.
+            proportion: The share of calls to copy, from 0 to 1.
+
+        Raises:
+            errors.InvalidArgument: The endpoint or the backend is unknown, or the proportion is wrong.
+        """
+        self._check_open()
+        self._run(self._runner.controller.shadow_traffic(name, tag, validate_proportion(proportion)))
+
+    # -- calls ---------------------------------------------------------------------------------------------------------
+
+    @overload
+    def get_handle(self, name: str, sync: Literal[True] = True) -> Handle: ...
+    @overload
+    def get_handle(self, name: str, sync: Literal[False]) -> AsyncHandle: ...
+
+    def get_handle(self, name: str, sync: bool = True) -> Handle | AsyncHandle:
+        """A handle to an endpoint: for blocking code, or with ``sync=False`` for coroutines.
+
+        Raises:
+            errors.EndpointNotFound: There is no such endpoint.
+        """
+        self._check_open()
+        if name not in self._client.snapshot.endpoints:
+            known = ", ".join(map(repr, self._client.snapshot.endpoints)) or "none"
+            raise EndpointNotFound(f"there is no endpoint {name!r}; the endpoints are: {known}")
+        return make_handle(self._id, self._adapter.name, self._adapter.control_address, name, sync=sync)
+
+    def get(self, ref: Ref | Sequence[Ref], timeout: float | None = None) -> Any:
+        """The result of a ref, or the list of the results of several.
+
+        Args:
+            ref: One ref or a list of them.
+            timeout: Seconds for all of them together, or None.
+
+        Raises:
+            errors.DeadlineExceeded: They did not come in time.
+            BaseException: Whatever a call raised.
+        """
+        return refs.get(ref, timeout)
+
+    def wait(
+        self, pending: Sequence[Ref], num_returns: int = 1, timeout: float | None = None
+    ) -> tuple[list[Ref], list[Ref]]:
+        """Wait until some refs have settled: ``(ready, not_ready)``, at most ``num_returns`` of them in ``ready``."""
+        return refs.wait(pending, num_returns, timeout)
+
+    # -- HTTP ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def http_url(self) -> str | None:
+        """The base URL of the ingress, or None until the first endpoint with a route (and where there is none)."""
+        self._check_open()
+        return self._runner.controller.http_url() if self._runner.started else None
+
+    @property
+    def asgi(self) -> Any:
+        """The ingress as an ASGI application, to mount in another one (on an asyncio server)."""
+        self._check_open()
+        from .ingress import Ingress, wrap_middlewares
+
+        http = self._http
+        ingress = Ingress(
+            self._client,
+            max_body_bytes=http.max_body_bytes,
+            request_timeout_s=http.request_timeout_s,
+            debug=http.debug,
+        )
+        return wrap_middlewares(ingress, http.middlewares, http.debug)
+
+    # -- life ----------------------------------------------------------------------------------------------------------
+
+    def statistics(self) -> dict[str, Any]:
+        """What runs and what this process's callers counted, by backend and by endpoint."""
+        return self._run(self._runner.controller.statistics())
+
+    def shutdown(self, timeout_s: float = 5.0) -> None:
+        """Stop taking calls, let those in flight finish, end every worker and release everything (idempotent).
+
+        Args:
+            timeout_s: Seconds that calls in flight get; then their workers are killed and the calls fail.
+        """
+        if self._pid != os.getpid():
+            return  # a forked copy owns nothing
+        with self._shutdown_lock:
+            if self._closed:
+                return
+            self._closed = True
+            try:
+                self._runner.stop(timeout_s)
+            finally:
+                unregister_connector(self._id)
+                atexit.unregister(self._at_exit)
+
+    def __enter__(self) -> Engine:
+        """Start; errors of the adapter show here."""
+        self._runner.wait_started()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Shut down; at once if an exception is on its way."""
+        self.shutdown(0.0 if kind is not None else 5.0)
+
+    async def __aenter__(self) -> Engine:
+        """Start without blocking the event loop."""
+        from anyio import to_thread
+
+        await to_thread.run_sync(self._runner.wait_started)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Shut down without blocking the event loop."""
+        from anyio import CancelScope, to_thread
+
+        with CancelScope(shield=True):
+            await to_thread.run_sync(self.shutdown, 0.0 if kind is not None else 5.0)
+
+    def _at_exit(self) -> None:
+        self.shutdown(0.0)
+
+    def _check_open(self) -> None:
+        if self._pid != os.getpid():
+            raise EngineClosed(
+                "this engine belongs to the process that this one was forked from: create an engine here, "
+                "or pass a handle on pickled"
+            )
+        if self._closed:
+            raise EngineClosed("the engine was shut down: create a new one")
+
+    def _run(self, operation: Coroutine[Any, Any, _T]) -> _T:
+        try:
+            self._check_open()
+            check_may_block("a control call of the engine")
+        except BaseException:
+            operation.close()
+            raise
+        return self._runner.run(operation)
+
+    def _validate_server_options(self) -> None:
+        if self._http.server_options:
+            from .ingress_server import load_server
+
+            load_server("hypercorn").validate(self._http)
+        if self._http.middlewares:
+            dumps_by_value(list(self._http.middlewares), "http_options: middlewares")
+
+
+class _Runner:
+    """The controller's thread. It starts at once and gets the adapter ready while the application goes on."""
+
+    def __init__(self, engine_id: str, adapter: Adapter, client: Client, http: HTTPOptions) -> None:
+        self.controller: Controller
+        self._startup: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._loop = asyncio.new_event_loop()
+        self._stop = asyncio.Event()
+        # The thread must outlive every worker: a child's death signal is bound to the thread that started it.
+        self._thread = threading.Thread(
+            target=self._main, args=(engine_id, adapter, client, http), name=f"engine-{engine_id}", daemon=True
+        )
+        self._thread.start()
+
+    @property
+    def started(self) -> bool:
+        """Whether the adapter is ready."""
+        return self._startup.done() and self._startup.exception() is None
+
+    def wait_started(self) -> None:
+        """Wait for the adapter; raises what kept it from starting."""
+        self._startup.result()
+
+    def run(self, operation: Coroutine[Any, Any, _T]) -> _T:
+        """Run a coroutine on the controller's loop and wait for it."""
+        try:
+            self.wait_started()
+        except BaseException:
+            operation.close()
+            raise
+        future = asyncio.run_coroutine_threadsafe(operation, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def stop(self, grace_s: float) -> None:
+        """Shut the controller down and end the thread."""
+        try:
+            if self.started:
+                future = asyncio.run_coroutine_threadsafe(self.controller.shutdown(grace_s), self._loop)
+                future.result(grace_s + _SHUTDOWN_MARGIN_S)
+        finally:
+            self._loop.call_soon_threadsafe(self._stop.set)
+            self._thread.join()
+
+    def _main(self, engine_id: str, adapter: Adapter, client: Client, http: HTTPOptions) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_until_complete(self._serve(engine_id, adapter, client, http))
+        finally:
+            pending = asyncio.all_tasks(self._loop)
+            for task in pending:
+                task.cancel()
+            self._loop.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
+            asyncio.set_event_loop(None)
+            self._loop.close()
+
+    async def _serve(self, engine_id: str, adapter: Adapter, client: Client, http: HTTPOptions) -> None:
+        try:
+            self.controller = Controller(engine_id, adapter, client, http)
+            await self.controller.start()
+        except BaseException as error:
+            client.close()
+            self._startup.set_exception(error)
+        else:
+            self._startup.set_result(None)
+        await self._stop.wait()
+
+
+def _check_name(value: Any, field: str) -> None:
+    if not isinstance(value, str) or not value:
+        raise InvalidArgument(f"{field} must be a non-empty str, not {value!r}")
+
+
+def _checked_methods(methods: Any) -> tuple[str, ...]:
+    if isinstance(methods, str) or not isinstance(methods, (list, tuple, set, frozenset)) or not methods:
+        raise InvalidArgument(f'methods must be a list of HTTP verbs such as ["GET"], not {methods!r}')
+    for verb in methods:
+        if not isinstance(verb, str) or verb.upper() not in _VERBS:
+            raise InvalidArgument(f"methods: every verb must be one of {', '.join(_VERBS)}, not {verb!r}")
+    return tuple(dict.fromkeys(verb.upper() for verb in methods))

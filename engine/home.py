@@ -1,0 +1,111 @@
+"""Where a caller lives: on an event loop, or among threads. It says how its channels are read and runs its timers."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import asyncio
+
+__all__ = ["Home", "LoopHome", "ThreadHome", "Timer"]
+
+
+class Timer(Protocol):
+    """Something that will happen."""
+
+    def cancel(self) -> None:
+        """Make it not happen (idempotent)."""
+
+
+class Home(Protocol):
+    """Where a caller's channels are read and its timers run."""
+
+    on_loop: bool
+
+    def call_later(self, delay_s: float, function: Callable[..., object], *args: Any) -> Timer:
+        """Call a function that neither blocks nor raises after this many seconds."""
+
+    def close(self) -> None:
+        """Drop the timers."""
+
+
+class LoopHome:
+    """A caller used by the tasks of one asyncio loop, on its thread."""
+
+    on_loop = True
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+
+    def call_later(self, delay_s: float, function: Callable[..., object], *args: Any) -> Timer:
+        """See `Home.call_later`."""
+        return self._loop.call_later(delay_s, function, *args)
+
+    def close(self) -> None:
+        """Nothing to do: the timers go with the loop."""
+
+
+class _Entry:
+    __slots__ = ("args", "function")
+
+    def __init__(self, function: Callable[..., object], args: tuple[Any, ...]) -> None:
+        self.function: Callable[..., object] | None = function
+        self.args = args
+
+    def cancel(self) -> None:
+        self.function = None
+
+
+class ThreadHome:
+    """A caller used by any number of threads. Its timers run on one daemon thread that starts with the first."""
+
+    on_loop = False
+
+    def __init__(self, name: str = "engine-timers") -> None:
+        self._name = name
+        self._changed = threading.Condition()  # guards the rest
+        self._heap: list[tuple[float, int, _Entry]] = []
+        self._order = itertools.count()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    def call_later(self, delay_s: float, function: Callable[..., object], *args: Any) -> Timer:
+        """See `Home.call_later`."""
+        entry = _Entry(function, args)
+        with self._changed:
+            if self._closed:
+                return entry
+            heapq.heappush(self._heap, (time.monotonic() + delay_s, next(self._order), entry))
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                self._thread.start()
+            elif self._heap[0][2] is entry:
+                self._changed.notify()
+        return entry
+
+    def close(self) -> None:
+        """End the thread; no timer fires any more (idempotent)."""
+        with self._changed:
+            self._closed = True
+            self._heap.clear()
+            self._changed.notify()
+            thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not self._heap or self._heap[0][0] > time.monotonic():
+                    if self._closed:
+                        return
+                    self._changed.wait(self._heap[0][0] - time.monotonic() if self._heap else None)
+                _, _, entry = heapq.heappop(self._heap)
+            function = entry.function
+            if function is not None:
+                function(*entry.args)

@@ -1,0 +1,118 @@
+"""The ingress workers of one engine: how many there should be on each node, and the address they share."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from .adapter import Adapter, Listen, WorkerSpec
+from .config import HTTPOptions
+from .ingress_server import load_server
+from .serialization import dumps_by_value
+
+if TYPE_CHECKING:
+    from .workers import Worker, Workers
+
+__all__ = ["IngressFleet"]
+
+_START_TIMEOUT_S = 60.0
+_SERVER = "hypercorn"
+
+
+class IngressFleet:
+    """Starts, replaces and stops ingress workers; runs on the controller's loop.
+
+    Args:
+        engine_id: For the workers to attach to.
+        adapter: Binds the address and runs the workers.
+        workers: Keeps them.
+        http: How many, and where.
+    """
+
+    def __init__(self, engine_id: str, adapter: Adapter, workers: Workers, http: HTTPOptions) -> None:
+        self._engine_id = engine_id
+        self._adapter = adapter
+        self._workers = workers
+        self._http = http
+        self._listen = Listen(http.host, http.port, int(http.server_options.get("backlog", 1024)))
+        self._lock = asyncio.Lock()
+        self._running: dict[str, list[Worker]] = {}  # by node
+        self._wanted = False
+        self._count = 0
+
+    async def ensure_started(self) -> None:
+        """Have every ingress running (idempotent); returns when all of them serve.
+
+        Raises:
+            errors.InvalidArgument: The address cannot be bound, or an option of the server is wrong.
+            errors.BackendStartError: An ingress did not become ready.
+        """
+        if self._http.serves:
+            self._wanted = True
+            await self.refill()
+
+    async def refill(self) -> None:
+        """Start the ingresses that are missing."""
+        if not self._wanted:
+            return
+        async with self._lock:
+            nodes = self._adapter.nodes()
+            for node in nodes if self._http.location == "EveryNode" else nodes[:1]:
+                running = self._running.setdefault(node.node_id, [])
+                missing = self._http.workers - len(running)
+                started = await asyncio.gather(
+                    *[self._start(node.node_id) for _ in range(missing)], return_exceptions=True
+                )
+                running += [worker for worker in started if not isinstance(worker, BaseException)]
+                for outcome in started:
+                    if isinstance(outcome, BaseException):
+                        raise outcome
+
+    def forget(self, worker: Worker) -> bool:
+        """A worker died; returns whether it was an ingress."""
+        for running in self._running.values():
+            if worker in running:
+                running.remove(worker)
+                return True
+        return False
+
+    async def stop(self, grace_s: float) -> None:
+        """Let every ingress finish what it serves and leave."""
+        self._wanted = False
+        workers = [worker for running in self._running.values() for worker in running]
+        self._running.clear()
+        await asyncio.gather(*[self._workers.drain(worker, grace_s) for worker in workers])
+
+    def url(self) -> str | None:
+        """The base URL, once an ingress runs."""
+        if not any(self._running.values()):
+            return None
+        bound = self._adapter.bound(self._listen)
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(bound.host, bound.host)
+        scheme = "https" if self._http.server_options.get("certfile") else "http"
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{bound.port}"
+
+    async def _start(self, node_id: str) -> Worker:
+        from .ingress_worker import IngressSpec
+
+        self._count += 1
+        worker_id = f"ingress#{self._count}"
+        spec = IngressSpec(
+            engine_id=self._engine_id,
+            adapter_control_address=self._adapter.control_address,
+            options=self._http,
+            worker_id=worker_id,
+            server=_SERVER,
+        )
+        return await self._workers.start(
+            WorkerSpec(
+                worker_id=worker_id,
+                name=f"ingress.{self._count}",
+                entry="engine.ingress_worker:main",
+                payload=dumps_by_value(spec, "http_options"),
+                preload=("engine.ingress_worker", *load_server(_SERVER).preload),
+                node_id=node_id,
+                listen=self._listen,
+            ),
+            _START_TIMEOUT_S,
+        )

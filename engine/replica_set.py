@@ -1,0 +1,135 @@
+"""The replicas of one backend as one caller sees them, and the calls that wait for one of them.
+
+Not thread-safe: the caller that owns it holds its lock. Nothing here does I/O or reads a clock; times are passed in.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Iterator
+
+from .adapter import Channel
+from .errors import NoReplica, Overloaded
+from .slot import Slot
+from .snapshot import BackendEntry
+
+__all__ = ["ReplicaSet", "Target"]
+
+_random = random.random
+
+
+class Target:
+    """One replica as one caller sees it.
+
+    ``in_flight`` is what this caller has there, ``elsewhere`` what all others had there when it last answered.
+    """
+
+    __slots__ = ("address", "blocked_until", "channel", "elsewhere", "gone", "in_flight", "replica_id", "replica_set")
+
+    def __init__(self, replica_id: str, address: str, replica_set: ReplicaSet) -> None:
+        self.replica_id = replica_id
+        self.address = address
+        self.replica_set = replica_set
+        self.channel: Channel | None = None
+        self.in_flight = 0
+        self.elsewhere = 0
+        self.blocked_until = 0.0  # it refused, or could not be reached: not before this time
+        self.gone = False  # no longer in the snapshot: finish what is in flight, then close
+
+    def __repr__(self) -> str:
+        state = "gone" if self.gone else "blocked" if self.blocked_until else "open"
+        return f"<Target {self.replica_id} {state} in_flight={self.in_flight} elsewhere={self.elsewhere}>"
+
+
+class ReplicaSet:
+    """Places calls on replicas, or queues them while all are full."""
+
+    def __init__(self, entry: BackendEntry) -> None:
+        self.tag = entry.tag
+        self.targets: dict[str, Target] = {}
+        self.waiting: deque[Slot] = deque()
+        self.retry_scheduled = False  # the caller's timer will look at `waiting` again
+        self._open: list[Target] = []
+        self.apply(entry)
+
+    def __repr__(self) -> str:
+        return f"<ReplicaSet {self.tag} targets={self._open} waiting={len(self.waiting)}>"
+
+    def apply(self, entry: BackendEntry) -> list[Target]:
+        """Take a newer picture of the backend; returns the targets that left it."""
+        self.limit = entry.max_concurrent_queries
+        self.max_queued = entry.max_queued_requests
+        self.expecting = entry.expecting
+        listed = {replica.replica_id: replica for replica in entry.replicas}
+        left = [target for key, target in self.targets.items() if key not in listed]
+        for target in left:
+            target.gone = True
+            del self.targets[target.replica_id]
+        for key, replica in listed.items():
+            if key not in self.targets:
+                self.targets[key] = Target(key, replica.address, self)
+        self._open = list(self.targets.values())
+        return left
+
+    def place(self, slot: Slot, now: float) -> Target | None:
+        """Give a call to a replica, or queue it (None).
+
+        Raises:
+            Overloaded: The queue is full.
+            NoReplica: There is no replica and none is expected.
+        """
+        if not self.waiting:
+            target = self.choose(now)
+            if target is not None:
+                target.in_flight += 1
+                return target
+        if not self._open and not self.expecting:
+            raise NoReplica(f"backend {self.tag!r} has no replica; see the log for why it could not be replaced")
+        if self.max_queued is not None and len(self.waiting) >= self.max_queued:
+            raise Overloaded(
+                f"backend {self.tag!r}: all of its {len(self._open)} replicas are full and "
+                f"{len(self.waiting)} calls of this caller wait already (max_queued_requests={self.max_queued}); "
+                "retry later or raise num_replicas"
+            )
+        self.waiting.append(slot)
+        return None
+
+    def next_placements(self, now: float) -> Iterator[tuple[Slot, Target]]:
+        """Take from the queue what can be placed now, in order."""
+        while self.waiting:
+            target = self.choose(now)
+            if target is None:
+                return
+            target.in_flight += 1
+            yield self.waiting.popleft(), target
+
+    def choose(self, now: float) -> Target | None:
+        """The less busy of two replicas picked at random; any with room if neither has it.
+
+        Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing" (2001).
+        """
+        targets = self._open
+        count = len(targets)
+        if count == 1:
+            return targets[0] if self._has_room(targets[0], now) else None
+        if count == 0:
+            return None
+        first = int(_random() * count)
+        second = int(_random() * (count - 1))
+        one, other = targets[first], targets[second + (second >= first)]
+        if other.in_flight + other.elsewhere < one.in_flight + one.elsewhere:
+            one, other = other, one
+        if self._has_room(one, now):
+            return one
+        if self._has_room(other, now):
+            return other
+        free = [target for target in targets if self._has_room(target, now)]
+        return min(free, key=lambda target: target.in_flight + target.elsewhere) if free else None
+
+    def _has_room(self, target: Target, now: float) -> bool:
+        if target.blocked_until:
+            if now < target.blocked_until:
+                return False
+            target.blocked_until = 0.0
+        return target.in_flight < self.limit
