@@ -1,0 +1,155 @@
+"""Replicas inside the calling process: the reference adapter, for unit tests and debugging.
+
+Every worker is a daemon thread. Arguments and results are pickled as for any other adapter, so that a test that passes
+here passes with processes. What a thread cannot have (its own processors, devices or environment) is refused by name
+in one log line.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from engine.adapter import (
+    AdapterEvents,
+    Channel,
+    ChannelClosed,
+    ChannelListener,
+    Listen,
+    Node,
+    WorkerExit,
+    WorkerSpec,
+)
+from engine_wire.listening import ListeningSockets
+
+from .channel import connect
+from .host import InlineHost
+
+__all__ = ["InlineAdapter"]
+
+_logger = logging.getLogger("engine.inline")
+_JOIN_S = 1.0
+
+
+class InlineAdapter:
+    """Runs workers as threads of this process."""
+
+    name = "inline"
+    shares_process = True
+
+    def __init__(self) -> None:
+        self.control_address = "inline:controller"
+        self._hosts: dict[str, InlineHost] = {}  # the controller's loop adds and removes; others only look up
+        self._sockets = ListeningSockets()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._events: AdapterEvents | None = None
+
+    # -- workers -----------------------------------------------------------------------------------------------------
+
+    async def start(self, engine_id: str, events: AdapterEvents) -> None:
+        """See `engine.adapter.Adapter.start`."""
+        self._loop = asyncio.get_running_loop()
+        self._events = events
+
+    async def start_worker(self, spec: WorkerSpec) -> None:
+        """See `engine.adapter.Adapter.start_worker`."""
+        needs = spec.resources
+        ignored = [name for name, given in (("num_gpus", needs.num_gpus), ("env_vars", needs.env_vars)) if given]
+        if ignored or needs.other:
+            _logger.info("%s: the inline adapter ignores %s", spec.name, ", ".join([*ignored, *needs.other]))
+        sockets = [self._sockets.get(spec.listen)] if spec.listen is not None else []
+        host = self._hosts[spec.worker_id] = InlineHost(spec, self, sockets)
+        host.thread.start()
+
+    def tell(self, worker_id: str, body: Any) -> None:
+        """See `engine.adapter.Adapter.tell`."""
+        host = self._hosts.get(worker_id)
+        if host is not None:
+            host.hear(body)
+
+    def kill_worker(self, worker_id: str) -> None:
+        """See `engine.adapter.Adapter.kill_worker`: the worker counts as gone now, its thread ends when it can."""
+        host = self._hosts.get(worker_id)
+        if host is not None:
+            host.kill()
+            self.worker_left(host, "was killed")
+
+    def bound(self, listen: Listen) -> Listen:
+        """See `engine.adapter.Adapter.bound`."""
+        return self._sockets.bound(listen)
+
+    def nodes(self) -> tuple[Node, ...]:
+        """See `engine.adapter.Adapter.nodes`."""
+        return (Node(f"process-{os.getpid()}", "127.0.0.1"),)
+
+    async def stop(self) -> None:
+        """See `engine.adapter.Adapter.stop`."""
+        hosts = list(self._hosts.values())
+        for host in hosts:
+            host.kill()
+        self._hosts.clear()
+        for host in hosts:
+            await asyncio.to_thread(host.thread.join, _JOIN_S)
+        self._sockets.close()
+
+    # -- channels ----------------------------------------------------------------------------------------------------
+
+    def open_channel(self, address: str, listener: ChannelListener, *, on_loop: bool) -> Channel:
+        """See `engine.adapter.Adapter.open_channel`."""
+        host = self._hosts.get(address.removeprefix("inline:"))
+        if host is None or host.killed or host.service is None:
+            raise ChannelClosed(f"nobody answers at {address}")
+        deliver = _deliver_on(asyncio.get_running_loop()) if on_loop else _deliver_here
+        channel, far = connect(listener, deliver, host.service, host.mailbox)
+        host.add_channel(far)
+        return channel
+
+    def close(self) -> None:
+        """See `engine.adapter.Adapter.close`; nothing to release."""
+
+    # -- what the hosts say, on their threads ------------------------------------------------------------------------
+
+    def worker_said(self, host: InlineHost, body: Any) -> None:
+        """Pass a worker's message to the controller."""
+        if not host.killed:
+            self._report(lambda events: events.worker_said(host.worker_id, body))
+
+    def worker_left(self, host: InlineHost, reason: str) -> None:
+        """A worker's thread ended, or the worker was killed."""
+
+        def report(events: AdapterEvents) -> None:
+            if self._hosts.get(host.worker_id) is host:
+                del self._hosts[host.worker_id]
+                events.worker_exited(WorkerExit(host.worker_id, reason))
+
+        self._report(report)
+
+    def _report(self, say: Callable[[AdapterEvents], None]) -> None:
+        assert self._loop is not None and self._events is not None
+        try:
+            self._loop.call_soon_threadsafe(say, self._events)
+        except RuntimeError:
+            pass  # the engine is closed
+
+
+def _deliver_here(function: Callable[[], object]) -> None:
+    function()
+
+
+def _deliver_on(loop: asyncio.AbstractEventLoop) -> Callable[[Callable[[], object]], None]:
+    home = threading.get_ident()
+
+    def deliver(function: Callable[[], object]) -> None:
+        if threading.get_ident() == home:
+            loop.call_soon(function)
+            return
+        try:
+            loop.call_soon_threadsafe(function)
+        except RuntimeError:
+            pass  # the caller's loop is closed: nobody listens
+
+    return deliver

@@ -1,0 +1,105 @@
+"""Channels inside one process: the caller's end and the worker's end of a pair.
+
+The worker's end delivers through the worker's mailbox; the caller's end through the caller's loop, or straight in the
+worker's thread for callers that are threads. Messages are the same immutable tuples that a socket would carry.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+from collections.abc import Callable
+from typing import Any
+
+from engine.adapter import Channel, ChannelClosed, ChannelListener
+from engine.messages import Message
+
+__all__ = ["InlineChannel", "Mailbox"]
+
+
+class Mailbox:
+    """What comes in for one worker: functions to run on its thread, in order. Any thread may post."""
+
+    def __init__(self) -> None:
+        self._items: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def bind(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Deliver on this loop from now on, starting with what came before. Called on the loop's thread."""
+        self._loop = loop
+        while not self._items.empty():
+            item = self._items.get()
+            if item is not None:
+                loop.call_soon(item)
+
+    def post(self, item: Callable[[], object] | None) -> None:
+        """Run a function on the worker's thread; None only wakes it."""
+        loop = self._loop
+        if loop is None:
+            self._items.put(item)
+        elif item is not None:
+            try:
+                loop.call_soon_threadsafe(item)
+            except RuntimeError:
+                pass  # the worker has ended
+
+    def run_pending(self, timeout_s: float | None) -> None:
+        """Run what is there, waiting at most this long for the first of it."""
+        try:
+            item = self._items.get(timeout_s is None or timeout_s > 0, timeout_s)
+        except queue.Empty:
+            return
+        while True:
+            if item is not None:
+                item()
+            try:
+                item = self._items.get_nowait()
+            except queue.Empty:
+                return
+
+
+class InlineChannel:
+    """One end of a pair. ``deliver`` runs a function where this end's listener wants to be called."""
+
+    def __init__(self, listener: ChannelListener, deliver: Callable[[Callable[[], object]], None]) -> None:
+        self.peer: InlineChannel
+        self.closed = False
+        self._listener = listener
+        self._deliver = deliver
+
+    def send(self, message: Message) -> None:
+        """See `engine.adapter.Channel.send`."""
+        peer = self.peer
+        if self.closed or peer.closed:
+            raise ChannelClosed("the peer is gone")
+        peer._deliver(lambda: None if peer.closed else peer._listener.received(peer, message))
+
+    def watch(self) -> None:
+        """See `engine.adapter.Channel.watch`; nothing to do."""
+
+    def drive(self, done: Callable[[], bool], timeout_s: float | None) -> bool:
+        """See `engine.adapter.Channel.drive`; messages deliver themselves."""
+        return False
+
+    def close(self) -> None:
+        """See `engine.adapter.Channel.close`."""
+        if not self.closed:
+            self.closed = True
+            peer = self.peer
+            peer._deliver(lambda: peer.lose("the peer closed the channel"))
+
+    def lose(self, reason: str) -> None:
+        """Close this end because the other one is gone."""
+        if not self.closed:
+            self.closed = True
+            self._listener.lost(self, reason)
+
+
+def connect(
+    caller: ChannelListener, deliver: Callable[[Callable[[], object]], None], service: ChannelListener, mailbox: Any
+) -> tuple[Channel, InlineChannel]:
+    """Make a pair: the caller's end and the worker's end."""
+    near = InlineChannel(caller, deliver)
+    far = InlineChannel(service, mailbox.post)
+    near.peer, far.peer = far, near
+    return near, far

@@ -1,0 +1,156 @@
+"""A worker that is a thread of the engine's own process."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from engine.adapter import Adapter, Service, WorkerSpec
+from engine.control import Ready
+
+from .channel import InlineChannel, Mailbox
+
+if TYPE_CHECKING:
+    import socket
+
+    from .adapter import InlineAdapter
+
+__all__ = ["InlineHost"]
+
+_logger = logging.getLogger("engine.inline")
+
+
+class InlineHost:
+    """Runs a worker's entry on a daemon thread.
+
+    Killing a thread is impossible: `kill` makes the worker deaf and lets its thread end when user code returns. Its
+    callers learn of it at once.
+
+    Args:
+        spec: What to run.
+        adapter: Where it came from.
+        sockets: The bound sockets of ``spec.listen``.
+    """
+
+    def __init__(self, spec: WorkerSpec, adapter: InlineAdapter, sockets: list[socket.socket]) -> None:
+        self.worker_id = spec.worker_id
+        self.service: Service | None = None
+        self.mailbox = Mailbox()
+        self.killed = False
+        self._spec = spec
+        self._adapter = adapter
+        self._sockets = sockets
+        self._lock = threading.Lock()  # guards the next three
+        self._channels: list[InlineChannel] = []
+        self._handler: Callable[[Any], None] | None = None
+        self._unheard: deque[Any] = deque()
+        self._changed: asyncio.Event | None = None
+        self.thread = threading.Thread(target=self._run, name=f"engine-{spec.name}", daemon=True)
+
+    # -- WorkerHost --------------------------------------------------------------------------------------------------
+
+    def tell(self, body: Any) -> None:
+        """See `engine.adapter.WorkerHost.tell`."""
+        self._adapter.worker_said(self, body)
+
+    def adapter(self) -> Adapter:
+        """See `engine.adapter.WorkerHost.adapter`."""
+        return self._adapter
+
+    def listen_sockets(self) -> list[Any]:
+        """See `engine.adapter.WorkerHost.listen_sockets`."""
+        return self._sockets
+
+    def on_control(self, handler: Callable[[Any], None]) -> None:
+        """See `engine.adapter.WorkerHost.on_control`; the handler runs on the controller's thread."""
+        with self._lock:
+            self._handler = handler
+            unheard, self._unheard = self._unheard, deque()
+        for body in unheard:
+            handler(body)
+
+    def serve(self, service: Service) -> None:
+        """See `engine.adapter.WorkerHost.serve`."""
+        self.service = service
+        if service.on_loop:
+            asyncio.run(self._serve_on_loop(service))
+            return
+        service.attach(self)
+        self.tell(Ready(f"inline:{self.worker_id}"))
+        wait: float | None = None
+        while not (service.finished() or self.killed):
+            self.mailbox.run_pending(wait)
+            wait = service.run_next()
+
+    async def _serve_on_loop(self, service: Service) -> None:
+        self._changed = asyncio.Event()
+        self.mailbox.bind(asyncio.get_running_loop())
+        service.attach(self)
+        self.tell(Ready(f"inline:{self.worker_id}"))
+        while not (service.finished() or self.killed):
+            await self._changed.wait()
+            self._changed.clear()
+
+    # -- ServiceHost -------------------------------------------------------------------------------------------------
+
+    def wake(self) -> None:
+        """See `engine.adapter.ServiceHost.wake`."""
+        self.mailbox.post(self._changed.set if self._changed is not None else None)
+
+    def poll(self, timeout_s: float | None) -> None:
+        """See `engine.adapter.ServiceHost.poll`."""
+        self.mailbox.run_pending(timeout_s)
+
+    def open_channels(self) -> int:
+        """See `engine.adapter.ServiceHost.open_channels`."""
+        with self._lock:
+            self._channels = [channel for channel in self._channels if not channel.closed]
+            return len(self._channels)
+
+    # -- the adapter's side ------------------------------------------------------------------------------------------
+
+    def hear(self, body: Any) -> None:
+        """Pass a control message to the worker."""
+        with self._lock:
+            handler = self._handler
+            if handler is None:
+                self._unheard.append(body)
+                return
+        handler(body)
+
+    def add_channel(self, channel: InlineChannel) -> None:
+        """A caller connected."""
+        with self._lock:
+            self._channels.append(channel)
+
+    def kill(self) -> None:
+        """Make the worker deaf and let its thread end as soon as it can; its callers lose their channels now."""
+        self.killed = True
+        self._hang_up("was killed")
+        self.wake()
+
+    def _hang_up(self, reason: str) -> None:
+        with self._lock:
+            channels, self._channels = self._channels, []
+        for channel in channels:
+            if not channel.closed:
+                channel.closed = True
+                peer = channel.peer
+                peer._deliver(lambda peer=peer: peer.lose(reason))  # type: ignore[misc]
+
+    def _run(self) -> None:
+        reason = "left"
+        try:
+            module, _, name = self._spec.entry.partition(":")
+            getattr(importlib.import_module(module), name)(self, self._spec.payload)
+        except BaseException as error:
+            reason = f"failed with {type(error).__name__}: {error}"
+            _logger.exception("%s failed", self._spec.name)
+        self._hang_up(reason)
+        self._adapter.worker_left(self, reason)
+
