@@ -1,11 +1,11 @@
 """An embeddable multiprocessing engine: functions and classes as replicas, called through handles or over HTTP.
 
-    >>> from engine import Engine
-    >>> with Engine() as engine:
-    ...     engine.create_backend("double", lambda request: 2 * request.data)
-    ...     engine.create_endpoint("double", backend="double")
-    ...     engine.get_handle("double").call(21)
-    42
+>>> from engine import Engine
+>>> with Engine() as engine:
+...     engine.create_backend("double", lambda request: 2 * request.data)
+...     engine.create_endpoint("double", backend="double")
+...     engine.get_handle("double").call(21)
+42
 """
 
 from . import errors

@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 
-class ChannelClosed(Exception):  # noqa: N818 - internal signal, translated before it reaches a user
+class ChannelClosed(Exception):
     """The channel can take no more messages."""
 
 
@@ -254,6 +254,16 @@ class ServiceHost(Protocol):
 
     def poll(self, timeout_s: float | None) -> None:
         """Blocking services only, from within `Service.run_next`: read what comes within this time."""
+
+    def step_out(self) -> None:
+        """Blocking services only: the service's thread is about to run user code.
+
+        Until `step_in`, another thread may deliver messages to the service, so that calls are refused and
+        cancellations heard while user code takes long.
+        """
+
+    def step_in(self) -> None:
+        """Blocking services only: user code returned; no other thread touches the service any more."""
 
     def open_channels(self) -> int:
         """How many callers are connected."""

@@ -154,6 +154,7 @@ class Caller:
                     tag: {
                         "queued": len(replica_set.waiting),
                         "in_flight": sum(target.in_flight for target in replica_set.targets.values()),
+                        "dropped_copies": replica_set.dropped_copies,
                     }
                     for tag, replica_set in self._router.replica_sets.items()
                 },
@@ -302,8 +303,10 @@ class Caller:
         with self._lock:
             replica_set = target.replica_set
             target.in_flight -= 1
-            if load is not None:
-                target.elsewhere = max(0, load - target.in_flight)
+            if load is not None and load > target.in_flight:
+                target.elsewhere, target.elsewhere_at = load - target.in_flight, time.monotonic()
+            else:
+                target.elsewhere = 0
             if refused:
                 target.blocked_until = time.monotonic() + _RETRY_S
             else:
@@ -322,13 +325,17 @@ class Caller:
         with self._lock:
             slot.channel, slot.replica = None, None
             stays = self._router.replica_sets.get(replica_set.tag) is replica_set
-            if stays:
+            full = replica_set.overloaded() if stays else None
+            if stays and full is None:
                 replica_set.waiting.appendleft(slot)
                 slot.pool = replica_set
                 self._schedule_retry(replica_set, _RETRY_S)
                 ready = list(replica_set.next_placements(time.monotonic()))
         if not stays:
             self._resubmit(slot)
+            return
+        if full is not None:
+            slot.fail(full)
             return
         for queued, chosen in ready:
             self._send(queued, chosen)
@@ -346,7 +353,8 @@ class Caller:
             with self._lock:
                 target = replica_set.choose(time.monotonic())
                 if target is None:
-                    return  # a copy never waits: it would hold memory for nobody
+                    replica_set.dropped_copies += 1  # a copy never waits: it would hold memory for nobody
+                    return
                 target.in_flight += 1
                 copy.pool = replica_set
         except EngineError:

@@ -12,12 +12,10 @@ import threading
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from .adapter import Adapter, Channel, ChannelClosed
+from .adapter import Adapter, ChannelClosed
 from .caller import Caller
-from .control import Applied, Publish, Subscribe
 from .errors import EngineClosed, EngineError
 from .home import LoopHome, ThreadHome
-from .messages import Control, Message
 from .snapshot import RoutingSnapshot
 
 if TYPE_CHECKING:
@@ -70,8 +68,11 @@ class Client:
         self._threads: Caller | None = None
         self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Caller] = weakref.WeakKeyDictionary()
         self._closed = False
+
+    def register(self) -> None:
+        """Let `find` find it, now that a snapshot rules."""
         with _lock:
-            _clients[engine_id] = self
+            _clients[self.engine_id] = self
 
     @staticmethod
     def find(engine_id: str) -> Client | None:
@@ -89,23 +90,27 @@ class Client:
         Raises:
             errors.EngineClosed: The engine cannot be reached.
         """
+        from .subscription import Subscription
+
         with _attaching:
             known = cls.find(engine_id)
             if known is not None:
                 return known
             client = cls(engine_id, adapter)
-            subscription = _Subscription(client)
+            subscription = Subscription(client)
             try:
                 channel = adapter.open_channel(control_address, subscription, on_loop=False)
-                channel.send(Control(Subscribe(ingress, worker_id)))
-                channel.watch()
+                subscription.begin(channel, ingress=ingress, worker_id=worker_id)
             except ChannelClosed as error:
                 client.close()
-                raise EngineClosed(f"the engine of this handle cannot be reached: {error}") from error
+                raise EngineClosed(
+                    f"the engine of this handle was shut down, or cannot be reached from here: {error}"
+                ) from error
             if not subscription.first.wait(_ATTACH_TIMEOUT_S) or client._closed:
                 channel.close()
                 client.close()
                 raise EngineClosed(f"the engine of this handle did not answer within {_ATTACH_TIMEOUT_S:g} s")
+            client.register()
             return client
 
     @classmethod
@@ -135,10 +140,9 @@ class Client:
         loop = asyncio.get_running_loop()
         caller = self._loops.get(loop)
         if caller is None or self.pid != os.getpid():
+            self._drop_closed_loops()
             with self._lock:
                 self._check_open()
-                for old in [known for known in self._loops if known.is_closed()]:
-                    self._loops.pop(old).close()
                 caller = self._loops[loop] = Caller(self._adapter, LoopHome(loop), self._current)
         return caller
 
@@ -149,6 +153,7 @@ class Client:
         if snapshot.version <= self.snapshot.version:
             return
         self.snapshot = snapshot
+        self._drop_closed_loops()
         with self._lock:
             threads, loops = self._threads, list(self._loops.items())
         if threads is not None:
@@ -158,6 +163,7 @@ class Client:
 
     def statistics(self) -> list[dict[str, Any]]:
         """What the callers of this process counted."""
+        self._drop_closed_loops()
         with self._lock:
             callers = list(self._loops.values()) + ([self._threads] if self._threads else [])
         return [caller.statistics() for caller in callers]
@@ -187,6 +193,13 @@ class Client:
             if not _on_loop(loop, caller.close, error):
                 caller.close(error)
 
+    def _drop_closed_loops(self) -> None:
+        """Hang up for loops that ended: nobody calls from there any more, and nobody waits for what they called."""
+        with self._lock:
+            ended = [self._loops.pop(loop) for loop in list(self._loops) if loop.is_closed()]
+        for caller in ended:
+            caller.close()
+
     def _current(self) -> RoutingSnapshot:
         return self.snapshot
 
@@ -198,30 +211,6 @@ class Client:
 
 
 _attaching = threading.Lock()
-
-
-class _Subscription:
-    """Hears the controller."""
-
-    def __init__(self, client: Client) -> None:
-        self._client = client
-        self.first = threading.Event()
-
-    def received(self, channel: Channel, message: Message) -> None:
-        """See `engine.adapter.ChannelListener.received`."""
-        if isinstance(message, Control) and isinstance(message.body, Publish):
-            snapshot = message.body.snapshot
-            self._client.apply(snapshot)
-            self.first.set()
-            try:
-                channel.send(Control(Applied(snapshot.version)))
-            except ChannelClosed as error:
-                self.lost(channel, str(error))
-
-    def lost(self, channel: Channel, reason: str) -> None:
-        """See `engine.adapter.ChannelListener.lost`: without its controller there is no engine."""
-        self._client.close(EngineClosed(f"the engine is gone: {reason}"))
-        self.first.set()
 
 
 def _on_loop(loop: asyncio.AbstractEventLoop, function: Any, argument: Any) -> bool:

@@ -122,6 +122,8 @@ class HTTPOptions:
         _integer(self, "max_body_bytes", 0)
         if self.request_timeout_s is not None:
             _seconds(self, "request_timeout_s")
+        if not isinstance(self.debug, bool):
+            raise InvalidArgument(f"http_options: debug must be True or False, not {self.debug!r}")
         if isinstance(self.middlewares, (str, bytes)) or not isinstance(self.middlewares, Sequence):
             raise InvalidArgument(f"http_options: middlewares must be a list, not {self.middlewares!r}")
         for position, middleware in enumerate(self.middlewares):

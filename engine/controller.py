@@ -9,23 +9,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import pickle
 import time
 from collections.abc import Coroutine
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .adapter import Adapter, Channel, ChannelListener, Resources, WorkerExit, WorkerSpec
+from .adapter import Adapter, Channel, ChannelListener, WorkerExit, WorkerSpec
+from .backend_plan import BackendPlan
 from .client import Client
 from .config import BackendConfig, HTTPOptions
 from .errors import InvalidArgument
 from .ingress_fleet import IngressFleet
 from .publisher import Publisher
-from .replica_worker import ReplicaSpec
+from .replica_spec import ReplicaSpec
+from .serialization import dumps
 from .snapshot import BackendEntry, EndpointEntry, ReplicaEntry
 from .workers import Life, Worker, Workers
 
-__all__ = ["BackendPlan", "Controller"]
+__all__ = ["Controller"]
 
 _logger = logging.getLogger("engine.controller")
 
@@ -36,42 +37,6 @@ _STABLE_S = 10.0
 """A replica that lived this long died of bad luck: the next one starts at once. Others wait longer and longer."""
 _HOPELESS_AFTER = 3
 """Failed starts in a row after which callers are told that there is no replica, rather than left waiting for one."""
-
-
-@dataclass(frozen=True)
-class BackendPlan:
-    """A backend as the application described it.
-
-    Attributes:
-        target: The pickled ``(function or class, init_args, init_kwargs)``.
-        blocking: It has no ``async def`` callable.
-        batches: It has a callable marked with ``accept_batch``.
-        reconfigurable: It is a class with a ``reconfigure`` method.
-    """
-
-    tag: str
-    target: bytes
-    config: BackendConfig
-    resources: Resources
-    blocking: bool
-    batches: bool
-    reconfigurable: bool
-
-    def check(self, config: BackendConfig) -> None:
-        """Refuse a configuration that this callable cannot honour.
-
-        Raises:
-            InvalidArgument: It can't.
-        """
-        if config.max_batch_size is not None and not self.batches:
-            raise InvalidArgument(
-                f"config: max_batch_size={config.max_batch_size} of backend {self.tag!r} needs a callable that takes "
-                "a list: mark the function or method with @accept_batch"
-            )
-        if config.user_config is not None and not self.reconfigurable:
-            raise InvalidArgument(
-                f"config: user_config of backend {self.tag!r} needs a class with a reconfigure(user_config) method"
-            )
 
 
 @dataclass
@@ -181,7 +146,8 @@ class Controller:
             before = backend.config
             after = before.updated(changes)
             backend.plan.check(after)
-            await self._reconfigure(backend, before, after)
+            packed = dumps(after, f"config: user_config of backend {tag!r}")
+            await self._reconfigure(backend, before, after, packed)
             backend.plan = replace(backend.plan, config=after)
             surplus = len(backend.replicas) - after.num_replicas
             if surplus > 0:
@@ -305,6 +271,7 @@ class Controller:
                 "replicas": {worker.spec.worker_id: worker.life.value for worker in backend.replicas},
                 "queued": 0,
                 "in_flight": 0,
+                "dropped_copies": 0,
             }
             for tag, backend in self._backends.items()
         }
@@ -313,7 +280,7 @@ class Controller:
             for tag, numbers in counted["backends"].items():
                 for name, value in numbers.items():
                     if tag in backends:
-                        backends[tag][name] += value  # type: ignore[operator]
+                        backends[tag][name] += value
             for name, numbers in counted["endpoints"].items():
                 if name in endpoints:
                     endpoints[name]["calls"] += numbers["calls"]
@@ -388,7 +355,7 @@ class Controller:
                 worker_id=replica_tag,
                 name=f"replica.{plan.tag}.{backend.started}",
                 entry="engine.replica_worker:main",
-                payload=pickle.dumps(spec, 5),
+                payload=dumps(spec, f"config: user_config of backend {plan.tag!r}"),
                 resources=plan.resources,
             ),
             plan.config.start_timeout_s,
@@ -404,14 +371,13 @@ class Controller:
         grace_s = backend.config.graceful_shutdown_timeout_s
         await asyncio.gather(*[self._workers.drain(worker, grace_s) for worker in leaving])
 
-    async def _reconfigure(self, backend: _Backend, before: BackendConfig, after: BackendConfig) -> None:
+    async def _reconfigure(self, backend: _Backend, before: BackendConfig, after: BackendConfig, packed: bytes) -> None:
         if after == before or replace(after, num_replicas=before.num_replicas) == before:
             return
         changed = after.user_config != before.user_config
-        config = pickle.dumps(after, 5)
         replicas = [worker for worker in backend.replicas if worker.life is Life.READY]
         await asyncio.gather(
-            *[self._workers.reconfigure(worker, config, user_config_changed=changed) for worker in replicas]
+            *[self._workers.reconfigure(worker, packed, user_config_changed=changed) for worker in replicas]
         )
 
     def _replace_worker(self, worker: Worker) -> None:

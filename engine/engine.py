@@ -2,36 +2,35 @@
 
 from __future__ import annotations
 
-import asyncio
 import atexit
-import concurrent.futures
 import os
 import threading
-import uuid
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from . import ref as refs
 from .adapter import Adapter
+from .backend_plan import BackendPlan
 from .client import Client, register_connector, unregister_connector
 from .config import BackendConfig, HTTPOptions, resources_of
 from .context import check_may_block
-from .controller import BackendPlan, Controller
 from .errors import EndpointNotFound, EngineClosed, InvalidArgument
 from .handle import AsyncHandle, Handle, make_handle
 from .plugins import load_adapter
 from .ref import Ref
+from .runner import Runner
 from .serialization import dumps_by_value
 from .snapshot import EndpointEntry
 from .traffic import validate_proportion, validate_weights
 from .user_callable import accepts_batches, is_blocking
 
+if TYPE_CHECKING:
+    from .controller import Controller
+
 __all__ = ["Engine"]
 
-_T = TypeVar("_T")
 _VERBS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT")
-_SHUTDOWN_MARGIN_S = 30.0
 
 
 class Engine:
@@ -65,14 +64,15 @@ class Engine:
         if not hasattr(adapter, "start_worker"):
             raise InvalidArgument(f"backend must be the name of an adapter or an adapter instance, not {backend!r}")
         self.name = name
-        self._id = uuid.uuid4().hex[:12]
+        self._id = os.urandom(6).hex()
         self._pid = os.getpid()
         self._adapter: Adapter = adapter
         self._closed = False
         self._shutdown_lock = threading.Lock()
         register_connector(self._id, adapter)
         self._client = Client(self._id, adapter)
-        self._runner = _Runner(self._id, adapter, self._client, self._http)
+        self._client.register()
+        self._runner = Runner(self._id, adapter, self._client, self._http)
         atexit.register(self._at_exit)
 
     def __repr__(self) -> str:
@@ -120,11 +120,10 @@ class Engine:
             resources=resources_of(ray_actor_options),
             blocking=is_blocking(func_or_class),
             batches=accepts_batches(func_or_class),
-            reconfigurable=isinstance(func_or_class, type)
-            and callable(getattr(func_or_class, "reconfigure", None)),
+            reconfigurable=isinstance(func_or_class, type) and callable(getattr(func_or_class, "reconfigure", None)),
         )
         plan.check(plan.config)
-        self._run(self._runner.controller.create_backend(plan))
+        self._runner.run(self._controller().create_backend(plan))
 
     def update_backend_config(self, tag: str, config: BackendConfig | Mapping[str, Any]) -> None:
         """Change fields of a backend's configuration; returns when every replica has taken the change.
@@ -133,7 +132,7 @@ class Engine:
             errors.InvalidArgument: The backend is unknown, or a field is wrong.
             BaseException: What ``reconfigure`` or a new replica's constructor raised.
         """
-        self._run(self._runner.controller.update_backend_config(tag, config))
+        self._runner.run(self._controller().update_backend_config(tag, config))
 
     def get_backend_config(self, tag: str) -> BackendConfig:
         """A backend's configuration as it rules now.
@@ -141,11 +140,11 @@ class Engine:
         Raises:
             errors.InvalidArgument: The backend is unknown.
         """
-        return self._run(self._runner.controller.get_backend_config(tag))
+        return self._runner.run(self._controller().get_backend_config(tag))
 
     def list_backends(self) -> dict[str, BackendConfig]:
         """The configurations of all backends by tag."""
-        return self._run(self._runner.controller.list_backends())
+        return self._runner.run(self._controller().list_backends())
 
     def delete_backend(self, tag: str, force: bool = False) -> None:
         """End a backend that no endpoint uses; its replicas finish what they hold first.
@@ -157,7 +156,7 @@ class Engine:
         Raises:
             errors.InvalidArgument: The backend is unknown, or an endpoint uses it.
         """
-        self._run(self._runner.controller.delete_backend(tag, force=force))
+        self._runner.run(self._controller().delete_backend(tag, force=force))
 
     # -- endpoints -----------------------------------------------------------------------------------------------------
 
@@ -185,7 +184,7 @@ class Engine:
 
             validate_route(route)
         entry = EndpointEntry(name, route, _checked_methods(methods), ((backend, 1.0),))
-        self._run(self._runner.controller.create_endpoint(entry))
+        self._runner.run(self._controller().create_endpoint(entry))
 
     def delete_endpoint(self, name: str) -> None:
         """Remove an endpoint and its route; calls in flight finish.
@@ -193,11 +192,11 @@ class Engine:
         Raises:
             errors.InvalidArgument: It is unknown.
         """
-        self._run(self._runner.controller.delete_endpoint(name))
+        self._runner.run(self._controller().delete_endpoint(name))
 
     def list_endpoints(self) -> dict[str, dict[str, Any]]:
         """Every endpoint by name: its ``route``, ``methods``, ``traffic`` and ``shadows``."""
-        entries = self._run(self._runner.controller.list_endpoints())
+        entries = self._runner.run(self._controller().list_endpoints())
         return {
             name: {
                 "route": entry.route,
@@ -219,7 +218,7 @@ class Engine:
             errors.InvalidArgument: The endpoint or a backend is unknown, or a weight is wrong.
         """
         self._check_open()
-        self._run(self._runner.controller.set_traffic(name, validate_weights(weights)))
+        self._runner.run(self._controller().set_traffic(name, validate_weights(weights)))
 
     def shadow_traffic(self, name: str, tag: str, proportion: float) -> None:
         """Send copies of an endpoint's calls to a backend, off the callers' path; 0 ends it.
@@ -233,7 +232,7 @@ class Engine:
             errors.InvalidArgument: The endpoint or the backend is unknown, or the proportion is wrong.
         """
         self._check_open()
-        self._run(self._runner.controller.shadow_traffic(name, tag, validate_proportion(proportion)))
+        self._runner.run(self._controller().shadow_traffic(name, tag, validate_proportion(proportion)))
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
@@ -252,7 +251,8 @@ class Engine:
         if name not in self._client.snapshot.endpoints:
             known = ", ".join(map(repr, self._client.snapshot.endpoints)) or "none"
             raise EndpointNotFound(f"there is no endpoint {name!r}; the endpoints are: {known}")
-        return make_handle(self._id, self._adapter.name, self._adapter.control_address, name, sync=sync)
+        handle = make_handle(self._id, self._adapter.name, self._adapter.control_address, name, sync=sync)
+        return handle.bound_to(self._client)
 
     def get(self, ref: Ref | Sequence[Ref], timeout: float | None = None) -> Any:
         """The result of a ref, or the list of the results of several.
@@ -294,13 +294,13 @@ class Engine:
             request_timeout_s=http.request_timeout_s,
             debug=http.debug,
         )
-        return wrap_middlewares(ingress, http.middlewares, http.debug)
+        return wrap_middlewares(ingress, http.middlewares, debug=http.debug)
 
     # -- life ----------------------------------------------------------------------------------------------------------
 
     def statistics(self) -> dict[str, Any]:
         """What runs and what this process's callers counted, by backend and by endpoint."""
-        return self._run(self._runner.controller.statistics())
+        return self._runner.run(self._controller().statistics())
 
     def shutdown(self, timeout_s: float = 5.0) -> None:
         """Stop taking calls, let those in flight finish, end every worker and release everything (idempotent).
@@ -359,14 +359,11 @@ class Engine:
         if self._closed:
             raise EngineClosed("the engine was shut down: create a new one")
 
-    def _run(self, operation: Coroutine[Any, Any, _T]) -> _T:
-        try:
-            self._check_open()
-            check_may_block("a control call of the engine")
-        except BaseException:
-            operation.close()
-            raise
-        return self._runner.run(operation)
+    def _controller(self) -> Controller:
+        self._check_open()
+        check_may_block("a control call of the engine")
+        self._runner.wait_started()
+        return self._runner.controller
 
     def _validate_server_options(self) -> None:
         if self._http.server_options:
@@ -375,77 +372,6 @@ class Engine:
             load_server("hypercorn").validate(self._http)
         if self._http.middlewares:
             dumps_by_value(list(self._http.middlewares), "http_options: middlewares")
-
-
-class _Runner:
-    """The controller's thread. It starts at once and gets the adapter ready while the application goes on."""
-
-    def __init__(self, engine_id: str, adapter: Adapter, client: Client, http: HTTPOptions) -> None:
-        self.controller: Controller
-        self._startup: concurrent.futures.Future[None] = concurrent.futures.Future()
-        self._loop = asyncio.new_event_loop()
-        self._stop = asyncio.Event()
-        # The thread must outlive every worker: a child's death signal is bound to the thread that started it.
-        self._thread = threading.Thread(
-            target=self._main, args=(engine_id, adapter, client, http), name=f"engine-{engine_id}", daemon=True
-        )
-        self._thread.start()
-
-    @property
-    def started(self) -> bool:
-        """Whether the adapter is ready."""
-        return self._startup.done() and self._startup.exception() is None
-
-    def wait_started(self) -> None:
-        """Wait for the adapter; raises what kept it from starting."""
-        self._startup.result()
-
-    def run(self, operation: Coroutine[Any, Any, _T]) -> _T:
-        """Run a coroutine on the controller's loop and wait for it."""
-        try:
-            self.wait_started()
-        except BaseException:
-            operation.close()
-            raise
-        future = asyncio.run_coroutine_threadsafe(operation, self._loop)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise
-
-    def stop(self, grace_s: float) -> None:
-        """Shut the controller down and end the thread."""
-        try:
-            if self.started:
-                future = asyncio.run_coroutine_threadsafe(self.controller.shutdown(grace_s), self._loop)
-                future.result(grace_s + _SHUTDOWN_MARGIN_S)
-        finally:
-            self._loop.call_soon_threadsafe(self._stop.set)
-            self._thread.join()
-
-    def _main(self, engine_id: str, adapter: Adapter, client: Client, http: HTTPOptions) -> None:
-        asyncio.set_event_loop(self._loop)
-        try:
-            self._loop.run_until_complete(self._serve(engine_id, adapter, client, http))
-        finally:
-            pending = asyncio.all_tasks(self._loop)
-            for task in pending:
-                task.cancel()
-            self._loop.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
-            asyncio.set_event_loop(None)
-            self._loop.close()
-
-    async def _serve(self, engine_id: str, adapter: Adapter, client: Client, http: HTTPOptions) -> None:
-        try:
-            self.controller = Controller(engine_id, adapter, client, http)
-            await self.controller.start()
-        except BaseException as error:
-            client.close()
-            self._startup.set_exception(error)
-        else:
-            self._startup.set_result(None)
-        await self._stop.wait()
 
 
 def _check_name(value: Any, field: str) -> None:

@@ -4,7 +4,7 @@
 backend, `EngineClosed` for nobody: it is over. An exception raised by user code is none of these: it arrives at the
 caller as its own type, with a `RemoteTraceback` as its cause.
 
-Every error pickles (all arguments go to ``super().__init__``) so that it survives the way through any number of workers.
+Every error pickles (all arguments go to ``super().__init__``) so that it survives any number of workers.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class EngineClosed(EngineError, RuntimeError):
     """The engine was shut down, or belongs to the process this one was forked from."""
 
 
-class RemoteTraceback(Exception):  # noqa: N818 - a cause that carries text, not an error of its own
+class RemoteTraceback(Exception):
     """The traceback of a replica, as the ``__cause__`` of the exception raised there."""
 
     def __init__(self, text: str) -> None:

@@ -11,7 +11,7 @@ import pickle
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .caller import Caller, deadline_error
 from .client import Client, connector_for
@@ -22,6 +22,9 @@ from .ref import Ref, WaitSlot, open_answer
 from .serialization import dumps
 from .slot import Outgoing, Slot
 from .waiting import running_asyncio_loop
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["AsyncHandle", "CallOptions", "Handle", "make_handle"]
 
@@ -102,6 +105,11 @@ class _BaseHandle:
     def __reduce__(self) -> Any:
         state = (self._engine_id, self._adapter_name, self._control_address, self._endpoint, self._options)
         return type(self), state
+
+    def bound_to(self, client: Client) -> Self:
+        """This handle, with its process's client known from the start."""
+        self._client = client
+        return self
 
     def _with(self, changes: dict[str, Any]) -> Any:
         if "http_headers" in changes:
@@ -253,7 +261,7 @@ class Handle(_BaseHandle):
 def _wait_quietly(ref: Ref) -> None:
     try:
         ref.result()
-    except Exception:  # noqa: S110 - raised again when the argument is resolved
+    except Exception:
         pass
 
 
@@ -327,9 +335,7 @@ class AsyncHandle(_BaseHandle):
         finally:
             ref.cancel()
 
-    async def _prepared(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    async def _prepared(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         refs = _refs_in(args, kwargs)
         if refs:
             for ref in refs:

@@ -10,14 +10,28 @@ Deadlines are absolute seconds of this process's ``time.monotonic()``; a transpo
 
 from __future__ import annotations
 
-from typing import Any, Final, NamedTuple, TypeAlias, Union
+from typing import Any, Final, NamedTuple, TypeAlias
 
-__all__ = ["HTTP", "INITIAL_CREDIT", "PYTHON", "Call", "Cancel", "Control", "Credit", "End", "Failure", "FailureKind", "Item", "Message", "Reply"]
+__all__ = [
+    "HTTP",
+    "INITIAL_CREDIT",
+    "PYTHON",
+    "Call",
+    "Cancel",
+    "Control",
+    "Credit",
+    "End",
+    "Failure",
+    "FailureKind",
+    "Item",
+    "Message",
+    "Reply",
+]
 
 PYTHON: Final = 0
 """`Call.kind` of a handle's call: ``payload`` is the pickled ``(args, kwargs)``, the result comes back pickled."""
 HTTP: Final = 1
-"""`Call.kind` of an HTTP request: ``head`` is the pickled ASGI scope, ``payload`` the body; the result comes encoded."""
+"""`Call.kind` of an HTTP request: ``head`` is the pickled scope, ``payload`` the body; the result comes encoded."""
 
 INITIAL_CREDIT: Final = 16
 """Items a replica may send ahead of the consumer before it must wait for `Credit`."""
@@ -106,4 +120,4 @@ class Control(NamedTuple):
     body: Any
 
 
-Message: TypeAlias = Union[Call, Reply, Failure, Item, End, Cancel, Credit, Control]
+Message: TypeAlias = Call | Reply | Failure | Item | End | Cancel | Credit | Control

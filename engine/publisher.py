@@ -1,4 +1,7 @@
-"""Pushes routing snapshots to every caller: this process's client and all who subscribed. Runs on the controller's loop."""
+"""Pushes routing snapshots to every caller: this process's client and all who subscribed.
+
+Runs on the controller's loop.
+"""
 
 from __future__ import annotations
 

@@ -17,6 +17,8 @@ from .snapshot import BackendEntry
 __all__ = ["ReplicaSet", "Target"]
 
 _random = random.random
+_FRESH_S = 0.1
+"""How long a replica's word on its load is believed. It only speaks when called, so an idle one would look busy."""
 
 
 class Target:
@@ -25,7 +27,17 @@ class Target:
     ``in_flight`` is what this caller has there, ``elsewhere`` what all others had there when it last answered.
     """
 
-    __slots__ = ("address", "blocked_until", "channel", "elsewhere", "gone", "in_flight", "replica_id", "replica_set")
+    __slots__ = (
+        "address",
+        "blocked_until",
+        "channel",
+        "elsewhere",
+        "elsewhere_at",
+        "gone",
+        "in_flight",
+        "replica_id",
+        "replica_set",
+    )
 
     def __init__(self, replica_id: str, address: str, replica_set: ReplicaSet) -> None:
         self.replica_id = replica_id
@@ -34,8 +46,15 @@ class Target:
         self.channel: Channel | None = None
         self.in_flight = 0
         self.elsewhere = 0
+        self.elsewhere_at = 0.0
         self.blocked_until = 0.0  # it refused, or could not be reached: not before this time
         self.gone = False  # no longer in the snapshot: finish what is in flight, then close
+
+    def busyness(self, now: float) -> int:
+        """How much it has to do, as far as known."""
+        if self.elsewhere and now - self.elsewhere_at < _FRESH_S:
+            return self.in_flight + self.elsewhere
+        return self.in_flight
 
     def __repr__(self) -> str:
         state = "gone" if self.gone else "blocked" if self.blocked_until else "open"
@@ -49,6 +68,7 @@ class ReplicaSet:
         self.tag = entry.tag
         self.targets: dict[str, Target] = {}
         self.waiting: deque[Slot] = deque()
+        self.dropped_copies = 0  # of shadowed calls that found no room
         self.retry_scheduled = False  # the caller's timer will look at `waiting` again
         self._open: list[Target] = []
         self.apply(entry)
@@ -86,14 +106,21 @@ class ReplicaSet:
                 return target
         if not self._open and not self.expecting:
             raise NoReplica(f"backend {self.tag!r} has no replica; see the log for why it could not be replaced")
-        if self.max_queued is not None and len(self.waiting) >= self.max_queued:
-            raise Overloaded(
-                f"backend {self.tag!r}: all of its {len(self._open)} replicas are full and "
-                f"{len(self.waiting)} calls of this caller wait already (max_queued_requests={self.max_queued}); "
-                "retry later or raise num_replicas"
-            )
+        full = self.overloaded()
+        if full is not None:
+            raise full
         self.waiting.append(slot)
         return None
+
+    def overloaded(self) -> Overloaded | None:
+        """What a call is told that finds the queue full; None while there is room."""
+        if self.max_queued is None or len(self.waiting) < self.max_queued:
+            return None
+        return Overloaded(
+            f"backend {self.tag!r}: all of its {len(self._open)} replicas are full and "
+            f"{len(self.waiting)} calls of this caller wait already (max_queued_requests={self.max_queued}); "
+            "retry later or raise num_replicas"
+        )
 
     def next_placements(self, now: float) -> Iterator[tuple[Slot, Target]]:
         """Take from the queue what can be placed now, in order."""
@@ -118,14 +145,14 @@ class ReplicaSet:
         first = int(_random() * count)
         second = int(_random() * (count - 1))
         one, other = targets[first], targets[second + (second >= first)]
-        if other.in_flight + other.elsewhere < one.in_flight + one.elsewhere:
+        if other.busyness(now) < one.busyness(now):
             one, other = other, one
         if self._has_room(one, now):
             return one
         if self._has_room(other, now):
             return other
         free = [target for target in targets if self._has_room(target, now)]
-        return min(free, key=lambda target: target.in_flight + target.elsewhere) if free else None
+        return min(free, key=lambda target: target.busyness(now)) if free else None
 
     def _has_room(self, target: Target, now: float) -> bool:
         if target.blocked_until:

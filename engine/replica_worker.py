@@ -2,39 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import pickle
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import Any
 
 from .adapter import WorkerHost
+from .blocking_replica import BlockingReplica
 from .client import register_connector
 from .config import BackendConfig
 from .context import ReplicaContext, enter_replica
 from .control import Drained, StartFailed
-from .replica import make_replica
+from .loop_replica import LoopReplica
+from .replica import awaited
+from .replica_spec import ReplicaSpec
 from .serialization import pack_exception
-from .user_callable import is_blocking
+from .user_callable import UserCallable, is_blocking
 
-__all__ = ["ReplicaSpec", "main"]
-
-
-@dataclass(frozen=True)
-class ReplicaSpec:
-    """Everything a replica is made of.
-
-    Attributes:
-        target: The pickled ``(function or class, init_args, init_kwargs)``.
-        shares_process: Other replicas live in the same process.
-    """
-
-    engine_id: str
-    adapter_name: str
-    control_address: str
-    backend_tag: str
-    replica_tag: str
-    target: bytes
-    config: BackendConfig
-    debug: bool
-    shares_process: bool
+__all__ = ["main", "make_replica"]
 
 
 def main(host: WorkerHost, payload: bytes) -> None:
@@ -59,3 +45,21 @@ def main(host: WorkerHost, payload: bytes) -> None:
     finally:
         replica.close()
     host.tell(Drained())
+
+
+def make_replica(
+    tag: str,
+    target: tuple[Any, tuple[Any, ...], dict[str, Any]],
+    config: BackendConfig,
+    tell: Callable[[Any], None],
+    *,
+    debug: bool,
+) -> BlockingReplica | LoopReplica:
+    """Construct the user's object and the replica around it; ``reconfigure`` has run when this returns."""
+    user = UserCallable(tag, *target)
+    if config.user_config is not None:
+        outcome = user.reconfigure(config.user_config)
+        if inspect.isawaitable(outcome):
+            asyncio.run(awaited(outcome))
+    kind = LoopReplica if user.on_loop else BlockingReplica
+    return kind(tag, user, config, tell, debug=debug)

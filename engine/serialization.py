@@ -35,7 +35,7 @@ def dumps(value: Any, what: str, error: type[EngineError] = NotSerializable) -> 
         data = pickle.dumps(value, 5)
         if b"__main__" not in data:
             return data
-    except Exception:  # noqa: S110 - the plain pickler's refusal is cloudpickle's task
+    except Exception:
         pass
     return dumps_by_value(value, what, error)
 
@@ -97,8 +97,14 @@ def _parts(value: Any) -> list[tuple[str, Any]]:
         parts += [(f".global {name!r}", names[name]) for name in code.co_names if name in names]
         parts += [(f".default {position}", item) for position, item in enumerate(function.__defaults__ or ())]
     if isinstance(value, type):
-        parts += [(f".{name}", item) for name, item in vars(value).items() if not name.startswith("__") or callable(item)]
-    parts += [(f".attribute {name!r}", item) for name, item in getattr(value, "__dict__", {}).items()] if not isinstance(value, type) else []
+        parts += [
+            (f".{name}", item) for name, item in vars(value).items() if not name.startswith("__") or callable(item)
+        ]
+    parts += (
+        [(f".attribute {name!r}", item) for name, item in getattr(value, "__dict__", {}).items()]
+        if not isinstance(value, type)
+        else []
+    )
     if getattr(value, "__self__", None) is not None and not isinstance(value.__self__, type):
         parts.append((".__self__", value.__self__))
     return parts

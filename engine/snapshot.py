@@ -30,14 +30,14 @@ class BackendEntry:
     Attributes:
         replicas: Those that are ready.
         max_concurrent_queries: Calls one replica holds at once.
-        max_queued_requests: Calls a caller may queue for this backend.
+        max_queued_requests: Calls a caller may queue for this backend; None for any number.
         expecting: More replicas are on their way, so that calls may wait where there is none yet.
     """
 
     tag: str
     replicas: tuple[ReplicaEntry, ...]
     max_concurrent_queries: int
-    max_queued_requests: int
+    max_queued_requests: int | None
     expecting: bool = True
 
 

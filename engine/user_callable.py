@@ -51,7 +51,7 @@ def _is_async(function: Any) -> bool:
         return True
     if inspect.isfunction(function) or inspect.ismethod(function) or inspect.isclass(function):
         return False
-    call = getattr(type(function), "__call__", None)
+    call = inspect.getattr_static(type(function), "__call__", None)
     return inspect.iscoroutinefunction(call) or inspect.isasyncgenfunction(call)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import asyncio
+
     from .ref import Ref
 
 __all__ = ["running_asyncio_loop", "settled"]
@@ -14,6 +15,10 @@ __all__ = ["running_asyncio_loop", "settled"]
 
 def running_asyncio_loop() -> asyncio.AbstractEventLoop | None:
     """The asyncio loop that runs in this thread, if any."""
+    if "asyncio" not in sys.modules:
+        return None
+    import asyncio
+
     try:
         return asyncio.get_running_loop()
     except RuntimeError:

@@ -7,7 +7,9 @@ worker's thread for callers that are threads. Messages are the same immutable tu
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import queue
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -18,15 +20,47 @@ __all__ = ["InlineChannel", "Mailbox"]
 
 
 class Mailbox:
-    """What comes in for one worker: functions to run on its thread, in order. Any thread may post."""
+    """What comes in for one worker: functions to run on its thread, in order. Any thread may post.
+
+    While the worker's thread runs user code it has stepped out: whoever posts then runs the function itself, holding
+    the worker's turn.
+    """
 
     def __init__(self) -> None:
         self._items: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._context: contextvars.Context | None = None
+        self._turn = threading.RLock()  # held by whoever delivers to the worker
+        self._out = False
+
+    def step_out(self) -> None:
+        """The worker's thread is about to run user code."""
+        self._out = True
+        self._turn.release()
+        self._deliver_meanwhile()
+
+    def step_in(self) -> None:
+        """The worker's thread is back."""
+        self._turn.acquire()
+        self._out = False
+
+    def take_turn(self) -> None:
+        """The worker's thread begins."""
+        self._turn.acquire()
+
+    def _deliver_meanwhile(self) -> None:
+        while self._out and not self._items.empty() and self._turn.acquire(False):
+            try:
+                if self._out:
+                    self.run_pending(0)
+            finally:
+                self._turn.release()
 
     def bind(self, loop: asyncio.AbstractEventLoop) -> None:
         """Deliver on this loop from now on, starting with what came before. Called on the loop's thread."""
         self._loop = loop
+        # Whoever posts has a context of its own, which is not the worker's.
+        self._context = contextvars.copy_context()
         while not self._items.empty():
             item = self._items.get()
             if item is not None:
@@ -37,9 +71,10 @@ class Mailbox:
         loop = self._loop
         if loop is None:
             self._items.put(item)
+            self._deliver_meanwhile()
         elif item is not None:
             try:
-                loop.call_soon_threadsafe(item)
+                loop.call_soon_threadsafe(item, context=self._context)
             except RuntimeError:
                 pass  # the worker has ended
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from engine.adapter import Adapter, Service, WorkerSpec
-from engine.control import Ready
+from engine.control import Drain, Ready
 
 from .channel import InlineChannel, Mailbox
 
@@ -80,12 +80,14 @@ class InlineHost:
         if service.on_loop:
             asyncio.run(self._serve_on_loop(service))
             return
+        self.mailbox.take_turn()
         service.attach(self)
         self.tell(Ready(f"inline:{self.worker_id}"))
-        wait: float | None = None
-        while not (service.finished() or self.killed):
-            self.mailbox.run_pending(wait)
+        while True:
             wait = service.run_next()
+            if service.finished() or self.killed:
+                break
+            self.mailbox.run_pending(wait)
 
     async def _serve_on_loop(self, service: Service) -> None:
         self._changed = asyncio.Event()
@@ -105,6 +107,14 @@ class InlineHost:
     def poll(self, timeout_s: float | None) -> None:
         """See `engine.adapter.ServiceHost.poll`."""
         self.mailbox.run_pending(timeout_s)
+
+    def step_out(self) -> None:
+        """See `engine.adapter.ServiceHost.step_out`."""
+        self.mailbox.step_out()
+
+    def step_in(self) -> None:
+        """See `engine.adapter.ServiceHost.step_in`."""
+        self.mailbox.step_in()
 
     def open_channels(self) -> int:
         """See `engine.adapter.ServiceHost.open_channels`."""
@@ -132,6 +142,7 @@ class InlineHost:
         """Make the worker deaf and let its thread end as soon as it can; its callers lose their channels now."""
         self.killed = True
         self._hang_up("was killed")
+        self.hear(Drain(0.0))
         self.wake()
 
     def _hang_up(self, reason: str) -> None:
@@ -153,4 +164,3 @@ class InlineHost:
             _logger.exception("%s failed", self._spec.name)
         self._hang_up(reason)
         self._adapter.worker_left(self, reason)
-

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import selectors
 import socket
+import threading
 from collections.abc import Callable
 
 from engine.adapter import Channel, ChannelClosed, ChannelListener, Service
@@ -20,6 +21,9 @@ from .drivers import LoopDriver, Poller
 __all__ = ["Acceptor", "BlockingHost", "LoopHost", "connect", "listen_unix", "new_event_loop"]
 
 _BACKLOG = 512
+_TICK_S = 0.01
+"""How often the stand-in looks whether user code takes long. A call that is shorter costs no thread switch."""
+_QUIET_TICKS = 100
 
 
 def listen_unix(path: str) -> socket.socket:
@@ -166,13 +170,24 @@ class LoopHost:
     def poll(self, timeout_s: float | None) -> None:
         """See `engine.adapter.ServiceHost.poll`; the loop reads by itself."""
 
+    def step_out(self) -> None:
+        """See `engine.adapter.ServiceHost.step_out`; on a loop, only the loop's thread serves."""
+
+    def step_in(self) -> None:
+        """See `engine.adapter.ServiceHost.step_in`."""
+
     def open_channels(self) -> int:
         """See `engine.adapter.ServiceHost.open_channels`."""
         return self._acceptor.open_channels()
 
 
 class BlockingHost:
-    """Runs a service of plain functions: reads its sockets and calls ``run_next`` in turn, on the calling thread."""
+    """Runs a service of plain functions: reads its sockets and calls ``run_next`` in turn, on the calling thread.
+
+    While user code keeps that thread for longer than a tick, a second thread stands in for it and reads the sockets,
+    so that a full replica refuses at once and hears cancellations. Only the holder of the turn (`_turn`) touches the
+    sockets and the service; the service's thread gives it up for just as long as it runs user code.
+    """
 
     drivable = False
 
@@ -184,20 +199,76 @@ class BlockingHost:
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.setblocking(False)
         self._wake_out.setblocking(False)
+        self._turn = threading.Lock()
+        self._out = False  # user code runs
+        self._wanted = False  # the service's thread waits for the turn
+        self._steps = 0  # counts runs of user code
+        self._stand_in: threading.Thread | None = None
+        self._dozing = False  # the stand-in sleeps until `_bell`
+        self._bell = threading.Event()
+        self._closed = False
 
     def run(self) -> None:
         """Serve until the service is finished."""
         service = self._service
         self._selector.register(self._listening, selectors.EVENT_READ, self._on_connection)
         self._selector.register(self._wake_in, selectors.EVENT_READ, self._on_wake)
+        self._turn.acquire()
         service.attach(self)
-        wait: float | None = None
         try:
-            while not service.finished():
-                self.poll(wait)
+            while True:
                 wait = service.run_next()
+                if service.finished():
+                    break
+                self.poll(wait)
         finally:
             self._close()
+
+    def step_out(self) -> None:
+        """See `engine.adapter.ServiceHost.step_out`."""
+        self._steps += 1
+        self._out = True
+        self._turn.release()
+        if self._dozing:
+            self._dozing = False
+            self._bell.set()
+        elif self._stand_in is None:
+            self._stand_in = threading.Thread(target=self._watch, name="engine-stand-in", daemon=True)
+            self._stand_in.start()
+
+    def step_in(self) -> None:
+        """See `engine.adapter.ServiceHost.step_in`."""
+        if not self._turn.acquire(False):
+            self._wanted = True
+            self.wake()
+            self._turn.acquire()
+            self._wanted = False
+        self._out = False
+
+    def _watch(self) -> None:
+        """Tick while there are calls; take the turn when one call lasts from one tick to the next."""
+        quiet_ticks = 0
+        while not self._closed:
+            steps = self._steps
+            self._bell.wait(None if self._dozing else _TICK_S)
+            self._bell.clear()
+            if self._steps != steps:
+                quiet_ticks = 0
+            elif self._out:
+                self._serve_meanwhile()
+            else:
+                quiet_ticks += 1
+                self._dozing = quiet_ticks >= _QUIET_TICKS
+                if self._steps != steps:
+                    self._dozing = False  # a call began before it could know that nobody watches
+
+    def _serve_meanwhile(self) -> None:
+        if self._turn.acquire(False):
+            try:
+                while self._out and not (self._wanted or self._closed):
+                    self.poll(None)
+            finally:
+                self._turn.release()
 
     def open_channels(self) -> int:
         """See `engine.adapter.ServiceHost.open_channels`."""
@@ -253,6 +324,8 @@ class BlockingHost:
         self._wake_in.recv(4096)
 
     def _close(self) -> None:
+        self._closed = True
+        self._bell.set()
         for key in list(self._selector.get_map().values()):
             if isinstance(key.data, SocketChannel):
                 key.data.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import socket
+from typing import Any
 
 from engine.adapter import Listen
 from engine.errors import InvalidArgument
@@ -61,7 +62,7 @@ def _bind(listen: Listen) -> socket.socket:
     ) from failures[0]
 
 
-def _listen(family: int, kind: int, protocol: int, address: object, backlog: int) -> socket.socket:
+def _listen(family: int, kind: int, protocol: int, address: Any, backlog: int) -> socket.socket:
     sock = socket.socket(family, kind, protocol)
     try:
         # A port whose last connections still linger can be taken again, but not one that somebody listens on.

@@ -52,15 +52,14 @@ def encode(message: Message) -> bytes:
     Raises:
         engine.errors.InvalidArgument: It is larger than `MAX_FRAME_BYTES`.
     """
-    kind = type(message)
-    if kind is Reply:
+    if isinstance(message, Reply):
         call_id, load, head, payload = message
         size = 8 + len(head) + len(payload)
         if size > MAX_FRAME_BYTES:
             raise _too_large(size)
         return b"".join((_reply_head.pack(size, _REPLY, call_id, load, len(head)), head, payload))
-    if kind is Call:
-        return _encode_call(message)  # type: ignore[arg-type]
+    if isinstance(message, Call):
+        return _encode_call(message)
     return _encode_other(message)
 
 
@@ -70,9 +69,7 @@ def _encode_call(call: Call) -> bytes:
     if size > MAX_FRAME_BYTES:
         raise _too_large(size)
     remaining = _NO_DEADLINE if call.deadline is None else max(0.0, call.deadline - time.monotonic())
-    prefix = _call_head.pack(
-        size, _CALL, call.id, call.kind, remaining, len(method), len(request_id), len(call.head)
-    )
+    prefix = _call_head.pack(size, _CALL, call.id, call.kind, remaining, len(method), len(request_id), len(call.head))
     return b"".join((prefix, method, request_id, call.head, call.payload))
 
 
@@ -102,8 +99,7 @@ def _encode_other(message: Message) -> bytes:
 
 def _too_large(size: int) -> InvalidArgument:
     return InvalidArgument(
-        f"the message is {size} bytes, more than the {MAX_FRAME_BYTES} of one frame; "
-        "pass a file name or split the data"
+        f"the message is {size} bytes, more than the {MAX_FRAME_BYTES} of one frame; pass a file name or split the data"
     )
 
 
