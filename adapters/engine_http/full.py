@@ -1,0 +1,286 @@
+"""The full lane: hypercorn's protocols on one connection.
+
+Hypercorn's objects are fed by one task per connection, so they see one event at a time. What is written in one go
+leaves in one write. An application never waits for a client that sends a body nobody reads, and always hears that its
+client left: hypercorn's own queue would make it wait for both.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import logging
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+import h2.errors
+import h2.events
+import h2.exceptions
+from hypercorn.events import Closed, Event, RawData, Updated
+from hypercorn.protocol.events import Event as StreamEvent
+from hypercorn.protocol.events import Response, StreamClosed
+from hypercorn.protocol.h2 import H2Protocol
+from hypercorn.protocol.h11 import H2CProtocolRequiredError, H2ProtocolAssumedError, H11Protocol
+from hypercorn.typing import ConnectionState
+
+from engine.ingress_server import ASGIApp, StreamBroken
+
+from .connection import READ_AHEAD
+
+if TYPE_CHECKING:
+    from hypercorn.config import Config
+
+    from .connection import Connection
+
+__all__ = ["FullLane"]
+
+log = logging.getLogger("engine.http")
+
+_WRITE_AT_ONCE = 64 * 1024
+"""More than this is not held back to join it with what follows."""
+
+
+class FullLane:
+    """Serves everything hypercorn can.
+
+    Args:
+        connection: The connection.
+        http2: It chose HTTP/2 already.
+    """
+
+    def __init__(self, connection: Connection, *, http2: bool) -> None:
+        self._connection = connection
+        self._inbox: collections.deque[bytes] = collections.deque()
+        self._inbox_bytes = 0
+        self._task: asyncio.Task[Any] | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._outbox: list[bytes] = []
+        self._outbox_bytes = 0
+        self._flush_handle: asyncio.Handle | None = None
+        owner = connection.owner
+        # hypercorn wants its own wrapper of an application, which only its own task group looks at
+        self._args: list[Any] = [
+            owner.app,
+            owner.config,
+            owner.context,
+            _Tasks(connection, owner.app),
+            ConnectionState({}),
+            connection.tls is not None,
+            connection.client,
+            connection.server,
+            self._send,
+        ]
+        self._protocol: _H1 | _H2 = _H2(*self._args) if http2 else _H1(*self._args)
+
+    def data(self, data: bytes) -> None:
+        """See `engine_http.connection.Lane.data`."""
+        self._inbox.append(data)
+        self._inbox_bytes += len(data)
+        if self._inbox_bytes > READ_AHEAD:
+            self._connection.pause_reading()
+        self._wake()
+
+    def lost(self) -> None:
+        """See `engine_http.connection.Lane.lost`."""
+        self._outbox.clear()
+        # whatever hypercorn waits for in the middle of an event, it waits in vain
+        if self._task is not None:
+            self._task.cancel()
+
+    def flush(self) -> None:
+        """See `engine_http.connection.Lane.flush`."""
+        if self._flush_handle is not None:
+            self._flush_handle.cancel()
+            self._flush_handle = None
+        if self._outbox:
+            data = self._outbox[0] if len(self._outbox) == 1 else b"".join(self._outbox)
+            self._outbox.clear()
+            self._outbox_bytes = 0
+            self._connection.write(data)
+
+    async def serve(self) -> None:
+        """Feed hypercorn until the client is gone."""
+        connection = self._connection
+        self._task = asyncio.current_task()
+        try:
+            if connection.owner.stopping:
+                await connection.owner.context.terminated.set()
+            await self._protocol.initiate()
+            while not connection.lost:
+                while self._inbox and not connection.closing:
+                    data = self._inbox.popleft()
+                    self._inbox_bytes -= len(data)
+                    await self._handle(data)
+                connection.resume_reading()
+                if not connection.lost:
+                    self._waiter = connection.loop.create_future()
+                    await self._waiter
+        except asyncio.CancelledError:
+            if not connection.lost:
+                raise
+        finally:
+            await self._protocol.handle(Closed())
+
+    async def _handle(self, data: bytes) -> None:
+        try:
+            await self._protocol.handle(RawData(data))
+        except H2ProtocolAssumedError as change:
+            self._protocol = _H2(*self._args)
+            await self._protocol.initiate()
+            if change.data:
+                await self._protocol.handle(RawData(change.data))
+        except H2CProtocolRequiredError as change:
+            self._protocol = _H2(*self._args)
+            await self._protocol.initiate(change.headers, change.settings)
+            if change.data:
+                await self._protocol.handle(RawData(change.data))
+
+    def _wake(self) -> None:
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    async def _send(self, event: Event) -> None:
+        connection = self._connection
+        if isinstance(event, RawData):
+            if event.data and not connection.closing:
+                self._outbox.append(event.data)
+                self._outbox_bytes += len(event.data)
+                if self._outbox_bytes >= _WRITE_AT_ONCE:
+                    self.flush()
+                elif self._flush_handle is None:
+                    self._flush_handle = connection.loop.call_soon(self.flush)
+                if connection.congested:
+                    await connection.drain()
+        elif isinstance(event, Updated):
+            connection.set_idle(event.idle)
+            if event.idle:
+                self.flush()
+                if connection.owner.stopping and not self._inbox:
+                    connection.close()
+        elif isinstance(event, Closed):
+            connection.close()
+
+
+# -- calls of the application --------------------------------------------------------------------------------------
+
+
+class _Inbox:
+    """What an application receives for one request: bounded, but neither its end nor the client's leaving waits."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._messages: collections.deque[Any] = collections.deque()
+        self._bytes = 0
+        self._gone = False
+        self._over = False
+        self._getter: asyncio.Future[None] | None = None
+        self._putter: asyncio.Future[None] | None = None
+
+    async def put(self, message: Any) -> None:
+        """Hand a message to the application; waits while it has more than enough to read."""
+        if self._over:
+            return
+        if message["type"] == "http.disconnect":
+            self._gone = True
+            self._wake_putter()
+        else:
+            self._messages.append(message)
+            self._bytes += len(message.get("body", b""))
+        if self._getter is not None and not self._getter.done():
+            self._getter.set_result(None)
+        while self._bytes > READ_AHEAD and not self._over and not self._gone:
+            self._putter = self._loop.create_future()
+            await self._putter
+
+    async def get(self) -> Any:
+        """The application's ``receive``."""
+        while not self._messages:
+            if self._gone:
+                return {"type": "http.disconnect"}
+            self._getter = self._loop.create_future()
+            await self._getter
+        message = self._messages.popleft()
+        self._bytes -= len(message.get("body", b""))
+        self._wake_putter()
+        return message
+
+    def close(self) -> None:
+        """The application has ended: what comes now is dropped."""
+        self._over = True
+        self._messages.clear()
+        self._wake_putter()
+
+    def _wake_putter(self) -> None:
+        if self._putter is not None and not self._putter.done():
+            self._putter.set_result(None)
+
+
+class _Tasks:
+    """What hypercorn's protocols know as their task group."""
+
+    def __init__(self, connection: Connection, app: ASGIApp) -> None:
+        self._connection = connection
+        self._app = app
+
+    async def spawn_app(
+        self, app: Any, config: Config, scope: Any, send: Callable[[Any], Awaitable[None]]
+    ) -> Callable[[Any], Awaitable[None]]:
+        """Run the application for one request; returns what its messages are put into."""
+        inbox = _Inbox(self._connection.loop)
+        self._connection.requests += 1
+        self._connection.spawn(self._run(scope, inbox, send))
+        return inbox.put
+
+    def spawn(self, function: Callable[..., Any], *args: Any) -> None:
+        """Run a part of the protocol."""
+        self._connection.spawn(function(*args))
+
+    async def _run(self, scope: Any, inbox: _Inbox, send: Callable[[Any], Awaitable[None]]) -> None:
+        try:
+            await self._app(scope, inbox.get, send)
+        except StreamBroken:
+            pass  # who raised it has said why
+        except Exception:
+            log.exception("the application failed")
+        finally:
+            inbox.close()
+            await send(None)
+
+
+# -- protocols -----------------------------------------------------------------------------------------------------
+
+
+class _H1(H11Protocol):
+    """Hypercorn's HTTP/1.1, which tells clients when it is going to close."""
+
+    async def stream_send(self, event: StreamEvent) -> None:
+        if isinstance(event, Response) and event.status_code >= 200 and self.context.terminated.is_set():
+            headers = [*event.headers, (b"connection", b"close")]
+            event = Response(stream_id=event.stream_id, headers=headers, status_code=event.status_code)
+        await super().stream_send(event)
+
+
+class _H2(H2Protocol):
+    """Hypercorn's HTTP/2, which resets a stream that broke off and survives a body that nobody reads."""
+
+    async def stream_send(self, event: StreamEvent) -> None:
+        if isinstance(event, StreamClosed):
+            buffer = self.stream_buffers.get(event.stream_id)
+            if buffer is not None and not buffer._complete:
+                await buffer.close()
+                try:
+                    self.connection.reset_stream(event.stream_id, h2.errors.ErrorCodes.INTERNAL_ERROR)
+                except h2.exceptions.ProtocolError:
+                    pass  # the client was faster
+                await self._flush()
+        await super().stream_send(event)
+
+    async def _handle_events(self, events: list[h2.events.Event]) -> None:
+        for event in events:
+            if isinstance(event, h2.events.DataReceived) and event.stream_id not in self.streams:
+                # answered before its body was complete
+                self.connection.acknowledge_received_data(event.flow_controlled_length or 0, event.stream_id or 0)
+                await self._flush()
+            else:
+                await super()._handle_events([event])

@@ -1,0 +1,63 @@
+"""The Starlette request that a backend gets for an HTTP call: its body is already here.
+
+The only module of the core that imports Starlette at its top, so it is imported where the first HTTP request is met.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import anyio
+from starlette.requests import Request
+
+__all__ = ["BufferedRequest"]
+
+_ASGI = {"version": "3.0", "spec_version": "2.4"}
+
+
+class BufferedRequest(Request):
+    """A `starlette.requests.Request` whose whole body came with it.
+
+    Everything works as on the original, as often as wanted and in any order, also from synchronous code that only
+    reads attributes. `receive` gives the body once and then waits until the client is gone, as a server's does, so an
+    ASGI application may be run on ``request.scope`` and ``request.receive``.
+
+    Args:
+        scope: The ASGI scope, as `engine.request.trim_scope` leaves it; taken over, not copied.
+        body: The body.
+    """
+
+    def __init__(self, scope: dict[str, Any], body: bytes) -> None:
+        scope["asgi"] = _ASGI
+        super().__init__(scope, receive=self._replay)
+        self._body = body
+        self._replayed = False
+        self._gone: anyio.Event | None = None
+
+    @property
+    def buffered_body(self) -> bytes:
+        """The body, without awaiting."""
+        return self._body
+
+    def disconnect(self) -> None:
+        """Say that the client is gone. To be called on the loop that runs the backend."""
+        self._is_disconnected = True
+        if self._gone is not None:
+            self._gone.set()
+
+    def release(self) -> None:
+        """Close the files of a form that was read. To be called, on any thread, when the call is over."""
+        if self._form is not None:
+            for _, value in self._form.multi_items():
+                if not isinstance(value, str):
+                    value.file.close()
+
+    async def _replay(self) -> dict[str, Any]:
+        if not self._replayed:
+            self._replayed = True
+            return {"type": "http.request", "body": self._body, "more_body": False}
+        if not self._is_disconnected:
+            if self._gone is None:
+                self._gone = anyio.Event()
+            await self._gone.wait()
+        return {"type": "http.disconnect"}
