@@ -1,0 +1,391 @@
+"""The local adapter: workers as processes of this machine, forked by a fork server.
+
+Owns everything of the operating system that an engine on local processes needs: fork servers, control sockets, pipes,
+listening sockets, the directory of Unix sockets, the table of GPUs. All of it belongs to the controller's loop and is
+released by `LocalAdapter.stop`. It starts no thread, installs no signal handler and changes nothing global.
+
+When a worker dies, what it had said and printed is delivered first, then its exit, once. When a fork server dies, the
+kernel takes its workers along, each is reported, and the next `start_worker` starts another fork server. When the
+process that holds the adapter dies, the kernel takes the fork servers along, and so all workers.
+
+There are at most two fork servers at a time. The shared one imports the modules that backends come from, so that their
+replicas share them. Workers with environment variables of their own come from a plain one that does not: a module reads
+its environment when it is imported, and must not have read that of somebody else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from engine.adapter import AdapterEvents, Listen, Node, WorkerExit, WorkerSpec
+from engine.errors import EngineClosed, EngineError, InvalidArgument, ResourcesUnavailable
+from engine.serialization import unpack_exception
+from engine_wire import Acceptor, listen_unix
+from engine_wire.listening import ListeningSockets
+
+from .connector import LocalConnector
+from .directory import EngineDirectory, temporary_directory
+from .environment import extra_environ, thread_limit
+from .gpus import GpuTable, visible_devices
+from .launcher import Launcher, search_path
+from .orders import Exited, Forked, ForkFailed, Kill, PreloadDone, PreloadFailed, Spawn
+from .process import describe_exit
+from .watched import WatchedWorker
+
+__all__ = ["LocalAdapter"]
+
+_log = logging.getLogger("engine.local")
+_NODE = Node("local", "127.0.0.1")
+_MAX_INLINE_BYTES = 1 << 15
+"""Larger payloads reach the worker as a file in memory: the fork server need not hold and copy them."""
+_STUCK_AFTER_S = 5.0
+"""A fork server that keeps an order waiting for longer is importing something that may never end."""
+_EXIT_PATIENCE_S = 1.0
+"""Between the end of a worker's control channel and its exit, or the other way round, are milliseconds."""
+_SIGKILL = 9
+
+
+class _Running(NamedTuple):
+    """What `LocalAdapter.start` took."""
+
+    events: AdapterEvents
+    loop: asyncio.AbstractEventLoop
+    directory: EngineDirectory
+    acceptor: Acceptor
+    gpus: GpuTable
+    listening: ListeningSockets
+
+
+class LocalAdapter(LocalConnector):
+    """Runs replicas as processes on this machine: ``Engine(backend="local")``.
+
+    Args:
+        preload: Names of modules to import once, before the first replica: every replica then starts with them and
+            shares their memory. They must cope with a fork after their import; most do, also numpy and torch as long
+            as nothing uses a GPU while they are imported. They see the environment the engine was started in.
+        gpus: The devices to hand out, as ``CUDA_VISIBLE_DEVICES`` names them. By default those that variable shows
+            when the engine starts, or else all of this machine.
+
+    Raises:
+        engine.errors.InvalidArgument: ``preload`` is not a sequence of module names, or ``gpus`` names one twice.
+    """
+
+    def __init__(self, preload: Sequence[str] = (), gpus: Sequence[int | str] | None = None) -> None:
+        super().__init__("")
+        if isinstance(preload, str) or not all(isinstance(name, str) and name for name in preload):
+            raise InvalidArgument(f"preload must be a list of module names, not {preload!r}")
+        if isinstance(gpus, str):
+            raise InvalidArgument(f"gpus must be a list of devices, not {gpus!r}")
+        self._preload = tuple(preload)
+        self._devices = None if gpus is None else [str(device) for device in gpus]
+        GpuTable(self._devices or ())
+        # Only the loop that `start` ran on touches what follows.
+        self._running: _Running | None = None
+        self._launchers: dict[bool, Launcher] = {}  # by whether it is the shared one
+        self._retired: set[Launcher] = set()
+        self._preloaded: asyncio.Future[None] | None = None
+        self._workers: dict[str, WatchedWorker] = {}
+        self._deserted = asyncio.Event()  # set while there are no workers
+        self._deserted.set()
+        self._process = 0  # that `start` was called in
+        self._sequence = 0
+        self._ignored: set[tuple[str, ...]] = set()  # options that the log has mentioned
+
+    # -- engine.adapter.Adapter --------------------------------------------------------------------------------------
+
+    async def start(self, engine_id: str, events: AdapterEvents) -> None:
+        """See `engine.adapter.Adapter.start`.
+
+        Raises:
+            engine.errors.InvalidArgument: A module of ``preload`` cannot be imported, the directory for sockets is not
+                safe, there is no interpreter to start, or the adapter already serves an engine.
+            engine.errors.ResourcesUnavailable: The machine lacks descriptors, processes or disk space.
+        """
+        if self._running is not None or self._launchers:
+            raise InvalidArgument("this LocalAdapter already serves an engine: give each engine one of its own")
+        loop = asyncio.get_running_loop()
+        self._process = os.getpid()
+        self._preloaded = loop.create_future() if self._preload else None
+        try:
+            self._launch(True, loop)  # first: it has the most to do
+            directory = await EngineDirectory.create(temporary_directory(os.environ.get("TMPDIR")))
+            try:
+                acceptor = Acceptor(listen_unix(str(directory.path / "c.sock")), events.peer_connected, loop)
+            except BaseException:
+                directory.remove()
+                raise
+            devices = visible_devices(os.environ) if self._devices is None else self._devices
+            self._running = _Running(events, loop, directory, acceptor, GpuTable(devices), ListeningSockets())
+            self.control_address = f"unix:{directory.path}/c.sock"
+            if self._preloaded is not None:
+                await self._preloaded
+        except BaseException as error:
+            if self._preloaded is not None:
+                self._preloaded.cancel()
+            await self.stop()
+            if isinstance(error, OSError):
+                raise _lacking("cannot start the engine", error) from error
+            raise
+
+    async def start_worker(self, spec: WorkerSpec) -> None:
+        """See `engine.adapter.Adapter.start_worker`."""
+        running = self._running
+        if running is None:
+            raise EngineClosed("the local adapter is not running")
+        if spec.worker_id in self._workers:
+            raise InvalidArgument(f"there is a worker {spec.worker_id!r} already")
+        if spec.node_id not in (None, _NODE.node_id):
+            raise InvalidArgument(f"node_id must be {_NODE.node_id!r} here, not {spec.node_id!r}")
+        self._mention_ignored(spec)
+        gpus = running.gpus.take(spec.worker_id, spec.resources.num_gpus) if spec.resources.num_gpus else []
+        try:
+            self._start(running, spec, gpus)
+        except BaseException as error:
+            running.gpus.give_back(spec.worker_id)
+            if isinstance(error, OSError):
+                raise _lacking(f"cannot start {spec.name}", error) from error
+            raise
+
+    def tell(self, worker_id: str, body: Any) -> None:
+        """See `engine.adapter.Adapter.tell`."""
+        worker = self._workers.get(worker_id)
+        if worker is not None:
+            worker.tell(body)
+
+    def kill_worker(self, worker_id: str) -> None:
+        """See `engine.adapter.Adapter.kill_worker`."""
+        worker = self._workers.get(worker_id)
+        if worker is None:
+            return
+        worker.killed = True
+        self._kill(worker)
+        assert self._running is not None
+        if worker.pid is None and self._running.loop.time() - worker.started_at > _STUCK_AFTER_S:
+            self._give_up(worker)
+
+    def bound(self, listen: Listen) -> Listen:
+        """See `engine.adapter.Adapter.bound`."""
+        if self._running is None:
+            raise KeyError(listen)
+        return self._running.listening.bound(listen)
+
+    def nodes(self) -> tuple[Node, ...]:
+        """See `engine.adapter.Adapter.nodes`."""
+        return (_NODE,)
+
+    async def stop(self) -> None:
+        """See `engine.adapter.Adapter.stop`."""
+        if self._process not in (0, os.getpid()):
+            return  # a fork of the engine's process: nothing of this is its own
+        for worker in self._workers.values():
+            worker.killed = True
+        launchers = [*self._launchers.values(), *self._retired]
+        if self._running is not None:
+            self._running.acceptor.close()
+        # One that has not forked all of its workers is perhaps importing, and would not listen.
+        importing = {worker.launcher for worker in self._workers.values() if worker.pid is None}
+        await asyncio.gather(*(launcher.stop(at_once=launcher in importing) for launcher in launchers))
+        await self._deserted.wait()  # workers of a fork server that was killed end a moment later
+        running, self._running = self._running, None
+        if running is not None:
+            running.listening.close()
+            running.directory.remove()
+        self.control_address = ""
+
+    # -- starting ----------------------------------------------------------------------------------------------------
+
+    def _launch(self, shared: bool, loop: asyncio.AbstractEventLoop) -> Launcher:
+        if shared not in self._launchers:
+            self._launchers[shared] = Launcher(self._preload, self._on_report, self._on_gone, loop)
+        return self._launchers[shared]
+
+    def _start(self, running: _Running, spec: WorkerSpec, gpus: list[str]) -> None:
+        environ = dict(os.environ)
+        extra = extra_environ(spec.resources, gpus, environ)
+        with contextlib.ExitStack() as undo:
+            descriptors = []
+            if spec.listen is not None:
+                descriptors.append(os.dup(running.listening.get(spec.listen).fileno()))
+                undo.callback(os.close, descriptors[-1])
+            if len(spec.payload) > _MAX_INLINE_BYTES:
+                descriptors.append(_file_in_memory(spec.payload))
+                undo.callback(os.close, descriptors[-1])
+            launcher = self._launch(not extra, running.loop)
+            self._sequence += 1
+            path = running.directory.path / f"{self._sequence}.sock"
+            worker = WatchedWorker(
+                spec.worker_id, launcher, path, running.events.worker_said, self._on_lost, running.loop
+            )
+            undo.pop_all()
+        self._workers[spec.worker_id] = worker
+        self._deserted.clear()
+        descriptors[:0] = worker.descriptors
+        launcher.send(
+            Spawn(
+                worker_id=spec.worker_id,
+                name=spec.name,
+                entry=spec.entry,
+                payload=None if len(spec.payload) > _MAX_INLINE_BYTES else spec.payload,
+                address=str(path),
+                control_address=self.control_address,
+                preload=() if extra else spec.preload,
+                sys_path=search_path(),
+                argv=list(getattr(sys, "argv", [""])),
+                cwd=_working_directory(),
+                environ=environ,
+                extra_environ=extra,
+                threads=thread_limit(spec.resources, environ),
+                log_level=logging.getLogger().getEffectiveLevel(),
+                descriptors=len(descriptors),
+            ),
+            descriptors,
+        )
+
+    def _mention_ignored(self, spec: WorkerSpec) -> None:
+        keys = tuple(sorted(spec.resources.other))
+        if keys and keys not in self._ignored:
+            self._ignored.add(keys)
+            _log.info("ray_actor_options: only a cluster has a use for %s; ignored here", ", ".join(keys))
+
+    # -- what fork servers report --------------------------------------------------------------------------------------
+
+    def _on_report(self, launcher: Launcher, report: object) -> None:
+        if isinstance(report, (PreloadDone, PreloadFailed)):
+            self._on_preload(report)
+            return
+        assert isinstance(report, (Forked, ForkFailed, Exited))
+        worker = self._workers.get(report.worker_id)
+        if worker is None:
+            return  # given up before
+        if isinstance(report, Forked):
+            worker.pid = report.pid
+        elif isinstance(report, ForkFailed):
+            self._finish(worker, report.reason)
+        else:
+            self._finish(worker, _reason(worker, report.status))
+
+    def _on_preload(self, report: PreloadDone | PreloadFailed) -> None:
+        error: EngineError | None = None
+        if isinstance(report, PreloadFailed):
+            cause = unpack_exception(report.error)
+            error = InvalidArgument(
+                f"preload: module {report.module!r} cannot be imported: {type(cause).__name__}: {cause}"
+            )
+            error.__cause__ = cause
+        if self._preloaded is not None and not self._preloaded.done():
+            if error is None:
+                self._preloaded.set_result(None)
+            else:
+                self._preloaded.set_exception(error)
+        elif error is not None:
+            _log.error("%s", error)
+
+    def _on_gone(self, launcher: Launcher, phrase: str) -> None:
+        self._retired.discard(launcher)
+        for shared in [shared for shared, current in self._launchers.items() if current is launcher]:
+            del self._launchers[shared]
+        if self._preloaded is not None and not self._preloaded.done():
+            self._preloaded.set_exception(InvalidArgument(f"preload: the fork server {phrase} while it was importing"))
+        for worker in self._of(launcher):
+            self._orphan(worker, "was killed by the engine" if worker.killed else f"its fork server {phrase}")
+
+    # -- how workers end -----------------------------------------------------------------------------------------------
+
+    def _on_lost(self, worker: WatchedWorker) -> None:
+        if worker.last_words is not None:
+            self._finish(worker, worker.last_words)
+        else:
+            assert self._running is not None
+            worker.deadline = self._running.loop.call_later(_EXIT_PATIENCE_S, self._cut_off, worker)
+
+    def _cut_off(self, worker: WatchedWorker) -> None:
+        """Kill a worker that closed its control channel and did not exit: nobody can speak with it any more."""
+        worker.cut_off = True
+        self._kill(worker)
+        if worker.launcher in self._retired:
+            self._finish(worker, "is gone; its fork server, which could say why, is stuck in an import")
+
+    def _kill(self, worker: WatchedWorker) -> None:
+        worker.launcher.send(Kill(worker.worker_id))
+        if worker.launcher in self._retired and worker.pid is not None:
+            # A stuck fork server does not listen. Nor does it reap, so the number still is this worker's.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker.pid, _SIGKILL)
+
+    def _orphan(self, worker: WatchedWorker, reason: str) -> None:
+        """End a worker whose fork server cannot say when it is gone: its channel says so instead."""
+        if not worker.connected:
+            self._finish(worker, reason)
+            return
+        worker.last_words = reason
+        assert self._running is not None
+        worker.deadline = self._running.loop.call_later(_EXIT_PATIENCE_S, self._finish, worker, reason)
+
+    def _give_up(self, worker: WatchedWorker) -> None:
+        """Do not wait for a worker that its fork server does not get round to; start others elsewhere."""
+        self._retired.add(worker.launcher)
+        for shared in [shared for shared, current in self._launchers.items() if current is worker.launcher]:
+            del self._launchers[shared]
+        self._finish(worker, "was ended before it started: the import of a module took too long")
+
+    def _finish(self, worker: WatchedWorker, reason: str) -> None:
+        if self._workers.pop(worker.worker_id, None) is None:
+            return
+        worker.last_words = reason
+        worker.finish()
+        if not self._workers:
+            self._deserted.set()
+        if worker.launcher.gone.done() and worker.pid is not None:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(worker.pid, os.WNOHANG)  # it has become this process's child if that adopts orphans
+        running = self._running
+        assert running is not None
+        running.gpus.give_back(worker.worker_id)
+        if worker.launcher in self._retired and not self._of(worker.launcher):
+            worker.launcher.kill()
+        running.events.worker_exited(WorkerExit(worker.worker_id, reason))
+
+    def _of(self, launcher: Launcher) -> list[WatchedWorker]:
+        return [worker for worker in self._workers.values() if worker.launcher is launcher]
+
+
+def _lacking(what: str, error: OSError) -> ResourcesUnavailable:
+    return ResourcesUnavailable(f"{what}: {error.strerror}; if it is about open files, raise their limit (ulimit -n)")
+
+
+def _reason(worker: WatchedWorker, status: int) -> str:
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == _SIGKILL:
+        if worker.killed:
+            return "was killed by the engine"
+        if worker.cut_off:
+            return "was killed by the engine because it had closed its control channel"
+    return describe_exit(status)
+
+
+def _file_in_memory(payload: bytes) -> int:
+    """A descriptor of a nameless file that holds the payload, positioned at its start."""
+    if hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create("engine-payload")
+    else:
+        import tempfile
+
+        with tempfile.TemporaryFile() as file:
+            descriptor = os.dup(file.fileno())
+    view = memoryview(payload)
+    while view:
+        view = view[os.write(descriptor, view) :]
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    return descriptor
+
+
+def _working_directory() -> str | None:
+    try:
+        return os.getcwd()
+    except OSError:
+        return None  # it was removed

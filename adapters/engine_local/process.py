@@ -1,0 +1,78 @@
+"""What processes of the local adapter ask of the operating system, and how their ends are told to people.
+
+Needs nothing but ctypes, so that a new process can tie its life to its parent's before it imports anything heavy.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+__all__ = ["describe_exit", "die_with_parent", "flush_c_streams", "name_process"]
+
+_SIGKILL = 9
+_PR_SET_PDEATHSIG = 1
+_PR_SET_NAME = 15
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process as soon as its parent dies (Linux); end now if it already has.
+
+    The kernel watches the parent's *thread* that started this process: it must be one that lives as long as the parent.
+    Elsewhere only the end-of-file on the sockets from the parent tells, which the process reads while it is idle.
+
+    Args:
+        parent: Process id the parent is known to have.
+    """
+    if sys.platform == "linux":
+        _libc().prctl(_PR_SET_PDEATHSIG, _SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def name_process(name: str) -> None:
+    """Show ``name`` (15 bytes of it) in ``ps`` and ``top`` (Linux)."""
+    if sys.platform == "linux":
+        _libc().prctl(_PR_SET_NAME, name.encode()[:15], 0, 0, 0)
+
+
+def flush_c_streams() -> None:
+    """Write out what C code printed and its library still holds: `os._exit` would drop it."""
+    _libc().fflush(None)
+
+
+def _libc() -> Any:
+    import ctypes
+
+    return ctypes.CDLL(None)
+
+
+def describe_exit(status: int) -> str:
+    """Say in words for people what a wait status means."""
+    code = os.waitstatus_to_exitcode(status)
+    if code == 0:
+        return "exited"
+    if code > 0:
+        return f"exited with code {code}"
+    return f"was killed by {_signal_name(-code)}{_LIKELY_CAUSES.get(-code, '')}"
+
+
+def _signal_name(number: int) -> str:
+    import signal
+
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+_LIKELY_CAUSES = {
+    4: " (an illegal instruction in native code)",
+    6: " (native code gave up; see its standard error)",
+    7: " (a memory error in native code, or a full /dev/shm)",
+    8: " (an arithmetic error in native code)",
+    _SIGKILL: " (out of memory, or someone killed it)",
+    11: " (a crash in native code)",
+    15: " (someone asked it to end)",
+}
