@@ -1,0 +1,80 @@
+"""What the kernel says about processes: children, open files, threads, memory. Linux only."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+PROC = Path("/proc")
+
+
+def descendants(root: int | None = None) -> list[int]:
+    """All living processes below `root` (this one by default), zombies left out."""
+    children: dict[int, list[int]] = {}
+    for name in os.listdir(PROC):
+        if not name.isdecimal():
+            continue
+        try:
+            fields = (PROC / name / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue  # ended meanwhile
+        if fields[0] != "Z":
+            children.setdefault(int(fields[1]), []).append(int(name))
+    found: list[int] = []
+    waiting = [os.getpid() if root is None else root]
+    while waiting:
+        below = children.get(waiting.pop(), [])
+        found += below
+        waiting += below
+    return found
+
+
+def pss_mb(pids: list[int]) -> float:
+    """Proportional set size of the processes together, in MB: a page shared by n of all processes counts 1/n each.
+
+    Raises:
+        OSError: one of them ended meanwhile.
+    """
+    total_kb = 0
+    for pid in pids:
+        for line in (PROC / str(pid) / "smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                total_kb += int(line.split()[1])
+                break
+    return total_kb / 1024
+
+
+def open_fds() -> int:
+    """Open file descriptors of this process; the one that reads the list is left out."""
+    return len(os.listdir("/proc/self/fd")) - 1
+
+
+def threads() -> int:
+    """Threads of this process, those that Python does not know included."""
+    return len(os.listdir("/proc/self/task"))
+
+
+def pin(pid: int, cpus: set[int]) -> None:
+    """Let all threads of a process run on these CPUs only; threads and children made later inherit it."""
+    for task in os.listdir(PROC / str(pid) / "task"):
+        try:
+            os.sched_setaffinity(int(task), cpus)
+        except ProcessLookupError:
+            continue  # ended meanwhile
+
+
+@contextmanager
+def placed(caller: int, others: int) -> Iterator[None]:
+    """Keep this process on one CPU and all its descendants on another, or the same, until the block ends."""
+    allowed = os.sched_getaffinity(0)
+    below = descendants()
+    try:
+        pin(os.getpid(), {caller})
+        for pid in below:
+            pin(pid, {others})
+        yield
+    finally:
+        for pid in [os.getpid(), *descendants()]:
+            pin(pid, allowed)

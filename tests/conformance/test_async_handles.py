@@ -1,0 +1,190 @@
+"""Async handles on every event loop."""
+
+from __future__ import annotations
+
+import pickle
+
+import anyio
+import anyio.to_thread
+import pytest
+from harness import open_files
+
+from engine import errors
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(("asyncio", {"use_uvloop": False}), id="asyncio"),
+        pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop"),
+        pytest.param(("trio", {}), id="trio"),
+    ]
+)
+def anyio_backend(request):
+    return request.param
+
+
+async def double(request):
+    return request.data * 2
+
+
+@pytest.fixture
+def doubled(serve):
+    return serve(double, route=None).ahandle
+
+
+@pytest.fixture
+def held(serve, gate):
+    async def backend(request):
+        await gate.apass_through()
+        return request.data
+
+    return serve(backend, route=None).ahandle
+
+
+async def test_remote_gives_a_ref_to_await(doubled):
+    ref = await doubled.remote(4)
+    assert await ref == 8
+    assert await ref == 8, "a ref may be read again"
+
+
+async def test_call(doubled):
+    assert await doubled.call(4) == 8
+
+
+async def test_named_method_and_query(serve):
+    class Backend:
+        def method(self, value, by):
+            return value * by
+
+    handle = serve(Backend, route=None).ahandle
+    assert await handle.options(method_name="method").call(4, by=3) == 12
+
+
+async def test_many_at_once(doubled):
+    results = {}
+
+    async def call(number):
+        results[number] = await doubled.call(number)
+
+    async with anyio.create_task_group() as tasks:
+        for number in range(100):
+            tasks.start_soon(call, number)
+    assert results == {number: number * 2 for number in range(100)}
+
+
+async def test_the_loop_runs_on_meanwhile(held, gate):
+    """The gate is opened by another task of the same loop, which a blocked loop could never run."""
+    results = []
+
+    async def call():
+        results.append(await held.call(5))
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(call)
+        await anyio.to_thread.run_sync(gate.wait_for_arrivals, 1)
+        assert results == []
+        gate.open()
+    assert results == [5]
+
+
+async def test_errors(serve):
+    handle = serve(lambda request: 1 / 0, route=None).ahandle
+    with pytest.raises(ZeroDivisionError):
+        await handle.call()
+    ref = await handle.remote()
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError) as caught:
+            await ref
+    assert isinstance(caught.value.__cause__, errors.RemoteTraceback)
+
+
+async def test_timeout_option(held, gate):
+    with pytest.raises(errors.DeadlineExceeded):
+        await held.options(timeout_s=0.1).call(1)
+    gate.open()
+    assert await held.call(2) == 2
+
+
+async def test_cancelled_callers_leave_quietly(held, gate):
+    with anyio.move_on_after(0.05) as scope:
+        await held.call(1)
+    assert scope.cancelled_caught
+    with anyio.move_on_after(0.05) as scope:
+        await (await held.remote(1))
+    assert scope.cancelled_caught
+    gate.open()
+    assert await held.call(2) == 2
+
+
+async def test_refs_as_arguments(doubled):
+    first = await doubled.remote(1)
+    assert await doubled.call(first) == 4
+    assert await (await doubled.remote(await doubled.remote(first))) == 8
+
+
+async def test_failing_dependency(serve, doubled):
+    failed = await serve(lambda request: 1 / 0, route=None).ahandle.remote()
+    with pytest.raises(ZeroDivisionError):
+        await doubled.call(failed)
+
+
+async def test_get_and_wait_take_refs_of_async_handles(engine, doubled):
+    refs = [await doubled.remote(number) for number in range(3)]
+    ready, not_ready = await anyio.to_thread.run_sync(lambda: engine.wait(refs, num_returns=3, timeout=20))
+    assert (ready, not_ready) == (refs, [])
+    assert await anyio.to_thread.run_sync(engine.get, refs) == [0, 2, 4]
+
+
+async def test_ref_of_a_sync_handle(serve):
+    assert await serve(double, route=None).handle.remote(4) == 8
+
+
+async def test_pickled(doubled):
+    assert await pickle.loads(pickle.dumps(doubled)).call(4) == 8
+
+
+async def test_one_handle_on_loops_in_several_threads(doubled, anyio_backend):
+    backend, options = anyio_backend
+
+    def on_a_loop_of_its_own(number):
+        return anyio.run(doubled.call, number, backend=backend, backend_options=options)
+
+    assert await doubled.call(1) == 2
+    assert await anyio.to_thread.run_sync(on_a_loop_of_its_own, 2) == 4
+    assert await doubled.call(3) == 6
+
+
+async def test_loops_that_have_ended_leave_nothing(serve, anyio_backend):
+    """Programs that call ``asyncio.run`` again and again must not pile up connections."""
+    handle = serve(double, route=None).ahandle
+    backend, options = anyio_backend
+
+    def run():
+        assert anyio.run(handle.call, 2, backend=backend, backend_options=options) == 4
+
+    await anyio.to_thread.run_sync(run)
+    before = len(open_files())
+    for _ in range(10):
+        await anyio.to_thread.run_sync(run)
+    assert len(open_files()) <= before
+
+
+async def test_overload(serve, gate):
+    async def backend(request):
+        await gate.apass_through()
+
+    handle = serve(backend, route=None, config={"max_concurrent_queries": 1, "max_queued_requests": 0}).ahandle
+    ref = await handle.remote()
+    await anyio.to_thread.run_sync(gate.wait_for_arrivals, 1)
+    with pytest.raises(errors.Overloaded):
+        await handle.call()
+    gate.open()
+    assert await ref is None
+
+
+async def test_control_calls_from_a_thread_of_the_loop(engine, serve, doubled):
+    """Control calls block, so they run in a thread; handles made there work on the loop."""
+    served = await anyio.to_thread.run_sync(lambda: serve(double, route=None))
+    assert await served.ahandle.call(5) == 10

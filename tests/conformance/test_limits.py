@@ -1,0 +1,218 @@
+"""How many calls a replica holds, how many wait, and what scaling does to them."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import Counter
+
+import pytest
+from harness import eventually
+
+from engine import errors, get_replica_context
+
+
+class Counting:
+    """Returns the most calls that ran at once, after all of them were held at the gate."""
+
+    def __init__(self, gate):
+        self.gate = gate
+        self.running = 0
+        self.most = 0
+
+    async def __call__(self, request):
+        self.running += 1
+        self.most = max(self.most, self.running)
+        await self.gate.apass_through()
+        await asyncio.sleep(0)
+        self.running -= 1
+        return self.most
+
+
+def replica_tag(request):
+    return get_replica_context().replica_tag
+
+
+def test_max_concurrent_queries(serve, engine, gate):
+    served = serve(Counting, gate, config={"max_concurrent_queries": 3})
+    refs = [served.handle.remote() for _ in range(6)]
+    by_http = []
+    threads = [threading.Thread(target=lambda: by_http.append(served.http().text)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    gate.wait_for_arrivals(3)
+    assert engine.wait(refs, timeout=0.1)[0] == []
+    assert gate.arrivals() == 3, "whoever calls, the replica holds no more"
+    gate.open()
+    assert max(engine.get(refs, timeout=20)) == 3
+    for thread in threads:
+        thread.join()
+    assert set(by_http) <= {"3"}
+    assert len(by_http) == 3
+    assert gate.arrivals() == 9
+
+
+def test_async_backends_run_many_calls_at_once_by_default(serve, engine, gate):
+    handle = serve(Counting, gate, route=None).handle
+    refs = [handle.remote() for _ in range(100)]
+    gate.wait_for_arrivals(100)
+    gate.open()
+    assert max(engine.get(refs, timeout=20)) == 100
+
+
+def test_sync_backends_run_one_call_at_a_time(serve, engine, gate):
+    class Backend:
+        running = 0
+
+        def __call__(self, request):
+            assert not self.running
+            self.running += 1
+            gate.pass_through()
+            self.running -= 1
+
+    handle = serve(Backend, route=None).handle
+    refs = [handle.remote() for _ in range(20)]
+    gate.wait_for_arrivals(1)
+    assert engine.wait(refs, timeout=0.1)[0] == []
+    assert gate.arrivals() == 1
+    gate.open()
+    assert engine.get(refs, timeout=20) == [None] * 20
+
+
+def test_overload(serve, engine, gate):
+    async def backend(request):
+        await gate.apass_through()
+        return request.data
+
+    handle = serve(backend, route=None, config={"max_concurrent_queries": 1, "max_queued_requests": 2}).handle
+    refs = [handle.remote(0)]
+    gate.wait_for_arrivals(1)
+    refs += [handle.remote(1), handle.remote(2)]
+    for _ in range(3):
+        with pytest.raises(errors.Overloaded, match="max_queued_requests"):
+            engine.get(handle.remote("too many"), timeout=20)
+    gate.open()
+    assert engine.get(refs, timeout=20) == [0, 1, 2], "those that were accepted are served"
+    assert handle.call("again") == "again"
+
+
+def test_no_queue_limit(serve, engine, gate):
+    async def backend(request):
+        await gate.apass_through()
+        return request.data
+
+    handle = serve(backend, route=None, config={"max_concurrent_queries": 1, "max_queued_requests": None}).handle
+    refs = [handle.remote(number) for number in range(1500)]
+    gate.open()
+    assert engine.get(refs, timeout=40) == list(range(1500))
+
+
+def test_the_default_queue_is_bounded(serve, engine, gate):
+    async def backend(request):
+        await gate.apass_through()
+
+    handle = serve(backend, route=None, config={"max_concurrent_queries": 1}).handle
+    refs = [handle.remote() for _ in range(1200)]
+    overloaded = sum(isinstance(ref.future().exception(), errors.Overloaded) for ref in refs[1001:])
+    assert overloaded == 199
+    gate.open()
+    assert engine.get(refs[:1001], timeout=40) == [None] * 1001
+
+
+def test_the_free_replica_gets_the_calls(serve, engine, gate):
+    """A replica that is stuck at one call must not delay those that the other one could take."""
+
+    async def backend(request):
+        if request.data == "hold":
+            await gate.apass_through()
+        return get_replica_context().replica_tag
+
+    config = {"num_replicas": 2, "max_concurrent_queries": 1}
+    handle = serve(backend, route=None, config=config).handle
+    held = handle.remote("hold")
+    gate.wait_for_arrivals(1)
+    free = {handle.call("pass") for _ in range(20)}
+    assert len(free) == 1
+    gate.open()
+    assert engine.get(held, timeout=20) not in free
+
+
+def test_calls_spread_over_replicas(serve):
+    handle = serve(replica_tag, route=None, config={"num_replicas": 3}).handle
+    counted = Counter(handle.call() for _ in range(300))
+    assert len(counted) == 3
+    assert min(counted.values()) > 30
+
+
+def test_scaling_up_serves_what_waits(serve, engine, gate):
+    def backend(request):
+        gate.pass_through()
+        return get_replica_context().replica_tag
+
+    served = serve(backend, route=None, config={"max_concurrent_queries": 1})
+    refs = [served.handle.remote() for _ in range(3)]
+    gate.wait_for_arrivals(1)
+    assert gate.arrivals() == 1
+    engine.update_backend_config(served.tag, {"num_replicas": 3})
+    gate.wait_for_arrivals(3)
+    gate.open()
+    assert len(set(engine.get(refs, timeout=20))) == 3
+
+
+def test_scaling_down_finishes_what_runs(serve, engine, gate):
+    def backend(request):
+        if request.data == "hold":
+            gate.pass_through()
+        return get_replica_context().replica_tag
+
+    served = serve(backend, route=None, config={"num_replicas": 3, "max_concurrent_queries": 1})
+    refs = [served.handle.remote("hold") for _ in range(3)]
+    gate.wait_for_arrivals(3)
+    scaling = threading.Thread(target=engine.update_backend_config, args=(served.tag, {"num_replicas": 1}))
+    scaling.start()
+    waiting = [served.handle.remote("pass") for _ in range(5)]
+    gate.open()
+    assert len(set(engine.get(refs, timeout=20))) == 3
+    engine.get(waiting, timeout=20)
+    scaling.join(20)
+    assert not scaling.is_alive()
+    assert len({served.call() for _ in range(20)}) == 1
+
+
+@pytest.mark.parametrize("way", ["handle", "http"])
+def test_scaling_under_load_loses_nothing(serve, engine, way):
+    served = serve(replica_tag)
+    stop = threading.Event()
+    answers, failures = [], []
+
+    def load():
+        while not stop.is_set():
+            try:
+                answers.append(served.call() if way == "handle" else served.http_text())
+            except BaseException as failure:
+                failures.append(failure)
+                return
+
+    threads = [threading.Thread(target=load) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        for replicas in (3, 1, 2, 1):
+            engine.update_backend_config(served.tag, {"num_replicas": replicas})
+            seen = len(answers)
+            eventually(lambda seen=seen: len(set(answers[seen:])) >= replicas or failures)  # noqa: B023
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert failures == []
+
+
+def test_limits_can_be_updated(serve, engine, gate):
+    served = serve(Counting, gate, route=None, config={"max_concurrent_queries": 1})
+    refs = [served.handle.remote() for _ in range(4)]
+    gate.wait_for_arrivals(1)
+    engine.update_backend_config(served.tag, {"max_concurrent_queries": 4})
+    gate.wait_for_arrivals(4)
+    gate.open()
+    assert max(engine.get(refs, timeout=20)) == 4

@@ -1,0 +1,165 @@
+"""Methods chosen by name, and what they are given."""
+
+from __future__ import annotations
+
+import pytest
+from starlette.requests import Request
+
+from engine import ServeRequest, errors
+
+
+class Base:
+    def inherited(self, value):
+        return ["inherited", value]
+
+
+class Calculator(Base):
+    constant = 5
+
+    def __init__(self, start=0):
+        self.start = start
+        self.assigned = len
+
+    def __call__(self, request):
+        return "called"
+
+    def add(self, amount, by=1):
+        return self.start + amount * by
+
+    async def later(self, amount):
+        return self.start + amount
+
+    def nothing(self):
+        return "no arguments"
+
+    def typed(self, incoming: ServeRequest):
+        return [type(incoming).__name__, incoming.data]
+
+    def typed_starlette(self, incoming: Request):
+        return [type(incoming).__name__, incoming.data]
+
+    def named(self, request):
+        return [type(request).__name__, request.data]
+
+    def ending(self, web_request):
+        return [type(web_request).__name__, web_request.data]
+
+    def similar(self, requested):
+        return [type(requested).__name__, requested]
+
+    def over_http(self, anything):
+        return [isinstance(anything, Request), anything.query_params["a"]]
+
+    def _private(self, value):
+        return "must not be called"
+
+
+@pytest.fixture
+def calculator(serve):
+    return serve(Calculator, 100)
+
+
+def test_call_is_the_default(calculator):
+    assert calculator.call(5) == "called"
+    assert calculator.http().text == "called"
+
+
+def test_state_comes_from_the_constructor(serve):
+    assert serve(Calculator, route=None, start=7).call(1, method_name="add") == 8
+
+
+def test_named_methods_get_plain_arguments(calculator):
+    add = calculator.handle.options(method_name="add")
+    assert add.call(5) == 105
+    assert add.call(5, by=2) == 110
+    assert add.call(5, 3) == 115
+    assert add.call(amount=4) == 104
+    assert calculator.call(1, method_name="inherited") == ["inherited", 1]
+    assert calculator.call(method_name="nothing") == "no arguments"
+    assert calculator.call("x", method_name="similar") == ["str", "x"]
+
+
+@pytest.mark.parametrize("method", ["typed", "typed_starlette", "named", "ending"])
+def test_methods_that_ask_for_the_request_get_it(calculator, method):
+    assert calculator.call("x", method_name=method) == ["ServeRequest", "x"]
+
+
+def test_async_method_beside_sync_ones(calculator):
+    assert calculator.call(5, method_name="later") == 105
+
+
+def test_wrong_plain_arguments_are_the_callers_error(calculator):
+    with pytest.raises(TypeError, match="add"):
+        calculator.call(1, 2, 3, method_name="add")
+    with pytest.raises(TypeError, match="nothing"):
+        calculator.call(1, method_name="nothing")
+
+
+def test_http_methods_get_the_request(calculator):
+    answer = calculator.http_json(params={"a": "b"}, headers={"X-SERVE-CALL-METHOD": "over_http"})
+    assert answer == [True, "b"]
+
+
+def test_async_method_over_http(serve):
+    class Reader:
+        async def read(self, request):
+            return (await request.body()).decode()
+
+    served = serve(Reader)
+    assert served.http("POST", content="x", headers={"X-Serve-Call-Method": "read"}).text == "x"
+
+
+def test_a_class_without_call_serves_its_methods(serve):
+    class Reader:
+        def length(self, value):
+            return len(value)
+
+    served = serve(Reader)
+    assert served.call("four", method_name="length") == 4
+    with pytest.raises(errors.MethodNotFound, match="__call__"):
+        served.call("four")
+    assert served.http().status_code == 400
+
+
+MISSING = ["absent", "_private", "__init__", "__class__", "constant", "assigned", "", "two words"]
+
+
+@pytest.mark.parametrize("method", MISSING)
+def test_missing_methods(calculator, method):
+    with pytest.raises((errors.MethodNotFound, errors.InvalidArgument), match=repr(method)):
+        calculator.call(1, method_name=method)
+    if method:
+        response = calculator.http(headers={"X-SERVE-CALL-METHOD": method})
+        assert response.status_code == 400
+        assert "must not be called" not in response.text
+    assert calculator.call(5, method_name="add") == 105
+
+
+def test_a_function_has_no_methods(serve):
+    def function(request):
+        return "ok"
+
+    served = serve(function)
+    with pytest.raises(errors.MethodNotFound, match="'other'"):
+        served.call(1, method_name="other")
+    assert served.http(headers={"X-SERVE-CALL-METHOD": "other"}).status_code == 400
+    assert served.http().text == "ok"
+
+
+def test_kinds_of_callables(serve):
+    def function(request):
+        return request.data + 1
+
+    async def coroutine(request):
+        return request.data + 1
+
+    class SyncClass:
+        def __call__(self, request):
+            return request.data + 1
+
+    class AsyncClass:
+        async def __call__(self, request):
+            return request.data + 1
+
+    for backend in (function, coroutine, SyncClass, AsyncClass, lambda request: request.data + 1):
+        assert serve(backend, route=None).call(1) == 2

@@ -1,0 +1,245 @@
+"""Sync handles and the refs they give."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import pickle
+import threading
+
+import pytest
+from harness import eventually
+
+from engine import errors
+
+
+def double(request):
+    return request.data * 2
+
+
+@pytest.fixture
+def doubled(serve):
+    return serve(double, route=None).handle
+
+
+@pytest.fixture
+def held(serve, gate):
+    """A backend that answers once the gate is open."""
+
+    async def backend(request):
+        await gate.apass_through()
+        return request.data
+
+    return serve(backend, route=None).handle
+
+
+def test_get_one_and_many(engine, doubled):
+    assert engine.get(doubled.remote(4)) == 8
+    refs = [doubled.remote(number) for number in range(20)]
+    assert engine.get(refs) == [number * 2 for number in range(20)]
+    assert engine.get(refs) == [number * 2 for number in range(20)], "a ref may be read again"
+    assert engine.get([]) == []
+
+
+def test_get_times_out_and_the_call_goes_on(engine, held, gate):
+    ref = held.remote(5)
+    with pytest.raises(errors.DeadlineExceeded) as caught:
+        engine.get(ref, timeout=0.05)
+    assert isinstance(caught.value, TimeoutError)
+    with pytest.raises(errors.DeadlineExceeded):
+        engine.get([ref], timeout=0)
+    gate.open()
+    assert engine.get(ref, timeout=20) == 5
+
+
+def test_wait(engine, held, doubled, gate):
+    slow, fast = held.remote(1), doubled.remote(2)
+    assert engine.wait([slow, fast], timeout=20) == ([fast], [slow])
+    assert engine.wait([slow, fast], num_returns=2, timeout=0.05) == ([fast], [slow])
+    assert engine.wait([slow], timeout=0) == ([], [slow])
+    gate.open()
+    assert engine.wait([slow, fast], num_returns=2, timeout=20) == ([slow, fast], [])
+
+
+def test_wait_gives_no_more_than_it_was_asked_for(engine, doubled):
+    refs = [doubled.remote(number) for number in range(3)]
+    engine.get(refs)
+    ready, not_ready = engine.wait(refs, num_returns=2)
+    assert (ready, not_ready) == (refs[:2], refs[2:])
+
+
+def test_wait_counts_a_failed_call_as_ready(engine, serve):
+    ref = serve(lambda request: 1 / 0, route=None).handle.remote()
+    assert engine.wait([ref], timeout=20) == ([ref], [])
+    with pytest.raises(ZeroDivisionError):
+        engine.get(ref)
+
+
+def test_result(adapter, doubled, held, gate):
+    if not adapter.own_refs:
+        pytest.skip("refs of this adapter are those of its platform")
+    assert doubled.remote(4).result() == 8
+    ref = held.remote(5)
+    with pytest.raises(errors.DeadlineExceeded):
+        ref.result(0.05)
+    with pytest.raises(errors.DeadlineExceeded):
+        ref.result(timeout=0)
+    gate.open()
+    assert ref.result(20) == 5
+
+
+def test_future(doubled, held, gate):
+    future = doubled.remote(4).future()
+    assert isinstance(future, concurrent.futures.Future)
+    assert future.result(20) == 8
+    pending = held.remote(1).future()
+    heard = threading.Event()
+    pending.add_done_callback(lambda _: heard.set())
+    assert not pending.done()
+    gate.open()
+    assert heard.wait(20)
+    assert pending.result() == 1
+
+
+def test_futures_wait_together(doubled, held, gate):
+    futures = {held.remote(1).future(), doubled.remote(2).future()}
+    done, pending = concurrent.futures.wait(futures, timeout=20, return_when="FIRST_COMPLETED")
+    assert [future.result() for future in done] == [4]
+    gate.open()
+    assert [future.result(20) for future in pending] == [1]
+
+
+def test_future_carries_the_error(serve):
+    future = serve(lambda request: 1 / 0, route=None).handle.remote().future()
+    assert isinstance(future.exception(20), ZeroDivisionError)
+
+
+@pytest.mark.anyio
+async def test_refs_can_be_awaited(doubled):
+    assert await doubled.remote(4) == 8
+
+
+def test_call(doubled, serve):
+    assert doubled.call(4) == 8
+    with pytest.raises(ZeroDivisionError):
+        serve(lambda request: 1 / 0, route=None).handle.call()
+
+
+def test_refs_as_arguments(engine, doubled):
+    first = doubled.remote(1)
+    second = doubled.remote(first)
+    assert engine.get(doubled.remote(second)) == 8
+    assert engine.get(first) == 2
+
+
+def test_refs_as_plain_arguments(serve):
+    class Adder:
+        def __call__(self, request):
+            return request.data
+
+        def add(self, left, right):
+            return left + right
+
+    handle = serve(Adder, route=None).handle
+    add = handle.options(method_name="add")
+    assert add.call(handle.remote(1), handle.remote(2)) == 3
+    assert add.call(handle.remote(1), right=handle.remote(5)) == 6
+
+
+def test_a_ref_that_is_not_ready_yet(engine, doubled, held, gate):
+    ref = doubled.remote(held.remote(3))
+    assert engine.wait([ref], timeout=0.05) == ([], [ref])
+    gate.open()
+    assert engine.get(ref, timeout=20) == 6
+
+
+def test_failing_dependency_fails_the_call(engine, doubled, serve, journal):
+    def fails(request):
+        raise KeyError("of the dependency")
+
+    def dependent(request):
+        journal.add("ran")
+
+    dependency = serve(fails, route=None).handle.remote()
+    with pytest.raises(KeyError, match="of the dependency"):
+        engine.get(serve(dependent, route=None).handle.remote(dependency), timeout=20)
+    assert journal.lines() == []
+
+
+def test_timeout_option(held, gate):
+    with pytest.raises(errors.DeadlineExceeded):
+        held.options(timeout_s=0.1).call(1)
+    gate.open()
+    assert held.call(2) == 2
+    assert held.options(timeout_s=20).call(3) == 3
+
+
+def test_timeout_while_queued(serve, gate, journal):
+    def backend(request):
+        journal.add(request.data)
+        gate.pass_through()
+
+    handle = serve(backend, route=None, config={"max_concurrent_queries": 1}).handle
+    first = handle.remote("first")
+    gate.wait_for_arrivals(1)
+    with pytest.raises(errors.DeadlineExceeded):
+        handle.options(timeout_s=0.1).call("too late")
+    gate.open()
+    first.result(20)
+    handle.call("next")
+    assert journal.lines() == ["first", "next"], "a call nobody waits for any more must not run"
+
+
+def test_options_make_a_new_handle(serve):
+    def backend(request):
+        return [request.method, dict(request.headers).get("x-a")]
+
+    plain = serve(backend, route=None).handle
+    changed = plain.options(http_method="PUT").options(http_headers={"X-A": "1"})
+    assert changed.call() == ["PUT", "1"], "options add up"
+    assert plain.call() == ["GET", None]
+    assert changed.options(http_method="POST").call() == ["POST", "1"]
+
+
+def test_handles_pickle_with_their_options(serve):
+    handle = serve(lambda request: [request.method, request.data], route=None).handle.options(http_method="PUT")
+    again = pickle.loads(pickle.dumps(handle))
+    assert again.call(1) == ["PUT", 1]
+
+
+def test_handles_show_their_endpoint(serve):
+    served = serve(double, route=None)
+    assert served.name in repr(served.handle)
+    assert served.name in repr(served.ahandle)
+
+
+def test_one_handle_in_many_threads(doubled):
+    def work(start):
+        return [doubled.call(number) for number in range(start, start + 30)]
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(work, range(0, 800, 100)))
+    assert results == [[number * 2 for number in range(start, start + 30)] for start in range(0, 800, 100)]
+
+
+def test_abandoned_refs_do_no_harm(doubled, serve, journal):
+    handle = serve(lambda request: journal.add("ran"), route=None).handle
+    for _ in range(20):
+        handle.remote()
+    eventually(lambda: len(journal.lines()) == 20)
+    assert doubled.call(1) == 2
+
+
+def test_calls_keep_their_order(serve, journal):
+    handle = serve(lambda request: journal.add(request.data), route=None).handle
+    refs = [handle.remote(number) for number in range(50)]
+    for ref in refs:
+        ref.result(20)
+    assert journal.lines() == [str(number) for number in range(50)]
+
+
+@pytest.mark.anyio
+async def test_blocking_calls_work_in_a_running_loop_of_the_main_program(engine, doubled):
+    """As in a notebook cell: nothing but the caller waits on this loop."""
+    assert doubled.call(4) == 8
+    assert engine.get(doubled.remote(4)) == 8
+    assert doubled.remote(4).result(20) == 8

@@ -1,0 +1,785 @@
+"""The hypercorn server on real sockets: HTTP/1.1, HTTP/2, TLS, and how it starts, stops and breaks off."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import ssl
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import trustme
+
+from engine.config import HTTPOptions
+from engine.errors import InvalidArgument
+from engine.ingress_server import StreamBroken
+from engine_http import HypercornServer
+from engine_http import server as server_module
+from engine_http.connection import Connection
+from engine_http.plain import PlainLane
+
+pytestmark = pytest.mark.anyio
+
+PATIENCE_S = 10
+
+
+@pytest.fixture(params=["asyncio", "uvloop"])
+def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
+    return "asyncio", {"use_uvloop": request.param == "uvloop"}
+
+
+@dataclass
+class App:
+    """An application that the test steers: which way to answer is the path."""
+
+    started: asyncio.Queue[str] = field(default_factory=asyncio.Queue)
+    may_answer: asyncio.Event = field(default_factory=asyncio.Event)
+    left: asyncio.Queue[str] = field(default_factory=asyncio.Queue)
+    scopes: list[Any] = field(default_factory=list)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        self.scopes.append(scope)
+        if scope["type"] == "websocket":
+            await receive()
+            await send({"type": "websocket.close"})
+            return
+        path = scope["path"]
+        self.started.put_nowait(path)
+        if path == "/early":  # answers without reading the body
+            await self._answer(send, b"early", status=413)
+            return
+        if path == "/raise":
+            raise ValueError("the application's error")
+        body = b""
+        more = True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                self.left.put_nowait(path)
+                return
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+        if path == "/wait":
+            await self.may_answer.wait()
+        elif path == "/listen":
+            assert (await receive())["type"] == "http.disconnect"
+            self.left.put_nowait(path)
+            return
+        elif path == "/broken":
+            await self._start(send)
+            await send({"type": "http.response.body", "body": b"part", "more_body": True})
+            raise StreamBroken
+        elif path == "/stream":
+            await self._start(send)
+            for number in range(3):
+                await send({"type": "http.response.body", "body": b"%d" % number, "more_body": True})
+                await self.may_answer.wait()
+            await send({"type": "http.response.body", "body": b""})
+            return
+        elif path == "/large":
+            body = b"x" * 10_000_000
+        await self._answer(send, body or b"hello")
+
+    async def _start(self, send: Any, status: int = 200, headers: Any = ()) -> None:
+        await send({"type": "http.response.start", "status": status, "headers": [*headers]})
+
+    async def _answer(self, send: Any, body: bytes, status: int = 200) -> None:
+        await self._start(send, status, [(b"content-length", b"%d" % len(body))])
+        await send({"type": "http.response.body", "body": body})
+
+
+@dataclass
+class Running:
+    app: App
+    port: int
+    stop: asyncio.Event
+    task: asyncio.Task[None]
+    sock: socket.socket
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        return await asyncio.open_connection("127.0.0.1", self.port)
+
+    async def ended(self) -> None:
+        done, _ = await asyncio.wait([self.task], timeout=PATIENCE_S)
+        assert done, "the server did not end"
+        if not self.task.cancelled():
+            self.task.result()
+
+
+@contextlib.asynccontextmanager
+async def serving(app: App | None = None, **settings: Any) -> AsyncIterator[Running]:
+    app = app or App()
+    sock = socket.create_server(("127.0.0.1", 0))
+    stop, started = asyncio.Event(), asyncio.Event()
+    task = asyncio.ensure_future(
+        HypercornServer().serve(
+            app, [sock], HTTPOptions(server_options=settings), started=started.set, stopping=stop.wait
+        )
+    )
+    waiting = asyncio.ensure_future(started.wait())
+    await asyncio.wait([task, waiting], return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    if task.done():
+        sock.close()
+        task.result()
+    running = Running(app, sock.getsockname()[1], stop, task, sock)
+    try:
+        yield running
+    finally:
+        app.may_answer.set()
+        stop.set()
+        try:
+            await running.ended()
+        finally:
+            sock.close()
+
+
+Client = Callable[[], httpx.AsyncClient]
+
+
+@pytest.fixture(params=["http/1.1", "http/2"])
+def browser(request: pytest.FixtureRequest) -> Client:
+    two = request.param == "http/2"
+    return lambda: httpx.AsyncClient(http1=not two, http2=two, timeout=PATIENCE_S)
+
+
+# -- requests and answers ------------------------------------------------------------------------------------------
+
+
+async def test_requests_and_answers(browser: Client) -> None:
+    async with serving() as server, browser() as client:
+        for _ in range(3):
+            response = await client.get(server.url + "/a")
+            assert (response.status_code, response.text) == (200, "hello")
+            assert "date" in response.headers and "server" not in response.headers
+        assert (await client.post(server.url + "/a", content=b"x" * 1_000_000)).content == b"x" * 1_000_000
+        assert len((await client.get(server.url + "/large")).content) == 10_000_000
+        response = await client.head(server.url + "/a")
+        assert (response.text, response.headers["content-length"]) == ("", "5")
+
+
+async def test_side_by_side(browser: Client) -> None:
+    async with serving() as server, browser() as client:
+        answers = await asyncio.gather(*(client.post(server.url, content=b"%d" % number) for number in range(50)))
+        assert [answer.content for answer in answers] == [b"%d" % number for number in range(50)]
+
+
+async def test_http_2_by_prior_knowledge() -> None:
+    async with serving() as server, httpx.AsyncClient(http1=False, http2=True) as client:
+        assert (await client.get(server.url)).http_version == "HTTP/2"
+    assert server.app.scopes[0]["http_version"] == "2"
+
+
+async def test_an_application_that_fails(browser: Client, caplog: pytest.LogCaptureFixture) -> None:
+    async with serving() as server, browser() as client:
+        assert (await client.get(server.url + "/raise")).status_code == 500
+        assert (await client.get(server.url + "/a")).status_code == 200
+    assert "the application's error" in caplog.text
+
+
+async def test_a_broken_stream_is_noticed(browser: Client, caplog: pytest.LogCaptureFixture) -> None:
+    async with serving() as server, browser() as client:
+        for _ in range(2):
+            with pytest.raises(httpx.RemoteProtocolError):
+                await client.get(server.url + "/broken")
+        assert (await client.get(server.url + "/a")).status_code == 200
+    assert caplog.text == ""
+
+
+async def test_an_answer_before_the_body_was_read(browser: Client) -> None:
+    async with serving() as server, browser() as client:
+        for _ in range(2):
+            response = await client.post(server.url + "/early", content=b"x" * 3_000_000)
+            assert (response.status_code, response.text) == (413, "early")
+        assert (await client.get(server.url + "/a")).status_code == 200
+
+
+async def test_parts_arrive_as_they_are_sent(browser: Client) -> None:
+    async with serving() as server, browser() as client:
+        async with client.stream("GET", server.url + "/stream") as response:
+            parts = response.aiter_raw()
+            assert await parts.__anext__() == b"0"
+            server.app.may_answer.set()
+            assert b"".join([part async for part in parts]) == b"12"
+
+
+async def test_the_application_hears_that_the_client_left(browser: Client) -> None:
+    async with serving() as server:
+        async with browser() as client:
+            request = asyncio.ensure_future(client.get(server.url + "/listen"))
+            await server.app.started.get()
+            request.cancel()
+            await asyncio.wait([request])
+        assert await asyncio.wait_for(server.app.left.get(), PATIENCE_S) == "/listen"
+
+
+async def test_a_client_that_leaves_in_its_body() -> None:
+    async with serving() as server:
+        _, writer = await server.connect()
+        writer.write(b"POST /a HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\nabc")
+        await server.app.started.get()
+        writer.close()
+        assert await asyncio.wait_for(server.app.left.get(), PATIENCE_S) == "/a"
+
+
+async def exchange(server: Running, data: bytes) -> bytes:
+    reader, writer = await server.connect()
+    writer.write(data)
+    answer = await asyncio.wait_for(reader.read(), PATIENCE_S)
+    writer.close()
+    return answer
+
+
+async def test_pipelined_requests_are_answered_in_order() -> None:
+    async with serving() as server:
+        request = b"POST /%s HTTP/1.1\r\nhost: x\r\ncontent-length: 1\r\n%s\r\n%s"
+        data = b"".join(
+            request % (name, b"connection: close\r\n" if name == b"c" else b"", name) for name in (b"a", b"b", b"c")
+        )
+        answer = await exchange(server, data)
+    assert answer.count(b"HTTP/1.1 200") == 3
+    assert [part[:1] for part in answer.split(b"\r\n\r\n")[1:]] == [b"a", b"b", b"c"]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"nonsense\r\n\r\n",
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"GET / HTTP/1.1\r\nhost: x\r\nhost: y\r\n\r\n",
+        b"GET / HTTP/1.1\r\nhost: x\r\nbad header\r\n\r\n",
+        b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 3\r\ncontent-length: 4\r\n\r\nabc",
+        b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: x\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
+    ],
+)
+async def test_bad_requests(data: bytes) -> None:
+    async with serving() as server:
+        assert (await exchange(server, data)).startswith(b"HTTP/1.1 400")
+        assert not server.app.scopes
+        assert b"hello" in await exchange(server, b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+
+
+async def test_headers_without_end_are_refused() -> None:
+    async with serving() as server:
+        data = b"GET / HTTP/1.1\r\nhost: x\r\nlong: " + b"x" * 100_000
+        assert (await exchange(server, data)).startswith(b"HTTP/1.1 431")
+
+
+async def test_expect_continue() -> None:
+    async with serving() as server:
+        reader, writer = await server.connect()
+        writer.write(
+            b"POST /a HTTP/1.1\r\nhost: x\r\ncontent-length: 3\r\nexpect: 100-continue\r\nconnection: close\r\n\r\n"
+        )
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 100")
+        writer.write(b"abc")
+        assert (await reader.read()).endswith(b"abc")
+        writer.close()
+
+
+async def test_chunked_bodies_both_ways() -> None:
+    async with serving() as server:
+        server.app.may_answer.set()
+        chunks = b"2\r\nab\r\n1\r\nc\r\n0\r\n\r\n"
+        answer = await exchange(
+            server, b"POST /a HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\nconnection: close\r\n\r\n" + chunks
+        )
+        assert answer.endswith(b"\r\n\r\nabc")
+        answer = await exchange(server, b"GET /stream HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        assert b"transfer-encoding: chunked" in answer.lower()
+        assert answer.endswith(b"1\r\n0\r\n1\r\n1\r\n1\r\n2\r\n0\r\n\r\n")
+
+
+async def test_http_1_0() -> None:
+    async with serving() as server:
+        server.app.may_answer.set()
+        answer = await exchange(server, b"GET /stream HTTP/1.0\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.1 200")
+        assert b"chunked" not in answer.lower()
+        assert answer.endswith(b"\r\n\r\n012")
+
+
+async def test_upgrade_to_http_2() -> None:
+    import h2.connection
+    import h2.events
+
+    async with serving() as server:
+        reader, writer = await server.connect()
+        connection = h2.connection.H2Connection()
+        settings = connection.initiate_upgrade_connection()
+        assert settings is not None
+        writer.write(
+            b"GET /a HTTP/1.1\r\nhost: x\r\nconnection: upgrade, http2-settings\r\nupgrade: h2c\r\n"
+            b"http2-settings: " + settings + b"\r\n\r\n"
+        )
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 101")
+        writer.write(connection.data_to_send())
+        body, over = b"", False
+        while not over:
+            for event in connection.receive_data(await reader.read(65536)):
+                if isinstance(event, h2.events.DataReceived):
+                    body += event.data or b""
+                over = over or isinstance(event, h2.events.StreamEnded)
+        assert body == b"hello"
+        writer.close()
+
+
+async def test_a_websocket_is_refused() -> None:
+    async with serving() as server:
+        answer = await exchange(
+            server,
+            b"GET / HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: websocket\r\n"
+            b"sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n",
+        )
+        assert answer.startswith(b"HTTP/1.1 403")
+
+
+# -- TLS -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+@pytest.fixture(scope="module")
+def certificate(authority: trustme.CA, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    directory = tmp_path_factory.mktemp("tls")
+    issued = authority.issue_cert("localhost", "127.0.0.1")
+    issued.private_key_pem.write_to_path(directory / "key.pem")
+    with (directory / "cert.pem").open("wb") as file:
+        file.writelines(blob.bytes() for blob in issued.cert_chain_pems)
+    return {"certfile": str(directory / "cert.pem"), "keyfile": str(directory / "key.pem")}
+
+
+@pytest.mark.parametrize(("http2", "version"), [(False, "HTTP/1.1"), (True, "HTTP/2")])
+async def test_tls(authority: trustme.CA, certificate: dict[str, str], http2: bool, version: str) -> None:
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    async with serving(**certificate) as server, httpx.AsyncClient(verify=context, http2=http2) as client:
+        response = await client.post(f"https://127.0.0.1:{server.port}/a", content=b"x" * 200_000)
+        assert (response.http_version, response.content) == (version, b"x" * 200_000)
+    assert server.app.scopes[0]["scheme"] == "https"
+
+
+# -- stopping ------------------------------------------------------------------------------------------------------
+
+
+async def test_idle_connections_are_closed_at_once_when_it_stops(browser: Client) -> None:
+    async with serving() as server, browser() as client:
+        await client.get(server.url)
+        server.stop.set()
+        await server.ended()
+
+
+async def test_requests_in_flight_are_finished_when_it_stops(browser: Client) -> None:
+    async with serving() as server, browser() as client:
+        request = asyncio.ensure_future(client.get(server.url + "/wait"))
+        await server.app.started.get()
+        server.stop.set()
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(asyncio.shield(server.task), 0.05)
+        assert not server.task.done()
+        server.app.may_answer.set()
+        response = await request
+        assert response.text == "hello"
+        if response.http_version == "HTTP/1.1":
+            assert response.headers["connection"] == "close"
+        await server.ended()
+
+
+async def test_cancelling_breaks_off_what_is_left(browser: Client) -> None:
+    async with serving() as server, browser() as client:
+        request = asyncio.ensure_future(client.get(server.url + "/wait"))
+        await server.app.started.get()
+        server.stop.set()
+        await asyncio.sleep(0)
+        server.task.cancel()
+        with pytest.raises(httpx.TransportError):
+            await request
+        await server.ended()
+        assert server.task.cancelled()
+    assert not [task for task in asyncio.all_tasks() if "Connection" in repr(task)]
+
+
+async def test_a_client_that_takes_nothing_is_broken_off() -> None:
+    async with serving() as server:
+        _, writer = await server.connect()
+        writer.write(b"GET /large HTTP/1.1\r\nhost: x\r\n\r\n")
+        await server.app.started.get()
+        server.stop.set()
+        await asyncio.sleep(0)
+        assert not server.task.done()
+        server.task.cancel()
+        await server.ended()
+        assert server.task.cancelled()
+        writer.close()
+
+
+async def test_the_callers_sockets_stay_open() -> None:
+    async with serving() as server:
+        server.stop.set()
+        await server.ended()
+        assert server.sock.getsockname()[1] == server.port
+
+
+async def test_idle_connections_time_out() -> None:
+    async with serving(keep_alive_timeout=0.05) as server:
+        reader, writer = await server.connect()
+        writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert (await asyncio.wait_for(reader.read(), PATIENCE_S)).endswith(b"hello")
+        writer.close()
+
+
+async def test_busy_connections_do_not_time_out() -> None:
+    async with serving(keep_alive_timeout=0.02) as server:
+        reader, writer = await server.connect()
+        writer.write(b"GET /wait HTTP/1.1\r\nhost: x\r\n\r\n")
+        await server.app.started.get()
+        with contextlib.suppress(asyncio.TimeoutError):
+            assert await asyncio.wait_for(reader.read(1), 0.1) != b""
+        server.app.may_answer.set()
+        assert (await reader.read()).endswith(b"hello")
+        writer.close()
+
+
+# -- settings ------------------------------------------------------------------------------------------------------
+
+
+def validate(**settings: Any) -> None:
+    HypercornServer().validate(HTTPOptions(server_options=settings))
+
+
+def test_good_settings(certificate: dict[str, str]) -> None:
+    validate()
+    validate(**certificate, keep_alive_timeout=3, backlog=5, h2_max_concurrent_streams=7, root_path="/x")
+    validate(access_log_format="%(h)s", accesslog="-", alpn_protocols=["h2"], include_date_header=False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"keyfle": "x"}, "'keyfle'; did you mean keyfile"),
+        ({"max_body_byte": 3}, "did you mean max_body_bytes"),
+        ({"zzz": 3}, "hypercorn's are .*backlog"),
+        ({"backlog": "many"}, "backlog must be an integer, not 'many'"),
+        ({"backlog": True}, "backlog must be an integer"),
+        ({"keep_alive_timeout": None}, "keep_alive_timeout must be a number"),
+        ({"include_date_header": 1}, "must be True or False"),
+        ({"alpn_protocols": "h2"}, "must be a list"),
+        ({"bind": "0.0.0.0:1"}, "use host and port"),
+        ({"graceful_timeout": 3}, "drain"),
+        ({"log": 3}, "'log'"),
+        ({"_bind": 3}, "'_bind'"),
+        ({"create_sockets": 3}, "'create_sockets'"),
+        ({"certfile": "/nowhere/cert.pem"}, "keyfile is missing"),
+        ({"keyfile": "/nowhere/key.pem"}, "certfile is missing"),
+        (
+            {"certfile": "/nowhere/cert.pem", "keyfile": "/nowhere/key.pem"},
+            "certfile='/nowhere/cert.pem'.*No such file",
+        ),
+    ],
+)
+def test_bad_settings(settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(InvalidArgument, match=says):
+        validate(**settings)
+
+
+def test_files_that_are_no_certificates(tmp_path: Path, certificate: dict[str, str]) -> None:
+    (tmp_path / "cert.pem").write_text("nothing")
+    with pytest.raises(InvalidArgument, match="TLS cannot be set up"):
+        validate(certfile=str(tmp_path / "cert.pem"), keyfile=certificate["keyfile"])
+    with pytest.raises(InvalidArgument, match=r"TLS cannot be set up.*ciphers='none'"):
+        validate(**certificate, ciphers="none")
+
+
+async def test_settings_are_checked_again_where_it_serves() -> None:
+    with pytest.raises(InvalidArgument, match="keyfile"):
+        async with serving(certfile="x"):
+            pass
+
+
+# -- the two lanes -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def full_lanes(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """What moved connections to the full lane."""
+    moved: list[bytes] = []
+    take = Connection.take_full_lane
+
+    def note(self: Connection, data: bytes, **options: Any) -> None:
+        moved.append(data)
+        take(self, data, **options)
+
+    monkeypatch.setattr(Connection, "take_full_lane", note)
+    return moved
+
+
+ORDINARY = [
+    b"GET / HTTP/1.1\r\nhost: x\r\n\r\n",
+    b"GET /a%20b?c=d%20e HTTP/1.1\r\nHost:x\r\nX-Empty:\r\nX-Spaces: \t a b \t \r\nX-High: \xe4\r\n\r\n",
+    b"HEAD /a HTTP/1.1\r\nhost: x\r\nconnection: keep-alive\r\n\r\n",
+    b"OPTIONS /a HTTP/1.1\r\nhost: x\r\n\r\n",
+    b"POST /a HTTP/1.1\r\nhost: x\r\ncontent-length: 3\r\n\r\nabc",
+    b"PUT /a HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n",
+    b"GET /raise HTTP/1.1\r\nhost: x\r\n\r\n",
+    b"GET /a HTTP/1.1\r\nhost: x\r\ncookie: a=b\r\ncookie: c=d\r\n\r\n",
+]
+NOT_ORDINARY = [
+    b"GET / HTTP/1.0\r\nhost: x\r\n\r\n",
+    b"GET / HTTP/1.0\r\n\r\n",
+    b"GET / HTTP/1.1\r\n\r\n",
+    b"GET / HTTP/1.1\r\nhost: x\r\nhost: x\r\n\r\n",
+    b"GET / HTTP/2.0\r\nhost: x\r\n\r\n",
+    b"get / HTTP/1.1\r\nhost: x\r\n\r\n",
+    b"GET  / HTTP/1.1\r\nhost: x\r\n\r\n",
+    b"GET /\xe4 HTTP/1.1\r\nhost: x\r\n\r\n",
+    b"GET http://x/a HTTP/1.1\r\nhost: x\r\n\r\n",
+    b"OPTIONS * HTTP/1.1\r\nhost: x\r\n\r\n",
+    b"GET / HTTP/1.1\r\nhost : x\r\n\r\n",
+    b"GET / HTTP/1.1\r\n host: x\r\n\r\n",
+    b"GET / HTTP/1.1\r\nhost: x\r\na: b\r\n c\r\n\r\n",
+    b"GET / HTTP/1.1\r\nhost: x\r\na: b\x00\r\n\r\n",
+    b"GET / HTTP/1.1\r\nhost: x\r\na: b\rc: d\r\n\r\n",
+    b"GET / HTTP/1.1\nhost: x\n\n",
+    b"GET / HTTP/1.1\r\nhost: x\r\na\r\n\r\n",
+    b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 3\r\ncontent-length: 3\r\n\r\nabc",
+    b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 3, 3\r\n\r\nabc",
+    b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: +3\r\n\r\nabc",
+    b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: -3\r\n\r\nabc",
+    b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length:\r\n\r\nabc",
+    b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 3\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n",
+    b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: gzip\r\n\r\n3\r\nabc\r\n0\r\n\r\n",
+    b"POST / HTTP/1.1\r\nhost: x\r\nTransfer-Encoding : chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n",
+    b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\nt: v\r\n\r\n",
+    b"GET / HTTP/1.1\r\nhost: x\r\nconnection: foo, close\r\n\r\n",
+]
+
+
+async def converse(data: bytes, *pieces: bytes) -> tuple[list[Any], list[str]]:
+    """Send raw bytes, then a last request; returns what the application saw and the answers without their dates."""
+    async with serving() as server:
+        reader, writer = await server.connect()
+        for piece in pieces or (data,):
+            writer.write(piece)
+            await writer.drain()
+            if pieces:
+                await asyncio.sleep(0)
+        with contextlib.suppress(ConnectionError):
+            writer.write(b"GET /last HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        try:
+            answer = await asyncio.wait_for(reader.read(), PATIENCE_S)
+        except ConnectionError:
+            answer = b""
+        writer.close()
+        seen = [
+            {key: scope[key] for key in ("method", "path", "raw_path", "query_string", "headers", "http_version")}
+            for scope in server.app.scopes
+        ]
+        # the lanes write headers in another order, and hypercorn no reason after the status
+        lines = answer.decode("latin-1").replace(" OK\r\n", " \r\n").lower().split("\r\n")
+        return seen, sorted(line for line in lines if not line.startswith(("date:", "connection:")))
+
+
+@pytest.mark.parametrize("data", ORDINARY)
+async def test_ordinary_requests_stay_in_the_plain_lane(data: bytes, full_lanes: list[bytes]) -> None:
+    plain = await converse(data)
+    assert full_lanes == []
+    assert [scope["path"] for scope in plain[0]][1:] == ["/last"] or b"/raise" in data
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PlainLane, "data", lambda self, data: self.connection.take_full_lane(data))
+        full = await converse(data)
+    assert full_lanes
+    assert plain[0][0] == full[0][0]
+    if b"/raise" not in data:
+        assert plain == full
+
+
+@pytest.mark.parametrize("data", NOT_ORDINARY)
+async def test_all_others_are_served_by_hypercorn_from_their_first_byte_on(
+    data: bytes, full_lanes: list[bytes]
+) -> None:
+    plain = await converse(data)
+    assert len(full_lanes) == 1 and full_lanes[0].startswith(data[:10])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PlainLane, "data", lambda self, data: self.connection.take_full_lane(data))
+        assert await converse(data) == plain
+
+
+async def test_tunnels_are_hypercorns_business(full_lanes: list[bytes]) -> None:
+    await converse(b"CONNECT /a HTTP/1.1\r\nhost: x\r\n\r\n")
+    assert len(full_lanes) == 1
+
+
+async def test_a_client_that_leaves_with_a_request_ahead_is_noticed() -> None:
+    async with serving() as server:
+        _, writer = await server.connect()
+        chunked = b"POST /listen HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n"
+        writer.write(chunked + ORDINARY[0])
+        await server.app.started.get()
+        writer.close()
+        assert await asyncio.wait_for(server.app.left.get(), PATIENCE_S) == "/listen"
+
+
+@pytest.mark.parametrize("data", [ORDINARY[1], ORDINARY[4], NOT_ORDINARY[25]])
+async def test_requests_may_arrive_byte_by_byte(data: bytes) -> None:
+    whole = await converse(data)
+    assert await converse(data, *(data[position : position + 1] for position in range(len(data)))) == whole
+
+
+async def test_a_connection_changes_lanes_between_requests(full_lanes: list[bytes]) -> None:
+    chunked = b"POST /b HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n1\r\nb\r\n0\r\n\r\n"
+    seen, _ = await converse(ORDINARY[4] + chunked + ORDINARY[0])
+    assert [scope["path"] for scope in seen] == ["/a", "/b", "/", "/last"]
+    assert len(full_lanes) == 1
+
+
+async def test_many_pipelined_requests() -> None:
+    async with serving() as server:
+        count = 3000  # more bytes than are read ahead
+        data = ORDINARY[4] * count + b"GET /last HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+        answer = await exchange(server, data)
+    assert answer.count(b"HTTP/1.1 200") == count + 1
+    assert len(server.app.scopes) == count + 1
+
+
+async def test_a_stream_that_began_before_the_stop_ends_its_connection(browser: Client) -> None:
+    async with serving() as server, browser() as client:
+        async with client.stream("GET", server.url + "/stream") as response:
+            parts = response.aiter_raw()
+            assert await parts.__anext__() == b"0"
+            server.stop.set()
+            await asyncio.sleep(0)
+            server.app.may_answer.set()
+            assert b"".join([part async for part in parts]) == b"12"
+        await server.ended()
+
+
+async def test_a_connection_serves_a_bounded_number_of_requests() -> None:
+    async with serving(keep_alive_max_requests=2) as server:
+        answer = await exchange(server, ORDINARY[0] * 5)
+    assert answer.count(b"HTTP/1.1 200") == 3
+    assert answer.lower().count(b"connection: close") == 1
+
+
+async def test_an_early_answer_lets_a_client_finish_its_body() -> None:
+    async with serving() as server:
+        reader, writer = await server.connect()
+        writer.write(b"POST /early HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\nabc")
+        answer = await reader.readuntil(b"early")
+        assert b"413" in answer and b"connection: close" in answer
+        writer.write(b"0123456")
+        assert await asyncio.wait_for(reader.read(), PATIENCE_S) == b""
+        writer.close()
+
+
+async def raw_answer(*messages: dict[str, Any]) -> bytes:
+    """What a client gets when an application sends these messages."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["path"] == "/":
+            for message in messages:
+                await send({**message, "type": f"http.response.{message['type']}"})
+
+    app.may_answer = asyncio.Event()  # type: ignore[attr-defined]
+    async with serving(app) as server:  # type: ignore[arg-type]
+        return await exchange(server, b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+
+
+START: dict[str, Any] = {"type": "start", "status": 200, "headers": []}
+BODY: dict[str, Any] = {"type": "body", "body": b"abc"}
+
+
+@pytest.mark.parametrize(
+    ("messages", "begins", "ends"),
+    [
+        ([START, BODY], b"HTTP/1.1 200 OK\r\n", b"content-length: 3\r\nconnection: close\r\n\r\nabc"),
+        ([START, {"type": "body"}], b"HTTP/1.1 200 OK\r\n", b"content-length: 0\r\nconnection: close\r\n\r\n"),
+        ([{**START, "status": 299}, BODY], b"HTTP/1.1 299 \r\n", b"\r\n\r\nabc"),
+        ([{**START, "status": 304}, BODY], b"HTTP/1.1 304 Not Modified\r\n", b"connection: close\r\n\r\n"),
+        (
+            [{**START, "status": 204, "headers": [(b"content-length", b"0")]}, {"type": "body"}],
+            b"HTTP/1.1 204 No Content\r\ndate",
+            b"connection: close\r\n\r\n",
+        ),
+        (
+            [{**START, "headers": [(b"Transfer-Encoding", b"x"), (b"Connection", b"x"), (b"A", b"b")]}, BODY],
+            b"HTTP/1.1 200 OK\r\nA: b\r\ndate",
+            b"content-length: 3\r\nconnection: close\r\n\r\nabc",
+        ),
+        ([START, {**BODY, "body": memoryview(b"x" * 70_000)}], b"HTTP/1.1 200 OK\r\n", b"x" * 70_000),
+        (
+            [START, {**BODY, "more_body": True}, {"type": "body"}],
+            b"HTTP/1.1 200 OK\r\n",
+            b"chunked\r\nconnection: close\r\n\r\n3\r\nabc\r\n0\r\n\r\n",
+        ),
+        ([START, BODY, BODY], b"HTTP/1.1 200 OK\r\n", b"\r\n\r\nabc"),
+        ([{**START, "status": 103}], b"HTTP/1.1 500", b"content-length: 0\r\nconnection: close\r\n\r\n"),
+        ([{**START, "headers": [(b"a", b"b\r\nc: d")]}, BODY], b"HTTP/1.1 500", b"\r\n\r\n"),
+        ([{**START, "headers": [(b"a b", b"c")]}, BODY], b"HTTP/1.1 500", b"\r\n\r\n"),
+        ([{**START, "headers": [(b"a", b"b\x00")]}, BODY], b"HTTP/1.1 500", b"\r\n\r\n"),
+        ([{**START, "headers": [(b"content-length", b"2")]}, BODY], b"HTTP/1.1 500", b"\r\n\r\n"),
+        ([{**START, "headers": [(b"content-length", b"4")]}, BODY], b"HTTP/1.1 500", b"\r\n\r\n"),
+        (
+            [{**START, "headers": [(b"content-length", b"4")]}, {**BODY, "more_body": True}, BODY],
+            b"HTTP/1.1 200",
+            b"\r\n\r\nabc",
+        ),
+        ([BODY], b"HTTP/1.1 500", b"\r\n\r\n"),
+        ([START, START, BODY], b"HTTP/1.1 500", b"\r\n\r\n"),
+        ([{"type": "push"}], b"HTTP/1.1 500", b"\r\n\r\n"),
+        ([START], b"HTTP/1.1 500", b"\r\n\r\n"),
+        ([], b"HTTP/1.1 500", b"\r\n\r\n"),
+    ],
+)
+async def test_what_applications_send(messages: list[dict[str, Any]], begins: bytes, ends: bytes) -> None:
+    answer = await raw_answer(*messages)
+    assert answer.startswith(begins)
+    assert answer.endswith(ends)
+
+
+async def test_access_log(tmp_path: Path) -> None:
+    path = tmp_path / "access.log"
+    async with serving(accesslog=str(path), access_log_format="%(m)s %(U)s %(s)s %(b)s") as server:
+        async with httpx.AsyncClient() as client:
+            await client.get(server.url + "/a")
+        async with httpx.AsyncClient(http1=False, http2=True) as client:
+            await client.get(server.url + "/b")
+    import logging
+
+    logger = logging.getLogger("hypercorn.access")
+    for handler in list(logger.handlers):
+        handler.close()
+        logger.removeHandler(handler)
+    assert [line.partition("[INFO] ")[2] for line in path.read_text().splitlines()] == ["GET /a 200 5", "GET /b 200 5"]
+
+
+async def test_the_full_lane_is_imported_before_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    imported = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    monkeypatch.setattr(server_module, "_IMPORT_AFTER_S", 0.0)
+    monkeypatch.setattr(server_module, "_import_full_lane", lambda: loop.call_soon_threadsafe(imported.set))
+    async with serving():
+        await asyncio.wait_for(imported.wait(), PATIENCE_S)
+
+
+def test_plain_serving_imports_no_protocols() -> None:
+    program = (
+        "import sys, engine_http, engine_http.plain, engine_http.settings, hypercorn.config\n"
+        "print(sorted({m.split('.')[0] for m in sys.modules} & {'h11', 'h2', 'wsproto', 'starlette', 'priority'}))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

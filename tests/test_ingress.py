@@ -1,0 +1,697 @@
+"""The ingress, driven in-process by raw ASGI, with a scripted caller in the place of replicas."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.routing import Mount
+
+from engine import errors
+from engine import ingress as ingress_module
+from engine.ingress import Ingress, wrap_middlewares
+from engine.ingress_server import StreamBroken
+from engine.messages import HTTP, INITIAL_CREDIT, End, Failure, FailureKind, Item, Reply
+from engine.responses import encode_head, encode_result, failure_head
+from engine.slot import Outgoing, Slot
+from engine.snapshot import EndpointEntry, RoutingSnapshot
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+def snapshot(version: int = 1, **routes: tuple[str | None, tuple[str, ...]]) -> RoutingSnapshot:
+    endpoints = {name: EndpointEntry(name, route, methods, (("b", 1.0),)) for name, (route, methods) in routes.items()}
+    return RoutingSnapshot(version, endpoints, {})
+
+
+class Call:
+    """One call as the caller sees it, to be answered by the test."""
+
+    def __init__(self, endpoint: str, outgoing: Outgoing, slot: Slot) -> None:
+        self.endpoint = endpoint
+        self.outgoing = outgoing
+        self.slot = slot
+        self.cancelled = False
+        self.credit = 0
+        self.changed = asyncio.Event()
+
+    @property
+    def scope(self) -> dict[str, Any]:
+        scope: dict[str, Any] = pickle.loads(self.outgoing.head)
+        return scope
+
+    def reply(self, result: Any) -> None:
+        encoded = encode_result(result)
+        self.slot.deliver(Reply(1, 0, encoded.head, encoded.body))  # type: ignore[union-attr]
+
+    def item(self, payload: bytes, head: bytes = b"") -> None:
+        self.slot.deliver(Item(1, head, payload))
+
+    def end(self, *, failed: bool = False) -> None:
+        self.slot.deliver(End(1, 0, failed))
+
+    async def until_cancelled(self) -> None:
+        while not self.cancelled:
+            self.changed.clear()
+            await self.changed.wait()
+
+
+class FakeClient:
+    """A client and its caller in one. ``script`` is called with each call; without one, calls wait in ``calls``."""
+
+    def __init__(self, routes: RoutingSnapshot, script: Callable[[Call], None] | None = None) -> None:
+        self.snapshot = routes
+        self.script = script
+        self.calls: asyncio.Queue[Call] = asyncio.Queue()
+        self.by_slot: dict[int, Call] = {}
+
+    def loop_caller(self) -> FakeClient:
+        return self
+
+    def submit(self, endpoint_name: str, outgoing: Outgoing, slot: Slot) -> None:
+        call = Call(endpoint_name, outgoing, slot)
+        self.by_slot[id(slot)] = call
+        if self.script is not None:
+            self.script(call)
+        else:
+            self.calls.put_nowait(call)
+
+    def cancel(self, slot: Slot) -> None:
+        call = self.by_slot[id(slot)]
+        call.cancelled = True
+        call.changed.set()
+
+    def credit(self, slot: Slot, amount: int) -> None:
+        self.by_slot[id(slot)].credit += amount
+
+
+ROUTES = snapshot(
+    echo=("/echo", ("GET", "POST")), user=("/user/{name}/{n:int}", ("GET",)), put=("/put", ("PUT",)), hidden=(None, ())
+)
+
+
+def make(script: Callable[[Call], None] | None = None, **options: Any) -> tuple[FakeClient, Ingress]:
+    client = FakeClient(ROUTES, script)
+    return client, Ingress(client, **options)
+
+
+def echo(call: Call) -> None:
+    call.reply({"endpoint": call.endpoint, "body": call.outgoing.payload.decode(), **_seen(call)})
+
+
+def _seen(call: Call) -> dict[str, Any]:
+    return {"method": call.outgoing.method, "key": call.outgoing.shard_key, "params": call.scope.get("path_params")}
+
+
+def http(app: Any) -> httpx.AsyncClient:
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
+
+
+class Exchange:
+    """One raw ASGI request, its client's side under the test's control."""
+
+    def __init__(self, app: Any, method: str = "GET", path: str = "/echo", **changes: Any) -> None:
+        self.inbox: asyncio.Queue[Any] = asyncio.Queue()
+        self.sent: list[Any] = []
+        self.progress = asyncio.Event()
+        self.writable = asyncio.Event()
+        self.writable.set()
+        scope = {
+            "type": "http",
+            "http_version": "1.1",
+            "method": method,
+            "scheme": "http",
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": b"",
+            "root_path": "",
+            "headers": [],
+            "client": None,
+            "server": None,
+            **changes,
+        }
+        self.task = asyncio.ensure_future(app(scope, self.inbox.get, self._send))
+
+    async def _send(self, message: Any) -> None:
+        await self.writable.wait()
+        self.sent.append(message)
+        self.progress.set()
+
+    def says(self, body: bytes = b"", more: bool = False) -> Exchange:
+        self.inbox.put_nowait({"type": "http.request", "body": body, "more_body": more})
+        return self
+
+    def leaves(self) -> None:
+        self.inbox.put_nowait({"type": "http.disconnect"})
+
+    async def until_sent(self, count: int) -> None:
+        while len(self.sent) < count:
+            self.progress.clear()
+            await self.progress.wait()
+
+    @property
+    def status(self) -> int:
+        status: int = self.sent[0]["status"]
+        return status
+
+
+# -- calls ---------------------------------------------------------------------------------------------------------
+
+
+async def test_a_request_becomes_a_call() -> None:
+    client, app = make(lambda call: call.reply("fine"))
+    async with http(app) as browser:
+        response = await browser.post("/echo?a=b", content=b"body", headers={"X-Own": "1"})
+    assert (response.status_code, response.text) == (200, "fine")
+    assert response.headers["content-type"] == "text/plain; charset=utf-8"
+    (call,) = client.by_slot.values()
+    outgoing = call.outgoing
+    assert (call.endpoint, outgoing.kind, outgoing.method, outgoing.payload) == ("echo", HTTP, "__call__", b"body")
+    assert outgoing.deadline is None and outgoing.shard_key is None
+    assert call.scope["query_string"] == b"a=b"
+    assert (b"x-own", b"1") in call.scope["headers"]
+    assert not call.cancelled
+    assert app.in_flight == 0
+
+
+async def test_headers_choose_method_and_shard_key() -> None:
+    _, app = make(echo)
+    async with http(app) as browser:
+        response = await browser.get("/echo", headers={"X-SERVE-CALL-METHOD": "other", "X-SERVE-SHARD-KEY": "k"})
+    assert response.json()["method"] == "other"
+    assert response.json()["key"] == "k"
+
+
+@pytest.mark.parametrize("name", ["_private", "__init__", "a.b", "1a", "", "a b"])
+async def test_method_headers_that_name_nothing_callable(name: str) -> None:
+    client, app = make(echo)
+    async with http(app) as browser:
+        response = await browser.get("/echo", headers={"X-SERVE-CALL-METHOD": name})
+    assert response.status_code == 400
+    assert not client.by_slot
+
+
+async def test_path_parameters() -> None:
+    _, app = make(echo)
+    async with http(app) as browser:
+        assert (await browser.get("/user/ann/7")).json()["params"] == {"name": "ann", "n": 7}
+
+
+async def test_no_route_and_wrong_verb() -> None:
+    _, app = make(echo)
+    async with http(app) as browser:
+        response = await browser.get("/nowhere")
+        assert (response.status_code, response.text) == (404, "Not Found")
+        response = await browser.delete("/echo")
+        assert (response.status_code, response.headers["allow"]) == (405, "GET, HEAD, POST")
+        assert "x-request-id" in response.headers
+
+
+async def test_a_new_snapshot_rules_at_once() -> None:
+    client, app = make(echo)
+    async with http(app) as browser:
+        assert (await browser.get("/new")).status_code == 404
+        client.snapshot = snapshot(2, new=("/new", ("GET",)))
+        assert (await browser.get("/new")).json()["endpoint"] == "new"
+        assert (await browser.get("/echo")).status_code == 404
+
+
+async def test_head_is_get_without_the_body() -> None:
+    _, app = make(lambda call: call.reply("text"))
+    exchange = Exchange(app, "HEAD").says()
+    await exchange.task
+    assert exchange.status == 200
+    assert (b"content-length", b"4") in exchange.sent[0]["headers"]
+    assert exchange.sent[1:] == [{"type": "http.response.body", "body": b"", "more_body": False}]
+
+
+async def test_head_of_a_stream_cancels_it() -> None:
+    client, app = make(lambda call: call.item(b"x", encode_head(200, [])))
+    exchange = Exchange(app, "HEAD").says()
+    await exchange.task
+    assert [message.get("body") for message in exchange.sent] == [None, b""]
+    assert next(iter(client.by_slot.values())).cancelled
+
+
+# -- request ids ---------------------------------------------------------------------------------------------------
+
+
+async def test_request_ids() -> None:
+    _, app = make(lambda call: call.reply(call.outgoing.request_id))
+    async with http(app) as browser:
+        response = await browser.get("/echo", headers={"X-Request-Id": "abc-1"})
+        assert response.text == response.headers["x-request-id"] == "abc-1"
+        response = await browser.get("/echo", headers={"X-Request-Id": 'a"b c\x7f' + "d" * 500})
+        assert response.text == response.headers["x-request-id"] == ("abc" + "d" * 500)[:128]
+        made = {(await browser.get("/echo")).headers["x-request-id"] for _ in range(10)}
+        made.add((await browser.get("/echo", headers={"X-Request-Id": "<>"})).headers["x-request-id"])
+        assert len(made) == 11
+        assert all(len(one) == 16 for one in made)
+
+
+# -- bodies --------------------------------------------------------------------------------------------------------
+
+
+async def test_a_body_comes_in_parts() -> None:
+    _, app = make(lambda call: call.reply(call.outgoing.payload))
+    exchange = Exchange(app, "POST").says(b"a", True).says(b"b", True).says(b"", True).says(b"c")
+    await exchange.task
+    assert exchange.sent[1]["body"] == b"abc"
+
+
+async def test_a_body_that_says_it_is_too_large_is_not_read() -> None:
+    _, app = make(echo, max_body_bytes=10)
+    exchange = Exchange(app, "POST", headers=[(b"content-length", b"11")])
+    await exchange.task
+    assert exchange.status == 413
+
+
+async def test_a_body_that_grows_too_large_is_not_read_to_its_end() -> None:
+    client, app = make(echo, max_body_bytes=10)
+    exchange = Exchange(app, "POST").says(b"x" * 10, True).says(b"x", True)
+    await exchange.task
+    assert exchange.status == 413
+    assert not client.by_slot
+    exchange = Exchange(app, "POST").says(b"x" * 11)
+    await exchange.task
+    assert exchange.status == 413
+
+
+async def test_a_body_of_the_largest_size() -> None:
+    _, app = make(echo, max_body_bytes=10)
+    exchange = Exchange(app, "POST", headers=[(b"content-length", b"10")]).says(b"x" * 10, True).says(b"")
+    await exchange.task
+    assert exchange.status == 200
+
+
+async def test_a_length_that_is_no_number() -> None:
+    _, app = make(echo)
+    exchange = Exchange(app, "POST", headers=[(b"content-length", b"-1")])
+    await exchange.task
+    assert exchange.status == 400
+
+
+async def test_a_client_that_leaves_in_its_body_makes_no_call() -> None:
+    client, app = make(echo)
+    for start in (False, True):
+        exchange = Exchange(app, "POST")
+        if start:
+            exchange.says(b"a", True)
+        exchange.leaves()
+        await exchange.task
+        assert exchange.sent == []
+    assert not client.by_slot
+
+
+# -- failures ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (errors.Overloaded("secret"), 503),
+        (errors.NoReplica("secret"), 503),
+        (errors.ReplicaDied("secret"), 502),
+        (errors.DeadlineExceeded("secret"), 504),
+        (errors.EngineClosed("secret"), 503),
+        (errors.EndpointNotFound("secret"), 404),
+        (errors.InvalidArgument("secret"), 413),
+        (errors.BackendError("secret"), 500),
+    ],
+)
+async def test_errors_of_the_router(error: errors.EngineError, status: int, caplog: pytest.LogCaptureFixture) -> None:
+    _, app = make(lambda call: call.slot.fail(error))
+    async with http(app) as browser:
+        response = await browser.get("/echo", headers={"x-request-id": "abc"})
+    assert response.status_code == status
+    assert "secret" not in response.text
+    assert response.headers["x-request-id"] == "abc"
+    assert ("retry-after" in response.headers) == isinstance(error, (errors.Overloaded, errors.NoReplica))
+    records = [record for record in caplog.records if record.name == "engine.http"]
+    assert len(records) == (1 if status >= 500 else 0)
+    assert all("abc" in record.getMessage() and "'echo'" in record.getMessage() for record in records)
+
+
+async def test_failures_of_the_backend(caplog: pytest.LogCaptureFixture) -> None:
+    head, body = failure_head(ValueError())
+    _, app = make(lambda call: call.slot.deliver(Failure(1, 0, FailureKind.USER, head, body)))
+    async with http(app) as browser:
+        response = await browser.get("/echo")
+    assert (response.status_code, response.text) == (500, "Internal Server Error")
+    (record,) = [record for record in caplog.records if record.name == "engine.http"]
+    assert record.exc_info is None
+
+
+@pytest.mark.parametrize("answer", [Failure(1, 0, FailureKind.USER, b"", b"\x80secret"), End(1, 0, True)])
+async def test_answers_that_say_nothing(answer: Any) -> None:
+    _, app = make(lambda call: call.slot.deliver(answer))
+    async with http(app) as browser:
+        response = await browser.get("/echo")
+    assert (response.status_code, response.text) == (500, "Internal Server Error")
+
+
+async def test_a_closed_engine() -> None:
+    class Closed(FakeClient):
+        def loop_caller(self) -> FakeClient:
+            raise errors.EngineClosed("the engine was shut down")
+
+    async with http(Ingress(Closed(ROUTES))) as browser:
+        assert (await browser.get("/echo")).status_code == 503
+
+
+# -- deadlines and clients that leave ------------------------------------------------------------------------------
+
+
+async def test_the_deadline_travels_and_rules() -> None:
+    client, app = make(request_timeout_s=0.001)
+    exchange = Exchange(app).says()
+    call = await client.calls.get()
+    assert call.outgoing.deadline is not None
+    await exchange.task
+    assert exchange.status == 504
+    assert call.cancelled
+
+
+async def test_a_stream_that_began_in_time_may_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ingress_module, "_WATCH_AFTER_S", 0.0)
+    client, app = make(request_timeout_s=0.05)
+    exchange = Exchange(app).says()
+    call = await client.calls.get()
+    call.item(b"a", encode_head(200, []))
+    await exchange.until_sent(2)
+    assert asyncio.get_running_loop().time()  # the deadline's timer would fire in the wait below
+    await asyncio.wait([exchange.task], timeout=0.1)
+    call.end()
+    await exchange.task
+    assert exchange.status == 200
+    assert not call.cancelled
+
+
+async def test_a_client_that_leaves_cancels_its_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ingress_module, "_WATCH_AFTER_S", 0.0)
+    client, app = make()
+    exchange = Exchange(app).says()
+    call = await client.calls.get()
+    exchange.leaves()
+    await call.until_cancelled()
+    await exchange.task
+    assert exchange.sent == []
+
+
+async def test_messages_after_the_body_are_no_disconnect(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ingress_module, "_WATCH_AFTER_S", 0.0)
+    client, app = make()
+    exchange = Exchange(app).says().says()
+    call = await client.calls.get()
+    for _ in range(100):
+        await asyncio.sleep(0)
+    assert exchange.inbox.empty()
+    call.reply("fine")
+    await exchange.task
+    assert exchange.status == 200
+    assert not call.cancelled
+
+
+async def test_a_cancelled_request_cancels_its_call() -> None:
+    client, app = make()
+    exchange = Exchange(app).says()
+    call = await client.calls.get()
+    exchange.task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await exchange.task
+    assert call.cancelled
+    assert app.in_flight == 0
+
+
+# -- streams -------------------------------------------------------------------------------------------------------
+
+
+async def test_items_pass_as_they_come() -> None:
+    client, app = make()
+    exchange = Exchange(app).says()
+    call = await client.calls.get()
+    call.item(b"a", encode_head(201, [(b"x", b"y")]))
+    await exchange.until_sent(2)
+    assert exchange.status == 201
+    assert (b"x", b"y") in exchange.sent[0]["headers"]
+    assert exchange.sent[1] == {"type": "http.response.body", "body": b"a", "more_body": True}
+    call.item(b"b")
+    await exchange.until_sent(3)
+    assert exchange.sent[2]["body"] == b"b"
+    call.end()
+    await exchange.task
+    assert exchange.sent[3:] == [{"type": "http.response.body", "body": b"", "more_body": False}]
+    assert not call.cancelled
+
+
+async def test_credit_is_given_for_what_the_client_took() -> None:
+    client, app = make()
+    exchange = Exchange(app).says()
+    exchange.writable.clear()
+    call = await client.calls.get()
+    call.item(b"0", encode_head(200, []))
+    for number in range(1, INITIAL_CREDIT):
+        call.item(b"%d" % number)
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert call.credit == 0
+    exchange.writable.set()
+    await exchange.until_sent(1 + INITIAL_CREDIT)
+    await asyncio.sleep(0)
+    assert call.credit == INITIAL_CREDIT
+    call.end()
+    await exchange.task
+
+
+@pytest.mark.parametrize("breaks", ["failed", "died"])
+async def test_a_broken_stream_is_no_clean_end(breaks: str, caplog: pytest.LogCaptureFixture) -> None:
+    client, app = make()
+    exchange = Exchange(app).says()
+    call = await client.calls.get()
+    call.item(b"a", encode_head(200, []))
+    if breaks == "failed":
+        call.end(failed=True)
+    else:
+        call.slot.fail(errors.ReplicaDied("it died"))
+    with pytest.raises(StreamBroken):
+        await exchange.task
+    assert all(message.get("more_body", True) for message in exchange.sent)
+    assert len([record for record in caplog.records if record.name == "engine.http"]) == 1
+
+
+async def test_a_client_that_leaves_a_stream_cancels_it() -> None:
+    client, app = make()
+    exchange = Exchange(app).says()
+    call = await client.calls.get()
+    call.item(b"a", encode_head(200, []))
+    exchange.leaves()
+    await call.until_cancelled()
+    await exchange.task
+
+
+# -- its own routes, draining, other scopes ------------------------------------------------------------------------
+
+
+async def test_own_routes() -> None:
+    client, app = make(echo)
+    async with http(app) as browser:
+        assert (await browser.get("/-/healthz")).text == "ok"
+        assert (await browser.get("/-/routes")).json() == {
+            "/echo": {"endpoint": "echo", "methods": ["GET", "POST"]},
+            "/user/{name}/{n:int}": {"endpoint": "user", "methods": ["GET"]},
+            "/put": {"endpoint": "put", "methods": ["PUT"]},
+        }
+        assert (await browser.post("/-/healthz")).headers["allow"] == "GET, HEAD"
+        assert (await browser.get("/-/other")).status_code == 404
+        client.snapshot = snapshot(-1)
+        assert (await browser.get("/-/healthz")).status_code == 503
+        client.snapshot = ROUTES
+        app.begin_drain()
+        response = await browser.get("/-/healthz")
+        assert (response.status_code, response.text) == (503, "draining")
+        assert (await browser.get("/echo")).status_code == 200
+
+
+async def test_waiting_for_the_last_request() -> None:
+    client, app = make()
+    await app.wait_idle()
+    first, second = Exchange(app).says(), Exchange(app).says()
+    calls = [await client.calls.get(), await client.calls.get()]
+    assert app.in_flight == 2
+    assert "2 in flight" in repr(app)
+    app.begin_drain()
+    idle = asyncio.ensure_future(app.wait_idle())
+    calls[0].reply(1)
+    await first.task
+    assert not idle.done()
+    calls[1].reply(1)
+    await second.task
+    await idle
+
+
+async def test_lifespan_and_websockets() -> None:
+    _, app = make()
+    inbox = [{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}]
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return inbox.pop(0)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await app({"type": "lifespan"}, receive, send)
+    assert [message["type"] for message in sent] == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
+    inbox.append({"type": "websocket.connect"})
+    await app({"type": "websocket", "path": "/echo"}, receive, send)
+    assert sent[-1]["type"] == "websocket.close"
+    with pytest.raises(RuntimeError, match="'tcp'"):
+        await app({"type": "tcp"}, receive, send)
+
+
+# -- mounting and middlewares --------------------------------------------------------------------------------------
+
+
+async def test_mounted_in_starlette() -> None:
+    client, app = make(echo)
+    outer = Starlette(routes=[Mount("/{tenant}/api", app=app)])
+    async with http(outer) as browser:
+        response = await browser.get("/x/api/user/ann/7")
+        assert response.json()["params"] == {"tenant": "x", "name": "ann", "n": 7}
+        assert (await browser.get("/x/api/-/healthz")).text == "ok"
+        assert (await browser.get("/x/api/nowhere")).status_code == 404
+    (call,) = client.by_slot.values()
+    assert (call.scope["path"], call.scope["root_path"]) == ("/x/api/user/ann/7", "/x/api")
+
+
+@pytest.mark.parametrize(
+    ("root_path", "path", "status"),
+    [
+        ("/api", "/api/echo", 200),
+        ("/api", "/echo", 200),
+        ("/api", "/apiecho", 404),
+        ("/api/echo", "/api/echo", 404),
+        ("", "/echo", 200),
+    ],
+)
+async def test_root_paths(root_path: str, path: str, status: int) -> None:
+    _, app = make(echo)
+    exchange = Exchange(app, path=path, root_path=root_path).says()
+    await exchange.task
+    assert exchange.status == status
+
+
+async def test_middlewares_apply_in_order() -> None:
+    def tag(name: str) -> Callable[[Any], Any]:
+        def build(app: Any) -> Any:
+            async def middleware(scope: Any, receive: Any, send: Any) -> None:
+                async def tagging(message: Any) -> None:
+                    if message["type"] == "http.response.start":
+                        message["headers"].append((b"x-tag", name.encode()))
+                    await send(message)
+
+                await app(scope, receive, tagging)
+
+            return middleware
+
+        return build
+
+    _, app = make(lambda call: call.reply("x" * 1000))
+    chain = [
+        Middleware(CORSMiddleware, allow_origins=["https://there"]),
+        tag("outer"),
+        Middleware(GZipMiddleware, minimum_size=10),
+        tag("inner"),
+    ]
+    async with http(wrap_middlewares(app, chain)) as browser:
+        response = await browser.get("/echo", headers={"Origin": "https://there"})
+        assert response.text == "x" * 1000
+        assert response.headers["content-encoding"] == "gzip"
+        assert response.headers["access-control-allow-origin"] == "https://there"
+        assert response.headers.get_list("x-tag") == ["inner", "outer"]
+        preflight = {"Origin": "https://there", "Access-Control-Request-Method": "GET"}
+        assert (await browser.options("/nowhere", headers=preflight)).status_code == 200
+
+
+def raises(app: Any) -> Any:
+    async def middleware(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            raise ValueError("secret")
+        await app(scope, receive, send)
+
+    return middleware
+
+
+@pytest.mark.parametrize("debug", [False, True])
+async def test_a_middleware_that_raises(debug: bool, caplog: pytest.LogCaptureFixture) -> None:
+    _, app = make(echo)
+    async with http(wrap_middlewares(app, [raises], debug=debug)) as browser:
+        response = await browser.get("/echo")
+    assert response.status_code == 500
+    assert response.headers["content-type"] == "text/plain; charset=utf-8"
+    assert ("secret" in response.text) == debug
+    assert debug or response.text == "Internal Server Error"
+    (record,) = caplog.records
+    assert record.name == "engine.http" and record.exc_info is not None
+
+
+async def test_a_middleware_that_raises_late_breaks_the_answer(caplog: pytest.LogCaptureFixture) -> None:
+    def late(app: Any) -> Any:
+        async def middleware(scope: Any, receive: Any, send: Any) -> None:
+            await app(scope, receive, send)
+            raise ValueError("secret")
+
+        return middleware
+
+    _, app = make(echo)
+    exchange = Exchange(wrap_middlewares(app, [late])).says()
+    with pytest.raises(StreamBroken):
+        await exchange.task
+    assert caplog.records[0].exc_info is not None
+
+
+async def test_a_broken_stream_passes_the_guard_without_a_second_record(caplog: pytest.LogCaptureFixture) -> None:
+    client, app = make()
+    exchange = Exchange(wrap_middlewares(app, [])).says()
+    call = await client.calls.get()
+    call.item(b"a", encode_head(200, []))
+    call.end(failed=True)
+    with pytest.raises(StreamBroken):
+        await exchange.task
+    assert len(caplog.records) == 1
+
+
+async def test_other_scopes_pass_the_guard() -> None:
+    _, app = make()
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return {"type": "lifespan.shutdown"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await wrap_middlewares(app, [raises])({"type": "lifespan"}, receive, send)
+    assert sent == [{"type": "lifespan.shutdown.complete"}]
+
+
+async def test_paths_are_logged_harmlessly(caplog: pytest.LogCaptureFixture) -> None:
+    client, app = make(lambda call: call.slot.fail(errors.NoReplica("none")))
+    client.snapshot = snapshot(2, any=("/{rest:path}", ("GET",)))
+    exchange = Exchange(app, path="/a\x1b[31m").says()
+    await exchange.task
+    assert "\x1b" not in caplog.records[0].getMessage()
+    assert exchange.status == 503

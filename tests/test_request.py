@@ -1,0 +1,293 @@
+"""The request objects that backends get, and Starlette requests on their way through a handle."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from starlette.requests import Request
+
+from engine.errors import InvalidArgument
+from engine.request import (
+    RequestEnvelope,
+    ServeRequest,
+    build_http_request,
+    envelope_of,
+    envelope_of_async,
+    is_starlette_request,
+    trim_scope,
+)
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+def scope(**changes: Any) -> dict[str, Any]:
+    return {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": "/a/b",
+        "raw_path": b"/a/b",
+        "query_string": b"x=1&x=2",
+        "root_path": "",
+        "headers": [(b"host", b"here"), (b"cookie", b"k=v")],
+        "client": ("1.2.3.4", 5),
+        "server": ("127.0.0.1", 80),
+        "state": {"unpicklable": lambda: None},
+        "extensions": {},
+        "app": object(),
+        **changes,
+    }
+
+
+def foreign(body: bytes | None = b"", **changes: Any) -> Request:
+    messages = [{"type": "http.request", "body": body or b"", "more_body": False}]
+
+    async def receive() -> Any:
+        return messages.pop(0)
+
+    return Request(scope(**changes), receive)
+
+
+# -- ServeRequest --------------------------------------------------------------------------------------------------
+
+
+def test_reads_like_a_request() -> None:
+    request = ServeRequest(
+        {"n": 1}, kwargs={"a": "b", "n": 3, "many": [1, 2]}, method="PUT", headers=[("X-Name", "v"), ("Cookie", "k=w")]
+    )
+    assert request.method == "PUT"
+    assert request.headers["x-name"] == request.headers["X-NAME"] == "v"
+    assert request.query_params["a"] == "b"
+    assert request.query_params["n"] == "3"
+    assert request.query_params.getlist("many") == ["1", "2"]
+    assert request.cookies == {"k": "w"}
+    assert request.path_params == {}
+    assert request.client is None
+    assert str(request.url) == "/?a=b&n=3&many=1&many=2"
+    assert request.base_url.path == "/"
+    assert request.scope["method"] == "PUT"
+    request.state.note = 1
+    assert request.state.note == 1
+    assert not isinstance(request, Request)
+    assert not is_starlette_request(request)
+    assert "PUT" in repr(request)
+
+
+def test_data_is_the_very_object() -> None:
+    data = object()
+    assert ServeRequest(data, kwargs={}).data is data
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("data", "body"),
+    [
+        ("ü", "ü".encode()),
+        (b"\xff", b"\xff"),
+        (bytearray(b"ab"), b"ab"),
+        (None, b""),
+        ({"a": [1, None]}, b'{"a":[1,null]}'),
+        (3, b"3"),
+    ],
+)
+async def test_body(data: Any, body: bytes) -> None:
+    request = ServeRequest(data, kwargs={})
+    assert await request.body() == body
+    assert [part async for part in request.stream()] == [body, b""]
+
+
+@pytest.mark.anyio
+async def test_json() -> None:
+    data = {"a": 1}
+    assert await ServeRequest(data, kwargs={}).json() is data
+    assert await ServeRequest('{"a": 1}', kwargs={}).json() == data
+    assert await ServeRequest(b'{"a": 1}', kwargs={}).json() == data
+    with pytest.raises(json.JSONDecodeError):
+        await ServeRequest("{", kwargs={}).json()
+
+
+@pytest.mark.anyio
+async def test_form() -> None:
+    from starlette.datastructures import FormData, UploadFile
+
+    upload = UploadFile(file=None)  # type: ignore[arg-type]
+    request = ServeRequest({"a": "1", "n": 2, "b": b"x", "many": ["p", "q"], "file": upload}, kwargs={})
+    form = await request.form()
+    assert isinstance(form, FormData)
+    assert (form["a"], form["n"], form["b"], form.getlist("many")) == ("1", "2", "x", ["p", "q"])
+    assert form["file"] is upload
+    async with request.form(max_files=3) as again:
+        assert again == form
+    assert await ServeRequest(form, kwargs={}).form() is form
+    with pytest.raises(InvalidArgument, match="passed a int"):
+        await ServeRequest(3, kwargs={}).form()
+
+
+@pytest.mark.anyio
+async def test_there_is_no_connection() -> None:
+    request = ServeRequest(None, kwargs={})
+    assert not await request.is_disconnected()
+    await request.close()
+
+
+def test_a_header_that_http_cannot_carry() -> None:
+    with pytest.raises(InvalidArgument, match="http_headers"):
+        assert ServeRequest(None, kwargs={}, headers=[("a", "\u4e2d")]).headers
+
+
+def test_pickles_with_what_it_was_made_of() -> None:
+    request = ServeRequest([1], kwargs={"a": "b"}, method="POST", headers=[("h", "v")])
+    assert request.headers["h"] == "v"
+    again = pickle.loads(pickle.dumps(request))
+    assert (again.data, again.method, dict(again.query_params), again.headers["H"]) == ([1], "POST", {"a": "b"}, "v")
+
+
+def test_costs_no_import_until_it_is_needed() -> None:
+    program = (
+        "import sys, asyncio, engine.request as r, engine.responses, engine.routes, engine.ingress\n"
+        "q = r.ServeRequest({'a': 1}, kwargs={'b': 'c'})\n"
+        "assert asyncio.run(q.json()) == {'a': 1} and q.method == 'GET' and not r.is_starlette_request(q)\n"
+        "engine.responses.encode_result({'a': 1}); engine.responses.failure_head(ValueError())\n"
+        "print(sorted(m for m in sys.modules if m.split('.')[0] in ('starlette', 'hypercorn', 'anyio', 'h11', 'h2')))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# -- HTTP requests -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.anyio
+async def test_an_http_request_arrives_whole() -> None:
+    original = scope(path_params={"id": 7})
+    request = build_http_request(pickle.dumps(trim_scope(original)), b'{"a": 1}')
+    assert isinstance(request, Request)
+    assert is_starlette_request(request)
+    assert request.method == "POST"
+    assert request.url.path == "/a/b"
+    assert request.query_params.getlist("x") == ["1", "2"]
+    assert request.headers["HOST"] == "here"
+    assert request.cookies == {"k": "v"}
+    assert request.client is not None and request.client.host == "1.2.3.4"
+    assert request.path_params == {"id": 7}
+    assert await request.json() == {"a": 1}
+    assert await request.body() == request.buffered_body == b'{"a": 1}'
+    assert [part async for part in request.stream()] == [b'{"a": 1}', b""]
+    request.state.x = 1
+    assert request.state.x == 1
+
+
+@pytest.mark.anyio
+async def test_forms_can_be_read_as_often_as_wanted() -> None:
+    headers = [(b"content-type", b"application/x-www-form-urlencoded")]
+    request = build_http_request(pickle.dumps(trim_scope(scope(headers=headers))), b"a=1&b=2")
+    assert dict(await request.form()) == {"a": "1", "b": "2"}
+    assert await request.body() == b"a=1&b=2"
+
+
+@pytest.mark.anyio
+async def test_files_of_a_form_are_closed_when_the_call_is_over() -> None:
+    body = b'--x\r\ncontent-disposition: form-data; name="f"; filename="n"\r\n\r\nabc\r\n--x\r\n'
+    body += b'content-disposition: form-data; name="t"\r\n\r\ntext\r\n--x--\r\n'
+    headers = [(b"content-type", b"multipart/form-data; boundary=x")]
+    request = build_http_request(pickle.dumps(trim_scope(scope(headers=headers))), body)
+    request.release()
+    form = await request.form()
+    upload = form["f"]
+    assert not isinstance(upload, str)
+    assert (await upload.read(), form["t"]) == (b"abc", "text")
+    request.release()
+    assert upload.file.closed
+
+
+@pytest.mark.anyio
+async def test_receive_is_a_servers() -> None:
+    import anyio
+
+    request = build_http_request(pickle.dumps(trim_scope(scope())), b"abc")
+    assert await request.receive() == {"type": "http.request", "body": b"abc", "more_body": False}
+    assert not await request.is_disconnected()
+    heard: list[Any] = []
+
+    async def listen() -> None:
+        heard.append(await request.receive())
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(listen)
+        await anyio.wait_all_tasks_blocked()
+        assert heard == []
+        request.disconnect()
+    assert heard == [{"type": "http.disconnect"}]
+    assert await request.is_disconnected()
+    assert await request.receive() == {"type": "http.disconnect"}
+
+
+def test_trimmed_scopes_pickle() -> None:
+    trimmed = trim_scope(scope(headers=[[b"a", b"b"]]))
+    assert "app" not in trimmed and "state" not in trimmed
+    assert trimmed["headers"] == [(b"a", b"b")]
+    assert pickle.loads(pickle.dumps(trimmed)) == trimmed
+
+
+# -- through a handle ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.anyio
+async def test_a_request_passed_on_arrives_as_one() -> None:
+    request = build_http_request(pickle.dumps(trim_scope(scope(path_params={"id": 7}))), b"abc")
+    envelope = pickle.loads(pickle.dumps(envelope_of(request)))
+    assert isinstance(envelope, RequestEnvelope)
+    again = envelope.request()
+    assert isinstance(again, Request)
+    assert await again.body() == b"abc"
+    assert (again.path_params, again.query_params, again.headers) == (
+        request.path_params,
+        request.query_params,
+        request.headers,
+    )
+
+
+@pytest.mark.anyio
+async def test_a_foreign_request_must_have_been_read() -> None:
+    request = foreign(b"abc", headers=[(b"content-length", b"3")])
+    with pytest.raises(InvalidArgument, match=r"await request\.body"):
+        envelope_of(request)
+    await request.body()
+    assert envelope_of(request).body == b"abc"
+
+
+@pytest.mark.anyio
+async def test_an_async_handle_reads_it_itself() -> None:
+    assert (await envelope_of_async(foreign(b"abc"))).body == b"abc"
+
+
+def test_a_request_without_a_body_needs_no_reading() -> None:
+    assert envelope_of(foreign(method="GET")).body == b""
+    with pytest.raises(InvalidArgument, match=r"await request\.body"):
+        envelope_of(foreign(method="GET", http_version="2"))
+
+
+@pytest.mark.anyio
+async def test_a_consumed_request_cannot_be_passed_on() -> None:
+    request = foreign(b"abc", headers=[(b"transfer-encoding", b"chunked")])
+    async for _ in request.stream():
+        pass
+    with pytest.raises(InvalidArgument, match="consumed"):
+        envelope_of(request)
+    with pytest.raises(InvalidArgument, match="consumed"):
+        await envelope_of_async(request)
+
+
+def test_a_scope_that_cannot_be_pickled() -> None:
+    with pytest.raises(InvalidArgument, match="cannot be pickled"):
+        envelope_of(foreign(path_params={"f": lambda: None}))
