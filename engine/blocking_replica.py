@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import pickle
 import time
 from collections import deque
@@ -134,7 +133,7 @@ class BlockingReplica(Replica):
         host.step_out()
         try:
             result = function(*args, **kwargs)
-            return self._complete(awaited(result)) if inspect.isawaitable(result) else result
+            return self._complete(awaited(result)) if hasattr(result, "__await__") else result
         finally:
             host.step_in()
 

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["AsyncHandle", "CallOptions", "Handle", "make_handle"]
 
+_PLAIN = frozenset((type(None), bool, int, float, str, bytes, list, tuple, dict))
+"""Types that are neither refs nor requests; what they hold does not matter."""
 _HTTP_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 
@@ -231,17 +233,20 @@ class Handle(_BaseHandle):
         """
         check_may_block("a sync handle's call()")
         caller = self._reach().thread_caller()
-        for arg in (*args, *kwargs.values()):
-            if isinstance(arg, Ref):
-                arg.add_done_callback(lambda _: None)
-                _wait_quietly(arg)
-        if _refs_in(args, kwargs):
-            args, kwargs = _resolved(args, kwargs)
-        if _passes_request(args):
-            args = _enveloped(args)
+        if kwargs or len(args) != 1 or type(args[0]) not in _PLAIN:
+            args, kwargs = self._prepared(args, kwargs)
         slot = WaitSlot()
         caller.submit(self._endpoint, self._outgoing(args, kwargs), slot)
         return slot.wait(caller, self._options.timeout_s)
+
+    @staticmethod
+    def _prepared(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        refs = _refs_in(args, kwargs)
+        for ref in refs:
+            ref.result()
+        if refs:
+            args, kwargs = _resolved(args, kwargs)
+        return (_enveloped(args) if _passes_request(args) else args), kwargs
 
     def _start(self, caller: Caller, ref: Ref, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if _passes_request(args):
@@ -256,13 +261,6 @@ class Handle(_BaseHandle):
             self._start(caller, ref, args, kwargs)
         except BaseException as error:
             ref.fail(error)
-
-
-def _wait_quietly(ref: Ref) -> None:
-    try:
-        ref.result()
-    except Exception:
-        pass
 
 
 def _when_all_done(refs: list[Ref], action: Any) -> None:
@@ -310,7 +308,8 @@ class AsyncHandle(_BaseHandle):
     async def call(self, *args: Any, **kwargs: Any) -> Any:
         """Make a call and await its result. Cancelling the await gives the call up. As `Handle.call`."""
         loop = running_asyncio_loop()
-        args, kwargs = await self._prepared(args, kwargs)
+        if kwargs or len(args) != 1 or type(args[0]) not in _PLAIN:
+            args, kwargs = await self._prepared(args, kwargs)
         if loop is None:
             return await self._call_by_ref(args, kwargs)
         caller = self._reach().loop_caller()

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import inspect
 import pickle
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from typing import Any
 
 from .adapter import ServiceHost
 from .config import BackendConfig
 from .context import mark_loop_thread, unmark_loop_thread
 from .control import Reconfigure, Reconfigured
-from .messages import Message
+from .messages import End, Failure, Reply
 from .replica import FAREWELL_S, Job, Replica
 from .serialization import pack_exception
 
@@ -68,7 +68,7 @@ class LoopReplica(Replica):
         task.add_done_callback(self._tasks.discard)
         return task
 
-    def _finish(self, job: Job, answer: Callable[[int], Message]) -> None:
+    def _finish(self, job: Job, answer: Reply | Failure | End) -> None:
         super()._finish(job, answer)
         if self._drain_until is not None and not self._held:
             self._wake()

@@ -71,6 +71,7 @@ class Replica:
         self, tag: str, user: UserCallable, config: BackendConfig, tell: Callable[[Any], None], *, debug: bool
     ) -> None:
         self._tag = tag
+        self._result_name = f"the result of backend {tag!r}"
         self._user = user
         self._tell = tell
         self._debug = debug
@@ -185,17 +186,24 @@ class Replica:
                 f"the argument cannot be rebuilt in the replica ({type(error).__name__}: {error}); "
                 "its type must be importable there"
             ) from error
-        if any(type(arg) is RequestEnvelope for arg in args):
-            args = tuple(
-                build_http_request(arg.head, arg.body) if type(arg) is RequestEnvelope else arg for arg in args
-            )
-            if method.takes_request:
-                return args[:1], {}
+        for arg in args:
+            if type(arg) is RequestEnvelope:
+                args = tuple(self._opened(job, arg) for arg in args)
+                if method.takes_request:
+                    return args[:1], {}
+                break
         if not method.takes_request:
             return args, kwargs
         http_method, headers = loads(call.head) if call.head else ("GET", ())
         data = args[0] if args else None
         return (ServeRequest(data, kwargs=kwargs, method=http_method, headers=headers),), {}
+
+    @staticmethod
+    def _opened(job: Job, arg: Any) -> Any:
+        if type(arg) is not RequestEnvelope:
+            return arg
+        job.request = build_http_request(arg.head, arg.body)
+        return job.request
 
     def _batch_item(self, job: Job) -> Any:
         args, _ = self._arguments(job)
@@ -206,11 +214,11 @@ class Replica:
         call = job.call
         if call.kind != HTTP:
             try:
-                payload = dumps(result, f"the result of {self._name(job)}", ResultNotSerializable)
+                payload = dumps(result, self._result_name, ResultNotSerializable)
             except EngineError as error:
                 self._fail(job, error)
                 return None
-            self._finish(job, lambda load: Reply(call.id, load, b"", payload))
+            self._finish(job, Reply(call.id, 0, b"", payload))
             return None
         from .responses import Encoded, encode_result
 
@@ -220,7 +228,7 @@ class Replica:
             self._fail(job, error)
             return None
         if isinstance(encoded, Encoded):
-            self._finish(job, lambda load: Reply(call.id, load, encoded.head, encoded.body))
+            self._finish(job, Reply(call.id, 0, encoded.head, encoded.body))
             return self._background(encoded.background, job) if encoded.background is not None else None
         return self._stream(job, encoded)
 
@@ -232,7 +240,7 @@ class Replica:
 
     async def _stream(self, job: Job, streamed: Any) -> None:
         call = job.call
-        parts = streamed.parts(pickle.loads(call.head))
+        parts = streamed.parts(pickle.loads(call.head), threaded=self.on_loop)
         started = failed = False
         try:
             async for head, chunk in parts:
@@ -250,7 +258,7 @@ class Replica:
             _logger.exception("%s failed in the middle of its stream, request %s", self._name(job), call.request_id)
         finally:
             await parts.aclose()
-            self._finish(job, lambda load: End(call.id, load, failed or job.cancelled))
+            self._finish(job, End(call.id, 0, failed or job.cancelled))
             if streamed.background is not None:
                 await self._background(streamed.background, job)
 
@@ -269,19 +277,20 @@ class Replica:
             head, payload = failure_head(error, debug=self._debug)
         else:
             head, payload = b"", pack_exception(error)
-        self._finish(job, lambda load: Failure(call.id, load, kind, head, payload))
+        self._finish(job, Failure(call.id, 0, kind, head, payload))
 
     def _drop(self, job: Job) -> None:
         """Answer a call that nobody waits for, or that came too late, without running it."""
         self._fail(job, DeadlineExceeded("the call's deadline passed before the backend could take it"))
 
-    def _finish(self, job: Job, answer: Callable[[int], Message]) -> None:
+    def _finish(self, job: Job, answer: Reply | Failure | End) -> None:
+        """Give a job's slot back and send its terminal answer, with the load as it is then."""
         if self._jobs.pop((job.channel, job.call.id), None) is None:
             return
-        self._held -= 1
-        self._answer(job.channel, answer(self._held))
-        if job.request is not None and job.request._form is not None:
-            _close_uploads(job.request._form)
+        self._held = load = self._held - 1
+        self._answer(job.channel, answer._replace(load=load) if load else answer)
+        if job.request is not None:
+            job.request.release()
 
     def _answer(self, channel: Channel, message: Message) -> None:
         try:
@@ -315,12 +324,6 @@ class Replica:
 async def awaited(awaitable: Any) -> Any:
     """A coroutine that awaits anything."""
     return await awaitable
-
-
-def _close_uploads(form: Any) -> None:
-    for _, value in form.multi_items():
-        if not isinstance(value, str):
-            value.file.close()
 
 
 def _is_http_exception(error: BaseException) -> bool:

@@ -30,6 +30,7 @@ __all__ = ["Driver", "SocketChannel"]
 
 _READ_SIZE = 1 << 16
 _NOWAIT = socket.MSG_DONTWAIT
+_TERMINAL = frozenset((Reply, Failure, End))
 
 
 class Driver(Protocol):
@@ -153,7 +154,7 @@ class SocketChannel:
             if self.armed:
                 self._driver.disarm(self)
             deadline = None if timeout_s is None else time.monotonic() + timeout_s
-            while not done() and not self._closed:
+            while not self._closed and not done():
                 if (deadline is not None or self._unsent) and not self._await_input(deadline):
                     break
                 self._read(0)
@@ -194,8 +195,8 @@ class SocketChannel:
 
     def _read(self, flags: int) -> None:
         try:
-            spare = self._decoder.spare
-            if spare is not None:
+            if self._decoder.large is not None:
+                spare = self._decoder.spare
                 count = self.sock.recv_into(spare, 0, flags)
                 messages = self._decoder.filled(count) if count else None
             else:
@@ -215,7 +216,7 @@ class SocketChannel:
         listener = self.listener
         assert listener is not None
         for message in messages:
-            if type(message) is Reply or isinstance(message, (Failure, End)):
+            if type(message) in _TERMINAL:
                 self._open_calls -= 1
             listener.received(self, message)
 

@@ -147,6 +147,7 @@ class LoopHost:
         try:
             loop.run_until_complete(self._serve(loop))
             loop.run_until_complete(loop.shutdown_asyncgens())
+            loop.run_until_complete(loop.shutdown_default_executor())
         finally:
             asyncio.set_event_loop(None)
             loop.close()

@@ -25,9 +25,11 @@ MAX_FRAME_BYTES = 1 << 30
 _GREETING, _CALL, _REPLY, _FAILURE, _ITEM, _END, _CANCEL, _CREDIT, _CONTROL = range(9)
 _NO_DEADLINE = -1.0
 
+_new = tuple.__new__  # a named tuple's own constructor is several times slower
 _header = struct.Struct("<IBQ")
 _call_head = struct.Struct("<IBQBdHHI")
 _call_fields = struct.Struct("<BdHHI")
+assert _call_fields.size == 17
 _reply_head = struct.Struct("<IBQII")
 _reply_fields = struct.Struct("<II")
 _failure_head = struct.Struct("<IBQIBI")
@@ -57,20 +59,17 @@ def encode(message: Message) -> bytes:
         size = 8 + len(head) + len(payload)
         if size > MAX_FRAME_BYTES:
             raise _too_large(size)
-        return b"".join((_reply_head.pack(size, _REPLY, call_id, load, len(head)), head, payload))
+        return _reply_head.pack(size, _REPLY, call_id, load, len(head)) + head + payload
     if isinstance(message, Call):
-        return _encode_call(message)
+        call_id, kind, method, deadline, request_id, head, payload = message
+        name, tag = method.encode(), request_id.encode()
+        size = 17 + len(name) + len(tag) + len(head) + len(payload)
+        if size > MAX_FRAME_BYTES:
+            raise _too_large(size)
+        left = _NO_DEADLINE if deadline is None else max(0.0, deadline - time.monotonic())
+        prefix = _call_head.pack(size, _CALL, call_id, kind, left, len(name), len(tag), len(head))
+        return b"".join((prefix, name, tag, head, payload))
     return _encode_other(message)
-
-
-def _encode_call(call: Call) -> bytes:
-    method, request_id = call.method.encode(), call.request_id.encode()
-    size = _call_fields.size + len(method) + len(request_id) + len(call.head) + len(call.payload)
-    if size > MAX_FRAME_BYTES:
-        raise _too_large(size)
-    remaining = _NO_DEADLINE if call.deadline is None else max(0.0, call.deadline - time.monotonic())
-    prefix = _call_head.pack(size, _CALL, call.id, call.kind, remaining, len(method), len(request_id), len(call.head))
-    return b"".join((prefix, method, request_id, call.head, call.payload))
 
 
 def _encode_other(message: Message) -> bytes:
@@ -106,28 +105,29 @@ def _too_large(size: int) -> InvalidArgument:
 class Decoder:
     """Cuts a stream of bytes into messages.
 
-    A frame that is larger than one read is collected in a buffer of its exact size: `spare` is the part of it still to
-    fill, for reads straight into it.
+    A frame that is larger than one read is collected in a buffer of its exact size (`large`): `spare` is the part of it
+    still to fill, for reads straight into it.
     """
 
     def __init__(self, *, greeting: bool) -> None:
         self._greeting_due = greeting
         self._tail = b""
-        self._large: bytearray | None = None
+        self.large: bytearray | None = None
         self._filled = 0
 
     @property
-    def spare(self) -> memoryview | None:
-        """Where to read into, or None to read anywhere and `feed` it."""
-        return None if self._large is None else memoryview(self._large)[self._filled :]
+    def spare(self) -> memoryview:
+        """Where to read into while there is a `large` frame; otherwise read anywhere and `feed` it."""
+        assert self.large is not None
+        return memoryview(self.large)[self._filled :]
 
     def filled(self, count: int) -> list[Message]:
         """Say that ``count`` bytes of `spare` were filled; returns the message they complete, if any."""
-        assert self._large is not None
+        assert self.large is not None
         self._filled += count
-        if self._filled < len(self._large):
+        if self._filled < len(self.large):
             return []
-        frame, self._large, self._filled = bytes(self._large), None, 0
+        frame, self.large, self._filled = bytes(self.large), None, 0
         return self._cut(frame)
 
     def feed(self, data: bytes) -> list[Message]:
@@ -136,6 +136,10 @@ class Decoder:
         Raises:
             ProtocolError: They are not this protocol, or a frame is larger than `MAX_FRAME_BYTES`.
         """
+        if not self._tail and not self._greeting_due and len(data) >= 13:
+            size, kind, call_id = _header.unpack_from(data)
+            if size + 13 == len(data) and 0 < kind <= _CONTROL:  # one whole frame, as almost always
+                return [_decode(kind, call_id, data, 13, len(data))]
         return self._cut(self._tail + data if self._tail else data)
 
     def _cut(self, data: bytes) -> list[Message]:
@@ -171,8 +175,8 @@ class Decoder:
         if rest >= 13:
             total = 13 + int.from_bytes(data[position : position + 4], "little")
             if total > 1 << 18:
-                self._large = bytearray(total)
-                self._large[:rest] = data[position:]
+                self.large = bytearray(total)
+                self.large[:rest] = data[position:]
                 self._filled = rest
                 self._tail = b""
                 return
@@ -184,7 +188,7 @@ def _decode(kind: int, call_id: int, data: bytes, start: int, end: int) -> Messa
         if kind == _REPLY:
             load, head_size = _reply_fields.unpack_from(data, start)
             middle = start + 8 + head_size
-            return Reply(call_id, load, data[start + 8 : middle], data[middle:end])
+            return _new(Reply, (call_id, load, data[start + 8 : middle], data[middle:end]))
         if kind == _CALL:
             return _decode_call(call_id, data, start, end)
         return _decode_other(kind, call_id, data, start, end)
@@ -194,21 +198,24 @@ def _decode(kind: int, call_id: int, data: bytes, start: int, end: int) -> Messa
 
 def _decode_call(call_id: int, data: bytes, start: int, end: int) -> Call:
     kind, remaining, method_size, request_id_size, head_size = _call_fields.unpack_from(data, start)
-    method_at = start + _call_fields.size
+    method_at = start + 17
     request_id_at = method_at + method_size
     head_at = request_id_at + request_id_size
     payload_at = head_at + head_size
     if payload_at > end:
         raise ValueError("fields longer than the frame")
     deadline = None if remaining < 0 else time.monotonic() + remaining
-    return Call(
-        call_id,
-        kind,
-        data[method_at:request_id_at].decode(),
-        deadline,
-        data[request_id_at:head_at].decode(),
-        data[head_at:payload_at],
-        data[payload_at:end],
+    return _new(
+        Call,
+        (
+            call_id,
+            kind,
+            data[method_at:request_id_at].decode(),
+            deadline,
+            data[request_id_at:head_at].decode(),
+            data[head_at:payload_at],
+            data[payload_at:end],
+        ),
     )
 
 
