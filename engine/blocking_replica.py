@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import pickle
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .adapter import ServiceHost
 from .config import BackendConfig
@@ -15,6 +14,9 @@ from .control import Reconfigure, Reconfigured
 from .replica import FAREWELL_S, Job, Replica, awaited
 from .serialization import pack_exception
 from .user_callable import Method
+
+if TYPE_CHECKING:
+    import asyncio
 
 __all__ = ["BlockingReplica"]
 
@@ -139,6 +141,8 @@ class BlockingReplica(Replica):
 
     def _complete(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         if self._loop is None:
+            import asyncio
+
             self._loop = asyncio.new_event_loop()
         return self._loop.run_until_complete(coroutine)
 

@@ -21,34 +21,12 @@ from .snapshot import RoutingSnapshot
 if TYPE_CHECKING:
     import asyncio
 
-__all__ = ["Client", "connector_for", "register_connector", "unregister_connector"]
+__all__ = ["Client"]
 
 _ATTACH_TIMEOUT_S = 10.0
 
-_lock = threading.Lock()  # guards the two tables; they map engine ids, so engines do not see each other
+_lock = threading.Lock()  # guards `_clients`, which maps engine ids: engines do not see each other
 _clients: dict[str, Client] = {}
-_connectors: dict[str, Adapter] = {}
-
-
-def register_connector(engine_id: str, adapter: Adapter) -> None:
-    """Say which adapter opens this engine's channels in this process."""
-    with _lock:
-        _connectors[engine_id] = adapter
-
-
-def unregister_connector(engine_id: str) -> None:
-    """Take `register_connector` back."""
-    with _lock:
-        _connectors.pop(engine_id, None)
-
-
-def connector_for(engine_id: str, adapter_name: str) -> Adapter:
-    """The adapter that opens this engine's channels in this process."""
-    from .plugins import load_adapter
-
-    with _lock:
-        known = _connectors.get(engine_id)
-    return known if known is not None else load_adapter(adapter_name)
 
 
 class Client:

@@ -6,7 +6,7 @@ processes subscribe to routing snapshots at `Adapter.control_address`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from .snapshot import RoutingSnapshot
 
@@ -26,22 +26,19 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class Ready:
+class Ready(NamedTuple):
     """Worker: I accept calls at ``address`` (empty for a worker that takes no calls)."""
 
     address: str
 
 
-@dataclass(frozen=True)
-class StartFailed:
+class StartFailed(NamedTuple):
     """Worker: I cannot start. ``error`` is a packed exception (`engine.serialization.pack_exception`)."""
 
     error: bytes
 
 
-@dataclass(frozen=True)
-class LogLine:
+class LogLine(NamedTuple):
     """Worker: user code or the engine logged, or wrote to a standard stream, there.
 
     Attributes:
@@ -55,23 +52,20 @@ class LogLine:
     text: str
 
 
-@dataclass(frozen=True)
-class Ping:
+class Ping(NamedTuple):
     """Controller: are you there?"""
 
     token: int
 
 
-@dataclass(frozen=True)
-class Pong:
+class Pong(NamedTuple):
     """Worker: I am. ``load`` is what it holds, queued and running."""
 
     token: int
     load: int
 
 
-@dataclass(frozen=True)
-class Reconfigure:
+class Reconfigure(NamedTuple):
     """Controller: take this configuration. ``config`` is a pickled `BackendConfig`; ``user_config`` changed or not."""
 
     token: int
@@ -79,43 +73,37 @@ class Reconfigure:
     user_config_changed: bool
 
 
-@dataclass(frozen=True)
-class Reconfigured:
+class Reconfigured(NamedTuple):
     """Worker: done, or the packed exception that ``reconfigure`` raised."""
 
     token: int
     error: bytes | None
 
 
-@dataclass(frozen=True)
-class Drain:
+class Drain(NamedTuple):
     """Controller: take no more work, finish what you hold within ``timeout_s`` seconds and leave."""
 
     timeout_s: float
 
 
-@dataclass(frozen=True)
-class Drained:
+class Drained(NamedTuple):
     """Worker: I hold nothing any more and am about to leave."""
 
 
-@dataclass(frozen=True)
-class Subscribe:
+class Subscribe(NamedTuple):
     """Caller: send me snapshots. An ``ingress`` is waited for when routes change."""
 
     ingress: bool
     worker_id: str = ""
 
 
-@dataclass(frozen=True)
-class Publish:
+class Publish(NamedTuple):
     """Controller: the picture as of now."""
 
     snapshot: RoutingSnapshot
 
 
-@dataclass(frozen=True)
-class Applied:
+class Applied(NamedTuple):
     """Caller: this version of the snapshot rules here now."""
 
     version: int

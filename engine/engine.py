@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from . import ref as refs
 from .adapter import Adapter
 from .backend_plan import BackendPlan
-from .client import Client, register_connector, unregister_connector
+from .client import Client
 from .config import BackendConfig, HTTPOptions, resources_of
+from .connectors import register_connector, unregister_connector
 from .context import check_may_block
 from .errors import EndpointNotFound, EngineClosed, InvalidArgument
 from .handle import AsyncHandle, Handle, make_handle

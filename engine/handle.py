@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .caller import Caller, deadline_error
-from .client import Client, connector_for
+from .client import Client
+from .connectors import connector_for
 from .context import check_may_block
 from .errors import EngineClosed, EngineError, InvalidArgument
 from .messages import PYTHON, End, Failure, Item, Reply

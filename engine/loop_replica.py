@@ -78,15 +78,16 @@ class LoopReplica(Replica):
         if job.method.batched:
             self._join_batch(job)
         else:
-            job.task = self._spawn(self._run_one(job))
+            self._spawn(self._run_one(job))
 
     async def _run_one(self, job: Job) -> None:
         method = job.method
         assert method is not None
+        if job.cancelled or job.expired:
+            self._drop(job)
+            return
+        job.task = asyncio.current_task()  # only now: a task cancelled before its first step would never answer
         try:
-            if job.expired:
-                self._drop(job)
-                return
             args, kwargs = self._arguments(job)
             result = method.function(*args, **kwargs)
             if inspect.isawaitable(result):

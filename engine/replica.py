@@ -9,13 +9,12 @@ called by the worker's control thread and only notes what is to be done; user co
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import pickle
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .adapter import Channel, ChannelClosed, ServiceHost
 from .config import BackendConfig
@@ -25,6 +24,9 @@ from .messages import HTTP, INITIAL_CREDIT, Call, Cancel, Credit, End, Failure, 
 from .request import RequestEnvelope, ServeRequest, build_http_request
 from .serialization import dumps, loads, pack_exception
 from .user_callable import Method, UserCallable
+
+if TYPE_CHECKING:
+    import asyncio
 
 __all__ = ["FAREWELL_S", "Job", "Replica", "awaited"]
 

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import pickle
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .adapter import WorkerHost
-from .blocking_replica import BlockingReplica
-from .client import register_connector
 from .config import BackendConfig
+from .connectors import register_connector
 from .context import ReplicaContext, enter_replica
 from .control import Drained, StartFailed
-from .loop_replica import LoopReplica
 from .replica import awaited
 from .replica_spec import ReplicaSpec
 from .serialization import pack_exception
 from .user_callable import UserCallable, is_blocking
+
+if TYPE_CHECKING:
+    from .blocking_replica import BlockingReplica
+    from .loop_replica import LoopReplica
 
 __all__ = ["main", "make_replica"]
 
@@ -60,6 +61,13 @@ def make_replica(
     if config.user_config is not None:
         outcome = user.reconfigure(config.user_config)
         if inspect.isawaitable(outcome):
+            import asyncio
+
             asyncio.run(awaited(outcome))
-    kind = LoopReplica if user.on_loop else BlockingReplica
-    return kind(tag, user, config, tell, debug=debug)
+    if user.on_loop:
+        from .loop_replica import LoopReplica
+
+        return LoopReplica(tag, user, config, tell, debug=debug)
+    from .blocking_replica import BlockingReplica
+
+    return BlockingReplica(tag, user, config, tell, debug=debug)

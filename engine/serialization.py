@@ -141,20 +141,22 @@ def pack_exception(error: BaseException) -> bytes:
     return pickle.dumps((name, message, text, inner), 5)
 
 
-def unpack_exception(data: bytes) -> BaseException:
+def unpack_exception(data: bytes) -> Exception:
     """Rebuild what `pack_exception` packed, with a `RemoteTraceback` as its cause.
 
     Returns:
-        The exception itself, or a `RemoteError` that carries its type name, message and traceback.
+        The exception itself, or a `RemoteError` that carries its type name, message and traceback where it cannot be
+        rebuilt or is not an `Exception`.
     """
     name, message, text, inner = pickle.loads(data)
-    error: BaseException | None = None
+    rebuilt: Any = None
     if inner:
         try:
-            error = pickle.loads(inner)
+            rebuilt = pickle.loads(inner)
         except Exception:
-            error = None
-    if not isinstance(error, BaseException):
-        error = RemoteError(name, message, text)
+            rebuilt = None
+    # What is not an `Exception` means something to Python itself (SystemExit, KeyboardInterrupt, CancelledError):
+    # raised here it would stop the caller, who did nothing of the kind.
+    error = rebuilt if isinstance(rebuilt, Exception) else RemoteError(name, message, text)
     error.__cause__ = RemoteTraceback(text)
     return error

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from engine.adapter import AdapterEvents, Listen, Node, WorkerExit, WorkerSpec
-from engine.errors import EngineClosed, EngineError, InvalidArgument, ResourcesUnavailable
+from engine.errors import EngineClosed, EngineError, InvalidArgument, RemoteError, ResourcesUnavailable
 from engine.serialization import unpack_exception
 from engine_wire import Acceptor, listen_unix
 from engine_wire.listening import ListeningSockets
@@ -274,9 +274,7 @@ class LocalAdapter(LocalConnector):
         error: EngineError | None = None
         if isinstance(report, PreloadFailed):
             cause = unpack_exception(report.error)
-            error = InvalidArgument(
-                f"preload: module {report.module!r} cannot be imported: {type(cause).__name__}: {cause}"
-            )
+            error = InvalidArgument(f"preload: module {report.module!r} cannot be imported: {_described(cause)}")
             error.__cause__ = cause
         if self._preloaded is not None and not self._preloaded.done():
             if error is None:
@@ -366,6 +364,12 @@ def _reason(worker: WatchedWorker, status: int) -> str:
         if worker.cut_off:
             return "was killed by the engine because it had closed its control channel"
     return describe_exit(status)
+
+
+def _described(error: Exception) -> str:
+    if isinstance(error, RemoteError):
+        return f"{error.type_name}: {error.message}"
+    return f"{type(error).__name__}: {error}"
 
 
 def _file_in_memory(payload: bytes) -> int:

@@ -7,16 +7,19 @@ service heard of it.
 
 from __future__ import annotations
 
-import asyncio
 import selectors
 import socket
 import threading
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from engine.adapter import Channel, ChannelClosed, ChannelListener, Service
 
 from .channel import SocketChannel
 from .drivers import LoopDriver, Poller
+
+if TYPE_CHECKING:
+    import asyncio
 
 __all__ = ["Acceptor", "BlockingHost", "LoopHost", "connect", "listen_unix", "new_event_loop"]
 
@@ -57,6 +60,8 @@ def connect(address: str, listener: ChannelListener, *, on_loop: bool, poller: P
     try:
         sock.connect(path)
         if on_loop:
+            import asyncio
+
             channel = SocketChannel(sock, listener, LoopDriver(asyncio.get_running_loop()))
             channel.watch()
         else:
@@ -69,6 +74,8 @@ def connect(address: str, listener: ChannelListener, *, on_loop: bool, poller: P
 
 def new_event_loop() -> asyncio.AbstractEventLoop:
     """A loop for a process of the engine's own: uvloop's where it is installed."""
+    import asyncio
+
     try:
         import uvloop
     except ImportError:
@@ -142,6 +149,8 @@ class LoopHost:
 
     def run(self) -> None:
         """Serve until the service is finished."""
+        import asyncio
+
         loop = new_event_loop()
         asyncio.set_event_loop(loop)
         try:
@@ -153,6 +162,8 @@ class LoopHost:
             loop.close()
 
     async def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
+        import asyncio
+
         self._loop = loop
         self._changed = asyncio.Event()
         self._acceptor = Acceptor(self._listening, lambda channel: self._service, loop)

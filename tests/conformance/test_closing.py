@@ -150,7 +150,7 @@ def test_calls_in_flight_are_told(adapter, gate):
     engine.create_endpoint("held", backend="held")
     refs = [engine.get_handle("held").remote() for _ in range(3)]
     gate.wait_for_arrivals(1)
-    engine.shutdown()
+    engine.shutdown(timeout_s=0.1)
     assert not gate.is_open()
     for ref in refs:
         with pytest.raises(errors.EngineError):

@@ -7,6 +7,8 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from harness import eventually, is_running
@@ -219,10 +221,11 @@ class Mortal:
         self.gate = gate
 
     def __call__(self, request):
-        if request.data == "hold":
+        order = getattr(request, "data", None)
+        if order == "hold":
             self.gate.pass_through()
-        elif request.data is not None:
-            request.data(request)
+        elif order is not None:
+            order(request)
         return os.getpid()
 
 
@@ -285,6 +288,48 @@ def test_a_death_leaves_the_other_replica_serving(serve, gate):
     now = set()
     eventually(lambda: now.add(served.call()) or len(now) == 2)
     assert len(now & pids) == 1
+
+
+@pytest.mark.usefixtures("processes")
+@pytest.mark.parametrize("backend", [Mortal, AsyncMortal])
+def test_deaths_under_load_leave_nobody_waiting(serve, backend):
+    """Every call ends, with its result or with an error that says why, and the last word is a result."""
+    served = serve(backend, config={"num_replicas": 2})
+    stop = threading.Event()
+    pids: set[int] = set()
+    answers: Counter[tuple[int, str]] = Counter()
+    unexpected = []
+
+    def by_handle():
+        patient = served.handle.options(timeout_s=20)
+        while not stop.is_set():
+            try:
+                pids.add(patient.call())
+            except errors.ReplicaDied:
+                continue
+            except BaseException as failure:
+                unexpected.append(failure)
+
+    def by_http():
+        while not stop.is_set():
+            answer = served.http(timeout=20)
+            answers[answer.status_code, "" if answer.status_code == 200 else answer.text] += 1
+
+    with ThreadPoolExecutor(3) as pool:
+        running = [pool.submit(by_handle), pool.submit(by_handle), pool.submit(by_http)]
+        try:
+            for _ in range(5):
+                pid = eventually(lambda: next((pid for pid in list(pids) if is_running(pid)), None))
+                os.kill(pid, signal.SIGKILL)
+                known = len(pids)
+                eventually(lambda known=known: len(pids) > known or unexpected)
+        finally:
+            stop.set()
+        for future in running:
+            future.result(30)
+    assert unexpected == []
+    assert {status for status, _ in answers} <= {200, 502}, answers
+    assert eventually(lambda: served.http().status_code == 200)
 
 
 @pytest.mark.usefixtures("processes")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections import Counter
 
+import httpx
 import pytest
 from harness import eventually
 
@@ -206,6 +208,42 @@ def test_scaling_under_load_loses_nothing(serve, engine, way):
         for thread in threads:
             thread.join()
     assert failures == []
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+@pytest.mark.parametrize("timeout_s", [0, 0.0002, 0.002])
+def test_calls_that_were_given_up_free_their_slots(serve, kind, timeout_s):
+    """Whenever it is that the caller leaves: before, while or after the replica takes the call."""
+
+    def sync(request):
+        return "ok"
+
+    async def asynchronous(request):
+        await asyncio.sleep(0)
+        return "ok"
+
+    served = serve(sync if kind == "sync" else asynchronous, config={"max_concurrent_queries": 2})
+    impatient = served.handle.options(timeout_s=timeout_s)
+    for _ in range(200):
+        with contextlib.suppress(errors.DeadlineExceeded):
+            assert impatient.call() == "ok"
+    assert [served.call(timeout_s=20) for _ in range(5)] == ["ok"] * 5
+    assert served.http_text() == "ok"
+
+
+def test_http_clients_that_leave_free_their_slots(serve, client, gate):
+    async def backend(request):
+        if request.query_params:
+            await gate.apass_through()
+        return "ok"
+
+    served = serve(backend, config={"max_concurrent_queries": 1})
+    for number in range(3):
+        with pytest.raises(httpx.ReadTimeout):
+            client.get(served.url, params={"hold": 1}, timeout=0.2)
+        assert gate.arrivals() == number + 1
+        assert served.http_text(timeout=10) == "ok", "the place of a client that left is free, although its gate is not"
+    assert not gate.is_open()
 
 
 def test_limits_can_be_updated(serve, engine, gate):

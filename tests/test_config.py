@@ -1,0 +1,235 @@
+"""Options: which values pass, and what is said of those that don't."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import pytest
+from starlette.middleware import Middleware
+
+from engine import BackendConfig, HTTPOptions
+from engine.adapter import Resources
+from engine.config import resources_of
+from engine.errors import InvalidArgument
+
+NAN, INFINITY = float("nan"), float("inf")
+
+# -- BackendConfig ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_replicas", 1),
+        ("num_replicas", 64),
+        ("max_concurrent_queries", None),
+        ("max_concurrent_queries", 1),
+        ("max_queued_requests", 0),
+        ("max_queued_requests", None),
+        ("max_batch_size", 1),
+        ("batch_wait_timeout", 0),
+        ("batch_wait_timeout", 0.5),
+        ("user_config", {"any": "thing"}),
+        ("graceful_shutdown_timeout_s", 0),
+        ("start_timeout_s", 0.1),
+    ],
+)
+def test_a_backend_takes(field: str, value: Any) -> None:
+    assert getattr(BackendConfig(**{field: value}), field) == value
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        ("num_replicas", 0, "an integer of at least 1"),
+        ("num_replicas", -1, "an integer of at least 1"),
+        ("num_replicas", 1.0, "an integer of at least 1"),
+        ("num_replicas", True, "an integer of at least 1"),
+        ("num_replicas", "2", "an integer of at least 1"),
+        ("num_replicas", None, "an integer of at least 1"),
+        ("max_concurrent_queries", 0, "an integer of at least 1 or None"),
+        ("max_queued_requests", -1, "an integer of at least 0 or None"),
+        ("max_batch_size", 0, "an integer of at least 1 or None"),
+        ("batch_wait_timeout", -0.1, "a number of seconds of at least 0"),
+        ("batch_wait_timeout", None, "a number of seconds of at least 0"),
+        ("batch_wait_timeout", False, "a number of seconds of at least 0"),
+        ("graceful_shutdown_timeout_s", NAN, "a number of seconds of at least 0"),
+        ("start_timeout_s", INFINITY, "a number of seconds of at least 0"),
+    ],
+)
+def test_a_backend_refuses(field: str, value: Any, allowed: str) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        BackendConfig(**{field: value})
+    assert str(caught.value) == f"config: {field} must be {allowed}, not {value!r}"
+
+
+def test_a_backends_config_is_a_dict_or_an_object_or_nothing() -> None:
+    config = BackendConfig(num_replicas=3)
+    assert BackendConfig.of({"num_replicas": 3}) == config
+    assert BackendConfig.of(config) is config
+    assert BackendConfig.of(None) == BackendConfig()
+    with pytest.raises(InvalidArgument, match=r"^config must be a dict or BackendConfig, not 3$"):
+        BackendConfig.of(3)  # type: ignore[arg-type]
+    with pytest.raises(InvalidArgument, match=r"^config: unknown field 'replicas'; the fields are num_replicas, "):
+        BackendConfig.of({"replicas": 3})
+
+
+def test_an_update_changes_what_it_names_and_nothing_else() -> None:
+    config = BackendConfig(num_replicas=3, user_config="a")
+    assert config.updated({"user_config": "b"}) == BackendConfig(num_replicas=3, user_config="b")
+    assert config.user_config == "a"
+    with pytest.raises(InvalidArgument, match="num_replicas"):
+        config.updated({"num_replicas": 0})
+
+
+@pytest.mark.parametrize(
+    ("options", "blocking", "expected"),
+    [
+        ({}, True, 8),
+        ({}, False, 1_000_000),
+        ({"max_batch_size": 5}, True, 10),
+        ({"max_batch_size": 5}, False, 1_000_000),
+        ({"max_concurrent_queries": 3, "max_batch_size": 5}, True, 3),
+        ({"max_concurrent_queries": 3}, False, 3),
+    ],
+)
+def test_how_many_calls_a_replica_holds(options: dict[str, Any], blocking: bool, expected: int) -> None:
+    assert BackendConfig(**options).concurrency(blocking=blocking) == expected
+
+
+def test_it_travels() -> None:
+    config = BackendConfig(num_replicas=2, user_config=[1])
+    assert pickle.loads(pickle.dumps(config)) == config
+
+
+# -- HTTPOptions -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("location", "HeadOnly"),
+        ("location", "EveryNode"),
+        ("location", "NoServer"),
+        ("location", None),
+        ("host", "::1"),
+        ("port", 0),
+        ("port", 65535),
+        ("workers", 2),
+        ("max_body_bytes", 0),
+        ("request_timeout_s", None),
+        ("request_timeout_s", 0.5),
+        ("debug", True),
+        ("middlewares", [Middleware(object), lambda app: app]),  # type: ignore[arg-type]
+        ("middlewares", ()),
+    ],
+)
+def test_http_takes(field: str, value: Any) -> None:
+    assert getattr(HTTPOptions.of({field: value}), field) == value
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        ("location", "Nowhere", '"HeadOnly", "EveryNode", "NoServer" or None'),
+        ("host", "", "an address or host name"),
+        ("host", None, "an address or host name"),
+        ("port", -1, "an integer from 0 to 65535"),
+        ("port", 65536, "an integer from 0 to 65535"),
+        ("port", "80", "an integer from 0 to 65535"),
+        ("workers", 0, "an integer of at least 1"),
+        ("max_body_bytes", -1, "an integer of at least 0"),
+        ("request_timeout_s", -1, "a number of seconds of at least 0"),
+        ("request_timeout_s", "1", "a number of seconds of at least 0"),
+        ("debug", 1, "True or False"),
+        ("middlewares", "cors", "a list"),
+        ("middlewares", None, "a list"),
+    ],
+)
+def test_http_refuses(field: str, value: Any, allowed: str) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        HTTPOptions(**{field: value})
+    assert str(caught.value) == f"http_options: {field} must be {allowed}, not {value!r}"
+
+
+def test_http_says_which_middleware_is_none() -> None:
+    with pytest.raises(InvalidArgument, match=r"^http_options: middlewares\[1\] must be a starlette Middleware or .*, "):
+        HTTPOptions(middlewares=[lambda app: app, "cors"])
+
+
+def test_http_options_are_a_dict_or_an_object_or_nothing() -> None:
+    options = HTTPOptions(port=1)
+    assert HTTPOptions.of(options) is options
+    assert HTTPOptions.of(None) == HTTPOptions()
+    with pytest.raises(InvalidArgument, match=r"^http_options must be a dict or HTTPOptions, not 8000$"):
+        HTTPOptions.of(8000)  # type: ignore[arg-type]
+
+
+def test_what_http_does_not_know_is_the_servers() -> None:
+    given = {"port": 1, "backlog": 5, "server_options": {"keyfile": "key"}}
+    assert HTTPOptions.of(given).server_options == {"keyfile": "key", "backlog": 5}
+    assert given == {"port": 1, "backlog": 5, "server_options": {"keyfile": "key"}}  # left as it was
+
+
+@pytest.mark.parametrize(
+    ("location", "serves"), [("HeadOnly", True), ("EveryNode", True), ("NoServer", False), (None, False)]
+)
+def test_where_http_is_served(location: str | None, serves: bool) -> None:
+    assert HTTPOptions(location=location).serves is serves
+
+
+# -- ray_actor_options -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (None, Resources()),
+        ({}, Resources()),
+        ({"num_cpus": 2, "num_gpus": 0.5}, Resources(2.0, 0.5)),
+        ({"num_cpus": 0}, Resources(0.0)),
+        ({"num_cpus": None, "num_gpus": None}, Resources()),
+        ({"runtime_env": None}, Resources()),
+        ({"runtime_env": {"env_vars": {"A": "1"}}}, Resources(env_vars={"A": "1"})),
+        ({"runtime_env": {"env_vars": None}}, Resources()),
+        (
+            {"runtime_env": {"env_vars": {"A": "1"}, "pip": ["x"]}, "memory": 5},
+            Resources(env_vars={"A": "1"}, other={"memory": 5, "runtime_env": {"pip": ["x"]}}),
+        ),
+    ],
+)
+def test_resources(options: Any, expected: Resources) -> None:
+    assert resources_of(options) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (3, "ray_actor_options must be a dict, not 3"),
+        ({"num_cpus": -1}, "ray_actor_options: num_cpus must be a number of at least 0, not -1"),
+        ({"num_cpus": True}, "ray_actor_options: num_cpus must be a number of at least 0, not True"),
+        ({"num_gpus": "1"}, "ray_actor_options: num_gpus must be a number of at least 0, not '1'"),
+        ({"num_gpus": NAN}, "ray_actor_options: num_gpus must be a number of at least 0, not nan"),
+        ({"num_gpus": INFINITY}, "ray_actor_options: num_gpus must be a number of at least 0, not inf"),
+        ({"runtime_env": 3}, "ray_actor_options: runtime_env must be a dict, not 3"),
+        (
+            {"runtime_env": {"env_vars": ["A"]}},
+            "ray_actor_options: runtime_env['env_vars'] must map str to str, not ['A']",
+        ),
+        (
+            {"runtime_env": {"env_vars": {"A": 1}}},
+            "ray_actor_options: runtime_env['env_vars'] must map str to str, not {'A': 1}",
+        ),
+    ],
+)
+def test_resources_that_are_none(options: Any, message: str) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        resources_of(options)
+    assert str(caught.value) == message
+
+
+def test_the_options_given_are_left_as_they_were() -> None:
+    options = {"num_cpus": 1, "runtime_env": {"env_vars": {"A": "1"}, "pip": []}}
+    resources_of(options)
+    assert options == {"num_cpus": 1, "runtime_env": {"env_vars": {"A": "1"}, "pip": []}}

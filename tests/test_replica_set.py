@@ -1,0 +1,206 @@
+"""Placing calls on the replicas of one backend, decided without any clock, thread or channel."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from typing import Any
+
+import pytest
+from fakes import FakeSlot, backend_entry
+
+from engine import replica_set
+from engine.errors import NoReplica, Overloaded
+from engine.replica_set import ReplicaSet, Target
+
+NOW = 1000.0
+
+
+def make(*replicas: str, **options: Any) -> ReplicaSet:
+    return ReplicaSet(backend_entry("b", replicas, **options))
+
+
+def place(known: ReplicaSet, name: str = "", now: float = NOW) -> str | None:
+    """Place a call; returns the replica's id, or None when it waits."""
+    target = known.place(FakeSlot(name), now)
+    return None if target is None else target.replica_id
+
+
+def placed(known: ReplicaSet, now: float = NOW) -> list[tuple[str, str]]:
+    """Which waiting calls go where now."""
+    return [
+        (slot.name, target.replica_id)
+        for slot, target in known.next_placements(now)
+        if isinstance(slot, FakeSlot)
+    ]
+
+
+# -- choosing --------------------------------------------------------------------------------------------------------
+
+
+def test_the_only_replica_takes_calls_until_it_is_full() -> None:
+    known = make("r1", limit=2)
+    assert [place(known) for _ in range(3)] == ["r1", "r1", None]
+    assert known.targets["r1"].in_flight == 2
+
+
+@pytest.mark.parametrize("busy", ["r1", "r2"])
+def test_of_two_replicas_the_less_busy_one_is_chosen(busy: str) -> None:
+    known = make("r1", "r2", limit=10)
+    known.targets[busy].in_flight = 3
+    chosen = {known.choose(NOW) for _ in range(20)}
+    assert chosen == {target for key, target in known.targets.items() if key != busy}
+
+
+def test_two_random_ones_are_compared_and_never_one_with_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = make("r0", "r1", "r2", limit=10)
+    for load, key in enumerate(known.targets):
+        known.targets[key].in_flight = load
+    picks: dict[tuple[float, float], Any] = {}
+    for first in (0.0, 0.4, 0.9):
+        for second in (0.0, 0.9):
+            numbers = iter((first, second))
+            monkeypatch.setattr(replica_set, "_random", lambda numbers=numbers: next(numbers))
+            chosen = known.choose(NOW)
+            assert chosen is not None
+            picks[first, second] = chosen.replica_id
+    assert picks == {
+        (0.0, 0.0): "r0",  # of 0 and 1
+        (0.0, 0.9): "r0",  # of 0 and 2
+        (0.4, 0.0): "r0",  # of 1 and 0
+        (0.4, 0.9): "r1",  # of 1 and 2
+        (0.9, 0.0): "r0",  # of 2 and 0
+        (0.9, 0.9): "r1",  # of 2 and 1
+    }
+
+
+def test_equal_replicas_share_the_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replica_set, "_random", random.Random(7).random)
+    known = make(*[f"r{number}" for number in range(5)], limit=1000)
+    counted = Counter(place(known) for _ in range(1000))
+    assert set(counted) == set(known.targets)
+    assert max(counted.values()) - min(counted.values()) < 10  # random alone would differ by about forty
+
+
+def test_one_free_replica_among_many_full_ones_is_found() -> None:
+    known = make(*[f"r{number}" for number in range(20)], limit=1)
+    for key, target in known.targets.items():
+        target.in_flight = 0 if key == "r13" else 1
+    assert place(known) == "r13"
+    assert place(known) is None
+
+
+def test_a_word_on_its_load_is_believed_while_it_is_fresh() -> None:
+    known = make("r1", "r2", limit=10)
+    known.targets["r1"].elsewhere, known.targets["r1"].elsewhere_at = 5, NOW
+    known.targets["r2"].in_flight = 2
+    assert {known.choose(NOW + 0.05) for _ in range(10)} == {known.targets["r2"]}
+    assert {known.choose(NOW + 5.0) for _ in range(10)} == {known.targets["r1"]}
+
+
+def test_calls_of_others_do_not_count_against_the_limit() -> None:
+    known = make("r1", limit=1)
+    known.targets["r1"].elsewhere, known.targets["r1"].elsewhere_at = 5, NOW
+    assert place(known) == "r1"
+
+
+# -- replicas that are left alone ------------------------------------------------------------------------------------
+
+
+def test_a_blocked_replica_gets_nothing_until_its_time() -> None:
+    known = make("r1", limit=5)
+    known.targets["r1"].blocked_until = NOW + 1
+    assert place(known, "a") is None
+    assert placed(known, NOW + 0.9) == []
+    assert placed(known, NOW + 1) == [("a", "r1")]
+    assert known.targets["r1"].blocked_until == 0.0
+
+
+def test_the_other_one_takes_over_meanwhile() -> None:
+    known = make("r1", "r2", limit=5)
+    known.targets["r1"].blocked_until = NOW + 1
+    assert [place(known) for _ in range(5)] == ["r2"] * 5
+    assert place(known) is None
+
+
+# -- the queue -------------------------------------------------------------------------------------------------------
+
+
+def test_calls_wait_in_order() -> None:
+    known = make("r1", limit=1)
+    assert [place(known, name) for name in "abc"] == ["r1", None, None]
+    known.targets["r1"].in_flight = 0
+    assert placed(known) == [("b", "r1")]
+    known.targets["r1"].in_flight = 0
+    assert placed(known) == [("c", "r1")]
+    assert placed(known) == []
+
+
+def test_nobody_overtakes_those_who_wait() -> None:
+    known = make("r1", limit=1)
+    place(known, "a")
+    place(known, "b")
+    known.targets["r1"].in_flight = 0
+    assert place(known, "c") is None
+    assert placed(known) == [("b", "r1")]
+
+
+@pytest.mark.parametrize("room", [0, 1, 3])
+def test_the_queue_is_bounded(room: int) -> None:
+    known = make("r1", "r2", limit=1, max_queued=room)
+    assert {place(known), place(known)} == {"r1", "r2"}
+    assert [place(known) for _ in range(room)] == [None] * room
+    with pytest.raises(Overloaded) as caught:
+        place(known)
+    assert f"all of its 2 replicas are full and {room} calls of this caller wait" in str(caught.value)
+    assert f"max_queued_requests={room}" in str(caught.value)
+    assert len(known.waiting) == room
+
+
+def test_the_queue_may_be_without_bound() -> None:
+    known = make("r1", limit=1, max_queued=None)
+    for _ in range(5000):
+        place(known)
+    assert len(known.waiting) == 4999
+    assert known.overloaded() is None
+
+
+def test_calls_wait_for_a_replica_that_is_expected() -> None:
+    known = make(expecting=True)
+    assert place(known, "a") is None
+    known.apply(backend_entry("b", ["r1"]))
+    assert placed(known) == [("a", "r1")]
+
+
+def test_calls_are_refused_when_no_replica_is_expected() -> None:
+    known = make(expecting=False)
+    with pytest.raises(NoReplica, match="backend 'b' has no replica"):
+        place(known)
+    assert not known.waiting
+
+
+# -- newer pictures --------------------------------------------------------------------------------------------------
+
+
+def test_a_newer_picture_adds_and_removes_replicas() -> None:
+    known = make("r1", "r2", limit=1)
+    stays, leaves = known.targets["r1"], known.targets["r2"]
+    stays.in_flight = 1
+    left = known.apply(backend_entry("b", ["r1", "r3"], limit=2, max_queued=7))
+    assert left == [leaves]
+    assert leaves.gone and not stays.gone
+    assert known.targets["r1"] is stays  # with all it counted
+    assert known.targets["r3"].address == "fake:r3"
+    assert (known.limit, known.max_queued) == (2, 7)
+    assert Counter(place(known) for _ in range(4)) == {"r1": 1, "r3": 2, None: 1}
+
+
+def test_representations_tell_the_state() -> None:
+    known = make("r1", limit=2)
+    place(known)
+    assert repr(known) == "<ReplicaSet b targets=[<Target r1 open in_flight=1 elsewhere=0>] waiting=0>"
+    target: Target = known.targets["r1"]
+    target.blocked_until = NOW
+    assert "blocked" in repr(target)
+    target.gone = True
+    assert "gone" in repr(target)
