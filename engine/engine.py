@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from . import ref as refs
 from .adapter import Adapter
 from .backend_plan import BackendPlan
 from .client import Client
@@ -20,6 +19,8 @@ from .errors import EndpointNotFound, EngineClosed, InvalidArgument
 from .handle import AsyncHandle, Handle, make_handle
 from .plugins import load_adapter
 from .ref import Ref
+from .ref import get as get_results
+from .ref import wait as wait_for
 from .runner import Runner
 from .serialization import dumps_by_value
 from .snapshot import EndpointEntry
@@ -266,13 +267,13 @@ class Engine:
             errors.DeadlineExceeded: They did not come in time.
             BaseException: Whatever a call raised.
         """
-        return refs.get(ref, timeout)
+        return get_results(ref, timeout)
 
     def wait(
-        self, pending: Sequence[Ref], num_returns: int = 1, timeout: float | None = None
+        self, refs: Sequence[Ref], num_returns: int = 1, timeout: float | None = None
     ) -> tuple[list[Ref], list[Ref]]:
         """Wait until some refs have settled: ``(ready, not_ready)``, at most ``num_returns`` of them in ``ready``."""
-        return refs.wait(pending, num_returns, timeout)
+        return wait_for(refs, num_returns, timeout)
 
     # -- HTTP ----------------------------------------------------------------------------------------------------------
 

@@ -134,18 +134,11 @@ class Ref(Slot):
 
     def deliver(self, message: Reply | Failure | Item | End) -> None:
         """See `Slot.deliver`."""
-        self._message = message
-        self._settle()
+        self._settle(message, None)
 
     def fail(self, error: BaseException) -> None:
         """See `Slot.fail`."""
-        self._error = error
-        self._settle()
-
-    def resolve(self, value: Any) -> None:
-        """Settle with a value that is already here."""
-        self._value, self._opened = value, True
-        self._settle()
+        self._settle(None, error)
 
     def expire_after(self, timeout_s: float) -> None:
         """Fail with `DeadlineExceeded` unless the result comes in time."""
@@ -159,13 +152,18 @@ class Ref(Slot):
             self._caller.cancel(self)
             self.fail(deadline_error(self.endpoint, timeout_s))
 
-    def _settle(self) -> None:
+    def _settle(self, message: Any, error: BaseException | None) -> None:
+        """Take the first outcome; one that comes later (an answer after the deadline, say) changes nothing."""
         with self._lock:
-            callbacks, self._callbacks = self._callbacks, None
+            callbacks = self._callbacks
+            if callbacks is None:
+                return
+            self._message, self._error = message, error
+            self._callbacks = None
         timer, self._timer = self._timer, None
         if timer is not None:
             timer.cancel()
-        for callback in callbacks or ():
+        for callback in callbacks:
             callback(self)
 
     def _open(self) -> Any:

@@ -154,7 +154,7 @@ def test_http_refuses(field: str, value: Any, allowed: str) -> None:
 
 
 def test_http_says_which_middleware_is_none() -> None:
-    with pytest.raises(InvalidArgument, match=r"^http_options: middlewares\[1\] must be a starlette Middleware or .*, "):
+    with pytest.raises(InvalidArgument, match=r"^http_options: middlewares\[1\] must be a starlette Middleware or "):
         HTTPOptions(middlewares=[lambda app: app, "cors"])
 
 

@@ -183,6 +183,9 @@ def test_the_built_in_ones_are_named_without_their_module() -> None:
     assert copy.type_name.endswith("Local")
 
 
-def test_exits_and_interrupts_travel_too() -> None:
-    assert type(travelled(SystemExit(3))) is SystemExit
-    assert type(travelled(KeyboardInterrupt())) is KeyboardInterrupt
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt("x"), GeneratorExit("x")])
+def test_what_would_stop_the_caller_is_stood_for(error: BaseException) -> None:
+    copy = travelled(error)
+    assert type(copy) is RemoteError
+    assert copy.type_name == type(error).__name__
+    assert copy.message == str(error)

@@ -28,11 +28,7 @@ def place(known: ReplicaSet, name: str = "", now: float = NOW) -> str | None:
 
 def placed(known: ReplicaSet, now: float = NOW) -> list[tuple[str, str]]:
     """Which waiting calls go where now."""
-    return [
-        (slot.name, target.replica_id)
-        for slot, target in known.next_placements(now)
-        if isinstance(slot, FakeSlot)
-    ]
+    return [(slot.name, target.replica_id) for slot, target in known.next_placements(now) if isinstance(slot, FakeSlot)]
 
 
 # -- choosing --------------------------------------------------------------------------------------------------------

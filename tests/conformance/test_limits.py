@@ -231,7 +231,7 @@ def test_calls_that_were_given_up_free_their_slots(serve, kind, timeout_s):
     assert served.http_text() == "ok"
 
 
-def test_http_clients_that_leave_free_their_slots(serve, client, gate):
+def test_http_clients_that_leave_free_their_slots(serve, client, gate, caplog):
     async def backend(request):
         if request.query_params:
             await gate.apass_through()
@@ -244,6 +244,7 @@ def test_http_clients_that_leave_free_their_slots(serve, client, gate):
         assert gate.arrivals() == number + 1
         assert served.http_text(timeout=10) == "ok", "the place of a client that left is free, although its gate is not"
     assert not gate.is_open()
+    assert "CancelledError" not in caplog.text, "a client that leaves is no failure of the backend"
 
 
 def test_limits_can_be_updated(serve, engine, gate):

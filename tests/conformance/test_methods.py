@@ -135,6 +135,39 @@ def test_missing_methods(calculator, method):
     assert calculator.call(5, method_name="add") == 105
 
 
+def test_a_property_is_neither_a_method_nor_evaluated(serve, journal):
+    class Backend:
+        def __call__(self, request):
+            return "ok"
+
+        @property
+        def costly(self):
+            journal.add("evaluated")
+            raise RuntimeError("of the property")
+
+    served = serve(Backend)
+    with pytest.raises(errors.MethodNotFound, match="'costly'"):
+        served.call(method_name="costly")
+    assert served.http(headers={"X-SERVE-CALL-METHOD": "costly"}).status_code == 400
+    assert served.http().text == "ok"
+    assert journal.lines() == []
+
+
+def test_static_and_class_methods(serve):
+    class Backend:
+        @staticmethod
+        def static(value):
+            return ["static", value]
+
+        @classmethod
+        def of_class(cls, value):
+            return [cls.__name__, value]
+
+    served = serve(Backend, route=None)
+    assert served.call(1, method_name="static") == ["static", 1]
+    assert served.call(1, method_name="of_class") == ["Backend", 1]
+
+
 def test_a_function_has_no_methods(serve):
     def function(request):
         return "ok"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import pickle
+import signal
 import threading
 
 import pytest
@@ -187,6 +188,25 @@ def test_timeout_while_queued(serve, gate, journal):
     first.result(20)
     handle.call("next")
     assert journal.lines() == ["first", "next"], "a call nobody waits for any more must not run"
+
+
+def test_an_interrupted_call_leaves_the_others_alone(engine, held, gate):
+    """Ctrl-C in a notebook ends the call it meets, not those that other cells and threads wait for."""
+    other = held.remote(1)
+    gate.wait_for_arrivals(1)
+
+    def interrupt():
+        gate.wait_for_arrivals(2)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        held.call(2)
+    thread.join()
+    gate.open()
+    assert engine.get(other, timeout=20) == 1
+    assert held.call(3) == 3
 
 
 def test_options_make_a_new_handle(serve):

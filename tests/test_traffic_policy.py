@@ -24,9 +24,7 @@ from engine.traffic import TrafficPolicy, hash_fraction, validate_proportion, va
         ((("a", 0.5), ("b", 0.4999999)), {math.nextafter(1.0, 0.0): "b"}),
     ],
 )
-def test_which_backend_a_fraction_falls_to(
-    weights: tuple[tuple[str, float], ...], expected: dict[float, str]
-) -> None:
+def test_which_backend_a_fraction_falls_to(weights: tuple[tuple[str, float], ...], expected: dict[float, str]) -> None:
     policy = TrafficPolicy(weights)
     assert {fraction: policy.pick(fraction) for fraction in expected} == expected
 
