@@ -157,7 +157,7 @@ class Replica:
             self._jobs[channel, call.id] = job
             try:
                 job.method = self._user.method(call.method)
-            except EngineError as error:
+            except Exception as error:
                 self._fail(job, error)
                 return
             self._begin(job)
@@ -274,7 +274,7 @@ class Replica:
         if call.kind == HTTP:
             from .responses import failure_head
 
-            if kind == FailureKind.USER and not _is_http_exception(error):
+            if kind == FailureKind.USER and not (job.cancelled or _is_http_exception(error)):
                 _logger.error("%s failed, request %s", self._name(job), call.request_id, exc_info=error)
             head, payload = failure_head(error, debug=self._debug)
         else:

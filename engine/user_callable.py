@@ -136,7 +136,10 @@ class UserCallable:
         if _is_private(name):
             raise MethodNotFound(f"{name!r} of backend {self._tag!r} is private: only public methods can be called")
         defined = any(name in vars(cls) for cls in type(self.subject).__mro__ if cls is not object)
-        function = getattr(self.subject, name, None) if defined else None
+        # Looked at without evaluating it: a property is no method, and may cost or raise anything.
+        found = inspect.getattr_static(self.subject, name, None) if defined else None
+        is_method = callable(found) or isinstance(found, (staticmethod, classmethod, functools.partialmethod))
+        function = getattr(self.subject, name) if is_method else None
         if not callable(function):
             raise MethodNotFound(f"backend {self._tag!r} has no method {name!r}; {self._public_names()}")
         return function  # type: ignore[no-any-return]

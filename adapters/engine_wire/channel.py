@@ -1,7 +1,6 @@
 """One channel over a connected socket.
 
-The socket stays in blocking mode; all I/O here passes ``MSG_DONTWAIT``, except the read of a thread that drives the
-channel and has nothing else to wait for. So driving costs one system call, not two.
+The socket stays in blocking mode, so that nothing about it depends on who uses it; all I/O here passes ``MSG_DONTWAIT``.
 
 Who reads: exactly one party at a time, the holder of the reader role (`_reading`). It is either the driver (a loop, or
 a polling thread) or a thread inside `SocketChannel.drive`, which waits for its own answer and delivers everybody else's
@@ -77,9 +76,13 @@ class SocketChannel:
         self._closed = False
         self._told = False
         self.armed = False  # whether the driver reads; only the driver's arm and disarm touch it
+        self._poll_input: select.poll | None = None
         self._open_calls = 0  # calls sent and not answered: somebody must read while there are any
         if greet:
-            sock.send(GREETING, _NOWAIT)
+            try:
+                sock.send(GREETING, _NOWAIT)
+            except OSError:
+                pass  # the peer is gone already, as whoever reads will find
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "driven" if self._reading.locked() else "armed" if self.armed else "idle"
@@ -89,6 +92,11 @@ class SocketChannel:
     def closed(self) -> bool:
         """Whether it takes no more messages."""
         return self._closed
+
+    @property
+    def has_unsent(self) -> bool:
+        """Whether it keeps bytes that the kernel has not taken yet."""
+        return bool(self._unsent)
 
     # -- writing ---------------------------------------------------------------------------------------------------
 
@@ -150,17 +158,22 @@ class SocketChannel:
         """See `engine.adapter.Channel.drive`."""
         if not self._driver.drivable or not self._reading.acquire(False):
             return False
+        reading = False
         try:
             if self.armed:
                 self._driver.disarm(self)
             deadline = None if timeout_s is None else time.monotonic() + timeout_s
             while not self._closed and not done():
-                if (deadline is not None or self._unsent) and not self._await_input(deadline):
+                # An interrupt while it waits does no harm, one in the middle of a read may lose part of a frame: so
+                # waiting and reading are two steps.
+                if not self._await_input(deadline):
                     break
-                self._read(0)
+                reading = True
+                self._read(_NOWAIT)
+                reading = False
         except BaseException:
-            # An interrupt may have cut a frame in two: nothing more can be trusted to come whole.
-            self._lose("reading it was interrupted")
+            if reading:
+                self._lose("reading it was interrupted")
             raise
         finally:
             self._leave_role()
@@ -180,8 +193,14 @@ class SocketChannel:
                 return True
 
     def _poll(self, events: int, timeout_s: float | None) -> int:
-        poll = select.poll()
-        poll.register(self.fd, events)
+        if events == select.POLLIN:  # as almost always, and only by the holder of the reader role
+            poll = self._poll_input
+            if poll is None:
+                poll = self._poll_input = select.poll()
+                poll.register(self.fd, events)
+        else:
+            poll = select.poll()
+            poll.register(self.fd, events)
         ready = poll.poll(None if timeout_s is None else max(0.0, timeout_s) * 1000)
         return ready[0][1] if ready else 0
 

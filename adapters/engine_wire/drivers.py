@@ -129,6 +129,7 @@ class Poller:
         if thread is not None and thread is not threading.current_thread():
             thread.join()
         with self._lock:
+            self._interest.clear()
             if self._selector is not None and self._wake is not None:
                 self._selector.close()
                 for end in self._wake:
@@ -136,7 +137,9 @@ class Poller:
             self._selector = self._wake = None
 
     def _change(self, channel: SocketChannel, *, add: int = 0, remove: int = 0) -> None:
-        _, before = self._interest.get(channel.fd, (channel, 0))
+        known, before = self._interest.get(channel.fd, (channel, 0))
+        if known is not channel:
+            return  # a belated word on a channel that was closed: its descriptor has come back with another one
         after = (before | add) & ~remove
         if after == before:
             return
@@ -169,6 +172,7 @@ class Poller:
                     break
                 if events & selectors.EVENT_WRITE and channel.on_writable():
                     with self._lock:
-                        self._change(channel, remove=selectors.EVENT_WRITE)
+                        if not channel.has_unsent:  # a thread may have left some since
+                            self._change(channel, remove=selectors.EVENT_WRITE)
                 if events & selectors.EVENT_READ:
                     channel.on_readable()

@@ -188,11 +188,13 @@ def _decode(kind: int, call_id: int, data: bytes, start: int, end: int) -> Messa
         if kind == _REPLY:
             load, head_size = _reply_fields.unpack_from(data, start)
             middle = start + 8 + head_size
+            if middle > end:  # `_within`, without a call on the path of every answer
+                raise ValueError("fields longer than the frame")
             return _new(Reply, (call_id, load, data[start + 8 : middle], data[middle:end]))
         if kind == _CALL:
             return _decode_call(call_id, data, start, end)
         return _decode_other(kind, call_id, data, start, end)
-    except (struct.error, UnicodeDecodeError, ValueError) as error:
+    except Exception as error:  # the body of a control message may raise anything
         raise ProtocolError(f"a malformed frame of type {kind}: {error}") from error
 
 
@@ -223,15 +225,25 @@ def _decode_other(kind: int, call_id: int, data: bytes, start: int, end: int) ->
     if kind == _FAILURE:
         load, why, head_size = _failure_fields.unpack_from(data, start)
         head_at = start + _failure_fields.size
-        return Failure(call_id, load, why, data[head_at : head_at + head_size], data[head_at + head_size : end])
+        payload_at = _within(head_at + head_size, end)
+        return Failure(call_id, load, why, data[head_at:payload_at], data[payload_at:end])
     if kind == _ITEM:
         (head_size,) = _amount.unpack_from(data, start)
-        return Item(call_id, data[start + 4 : start + 4 + head_size], data[start + 4 + head_size : end])
+        payload_at = _within(start + 4 + head_size, end)
+        return Item(call_id, data[start + 4 : payload_at], data[payload_at:end])
     if kind == _END:
         load, failed = _end_fields.unpack_from(data, start)
+        _within(start + _end_fields.size, end)
         return End(call_id, load, bool(failed))
     if kind == _CANCEL:
         return Cancel(call_id)
     if kind == _CREDIT:
+        _within(start + 4, end)
         return Credit(call_id, _amount.unpack_from(data, start)[0])
     return Control(pickle.loads(data[start:end]))
+
+
+def _within(position: int, end: int) -> int:
+    if position > end:
+        raise ValueError("fields longer than the frame")
+    return position

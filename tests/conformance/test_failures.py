@@ -168,8 +168,8 @@ def test_one_of_many_constructors_raises(engine, journal):
     class SometimesBroken:
         def __init__(self):
             journal.add("made")
-            if len(journal.lines()) == 2:
-                raise OwnError(7, "second")
+            if len(journal.lines()) > 1:  # at least the last one to come
+                raise OwnError(7, "not the first")
 
         def __call__(self, request):
             return "never"

@@ -11,7 +11,7 @@ import httpx
 import pytest
 from harness import eventually
 
-from engine import errors, get_replica_context
+from engine import accept_batch, errors, get_replica_context
 
 
 class Counting:
@@ -210,7 +210,7 @@ def test_scaling_under_load_loses_nothing(serve, engine, way):
     assert failures == []
 
 
-@pytest.mark.parametrize("kind", ["sync", "async"])
+@pytest.mark.parametrize("kind", ["sync", "async", "batched", "batched async"])
 @pytest.mark.parametrize("timeout_s", [0, 0.0002, 0.002])
 def test_calls_that_were_given_up_free_their_slots(serve, kind, timeout_s):
     """Whenever it is that the caller leaves: before, while or after the replica takes the call."""
@@ -222,7 +222,18 @@ def test_calls_that_were_given_up_free_their_slots(serve, kind, timeout_s):
         await asyncio.sleep(0)
         return "ok"
 
-    served = serve(sync if kind == "sync" else asynchronous, config={"max_concurrent_queries": 2})
+    @accept_batch
+    def batched(requests):
+        return ["ok"] * len(requests)
+
+    @accept_batch
+    async def batched_asynchronous(requests):
+        await asyncio.sleep(0)
+        return ["ok"] * len(requests)
+
+    backends = {"sync": sync, "async": asynchronous, "batched": batched, "batched async": batched_asynchronous}
+    batching = {"max_batch_size": 2, "batch_wait_timeout": 0.0005} if kind.startswith("batched") else {}
+    served = serve(backends[kind], config={"max_concurrent_queries": 2, **batching})
     impatient = served.handle.options(timeout_s=timeout_s)
     for _ in range(200):
         with contextlib.suppress(errors.DeadlineExceeded):

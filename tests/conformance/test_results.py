@@ -219,6 +219,49 @@ def test_a_stream_is_not_collected_first(serve, client, gate, kind):
         assert "".join(parts) == "second"
 
 
+@pytest.mark.parametrize("kind", ["sync", "async", "response"])
+def test_a_stream_ends_when_its_client_leaves(serve, client, journal, kind):
+    """The backend's generator is closed, its place is free again, and nothing was produced for nobody."""
+
+    def sync_stream(request):
+        try:
+            while True:
+                yield b"x" * 65536
+        finally:
+            journal.add("closed")
+
+    async def async_stream(request):
+        try:
+            while True:
+                yield b"x" * 65536
+        finally:
+            journal.add("closed")
+
+    async def streaming_response(request):
+        return StreamingResponse(async_stream(request))
+
+    backend = {"sync": sync_stream, "async": async_stream, "response": streaming_response}[kind]
+    served = serve(backend, config={"max_concurrent_queries": 1})
+    for number in range(2):
+        with client.stream("GET", served.url) as response:
+            assert len(next(response.iter_bytes())) > 0
+        eventually(lambda number=number: journal.lines() == ["closed"] * (number + 1))
+
+
+def test_a_slow_client_holds_the_stream_back(serve, client, journal):
+    """What nobody reads is not produced: memory stays bounded by the credit and the sockets' buffers."""
+
+    def backend(request):
+        for _ in range(2000):
+            journal.add("made")
+            yield b"x" * 65536
+
+    with client.stream("GET", serve(backend).url) as response:
+        next(response.iter_bytes())
+        with pytest.raises(AssertionError):
+            eventually(lambda: len(journal.lines()) >= 1000, timeout_s=0.5)
+
+
 def test_a_long_stream_arrives_whole_and_in_order(serve):
     def numbers(request):
         for number in range(2000):

@@ -1,0 +1,651 @@
+"""Channels over real sockets: who reads, who writes, and what happens when either end goes."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import Any, TypeVar
+
+import pytest
+import uvloop
+from fakes import FakeListener
+from harness import PATIENCE_S, Footprint, eventually
+
+from engine.adapter import Channel, ChannelClosed
+from engine.errors import InvalidArgument
+from engine.messages import PYTHON, Call, Cancel, Item, Message, Reply
+from engine_wire import LoopDriver, Poller, SocketChannel, Undriven, protocol
+from engine_wire.protocol import GREETING, Decoder, encode
+
+T = TypeVar("T")
+
+SMALL_BUFFER = 4096
+LARGE = 300_000
+"""Bytes of a message that no small buffer takes at once, and that the decoder collects in place."""
+
+
+def call(number: int, payload: bytes = b"") -> Call:
+    return Call(number, PYTHON, "m", None, "", b"", payload)
+
+
+def reply(number: int, payload: bytes = b"") -> Reply:
+    return Reply(number, 0, b"", payload)
+
+
+class Peer:
+    """The other end of a channel: a plain socket that the test reads and writes itself."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.settimeout(PATIENCE_S)
+        self.sock = sock
+        self.decoder = Decoder(greeting=False)
+        self.heard: list[Message] = []
+
+    def say(self, *messages: Message) -> None:
+        self.sock.sendall(b"".join(map(encode, messages)))
+
+    def hear(self, count: int) -> list[Message]:
+        """Wait for so many messages and return them."""
+        while len(self.heard) < count:
+            data = self.sock.recv(1 << 16)
+            assert data, "the channel was closed"
+            for start in range(0, len(data), 1000):  # never more than the rest of a large frame
+                self._take(data[start : start + 1000])
+        heard, self.heard = self.heard[:count], self.heard[count:]
+        return heard
+
+    def hear_end(self) -> None:
+        """Wait until the channel is closed; nothing else may come."""
+        assert self.sock.recv(1) == b""
+
+    def _take(self, data: bytes) -> None:
+        while data:
+            if self.decoder.large is None:
+                self.heard += self.decoder.feed(data)
+                return
+            spare = self.decoder.spare[: len(data)]
+            spare[:] = data[: len(spare)]
+            self.heard += self.decoder.filled(len(spare))
+            data = data[len(spare) :]
+
+
+class LoopThread:
+    """An event loop that runs in a thread of its own."""
+
+    def __init__(self, make: Callable[[], asyncio.AbstractEventLoop]) -> None:
+        self.loop = make()
+        self.thread = threading.Thread(target=self.loop.run_forever, name="test-loop")
+        self.thread.start()
+
+    def run(self, function: Callable[[], T]) -> T:
+        """Run a function on the loop."""
+
+        async def main() -> T:
+            return function()
+
+        return asyncio.run_coroutine_threadsafe(main(), self.loop).result(PATIENCE_S)
+
+    def close(self) -> None:
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join()
+        self.loop.close()
+
+
+class Setting:
+    """Makes channels on one kind of driver and closes everything at the end."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.stack = ExitStack()
+        self.pool = self.stack.enter_context(ThreadPoolExecutor(8))
+        self.loop: LoopThread | None = None
+        self.driver: Any
+        if kind == "poller":
+            self.driver = Poller("test-poller")
+            self.stack.callback(self.driver.close)
+        elif kind == "undriven":
+            self.driver = Undriven()
+        else:
+            self.loop = LoopThread({"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}[kind])
+            self.stack.callback(self.loop.close)
+            self.driver = self.loop.run(lambda: LoopDriver(asyncio.get_running_loop()))
+
+    def on_home(self, function: Callable[[], T]) -> T:
+        """Run a function where channels of this driver belong: on its loop, or here."""
+        return function() if self.loop is None else self.loop.run(function)
+
+    def open(
+        self, listener: FakeListener, *, buffer: int | None = None, greet: bool = False
+    ) -> tuple[SocketChannel, Peer]:
+        near, far = socket.socketpair()
+        self.stack.callback(far.close)
+        for sock in (near, far) if buffer else ():
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
+        channel = SocketChannel(near, listener, self.driver, greet=greet)
+        self.stack.callback(lambda: self.on_home(channel.close))
+        return channel, Peer(far)
+
+
+@pytest.fixture
+def setting(request: pytest.FixtureRequest, leaves_nothing: Footprint) -> Iterator[Setting]:
+    setting = Setting(request.param)
+    with setting.stack:
+        yield setting
+
+
+EVERY = pytest.mark.parametrize("setting", ["poller", "asyncio", "uvloop", "undriven"], indirect=True)
+WATCHING = pytest.mark.parametrize("setting", ["poller", "asyncio", "uvloop"], indirect=True)
+LOOPS = pytest.mark.parametrize("setting", ["asyncio", "uvloop"], indirect=True)
+DRIVABLE = pytest.mark.parametrize("setting", ["poller", "undriven"], indirect=True)
+POLLER = pytest.mark.parametrize("setting", ["poller"], indirect=True)
+UNDRIVEN = pytest.mark.parametrize("setting", ["undriven"], indirect=True)
+
+
+def never() -> bool:
+    return False
+
+
+# -- writing ---------------------------------------------------------------------------------------------------------
+
+
+@EVERY
+def test_messages_arrive_in_order(setting: Setting) -> None:
+    channel, peer = setting.open(FakeListener())
+    messages = [call(number, b"x" * number) for number in range(50)]
+    for message in messages:
+        setting.on_home(lambda message=message: channel.send(message))
+    assert peer.hear(50) == messages
+
+
+@EVERY
+def test_both_ends_greet(setting: Setting) -> None:
+    channel, peer = setting.open(FakeListener(), greet=True)
+    channel.send(call(1))
+    assert peer.sock.recv(len(GREETING), socket.MSG_WAITALL) == GREETING
+    assert peer.hear(1) == [call(1)]
+
+
+@EVERY
+def test_what_the_kernel_does_not_take_follows_later(setting: Setting) -> None:
+    channel, peer = setting.open(FakeListener(), buffer=SMALL_BUFFER)
+    messages: list[Message] = [call(number, bytes([number]) * LARGE) for number in range(10)]
+
+    def send_all() -> None:
+        for message in messages:
+            channel.send(message)
+
+    sending = setting.pool.submit(send_all)
+    if setting.kind != "undriven":  # there, whoever sends waits
+        sending.result(PATIENCE_S)
+        assert "unsent=0" not in repr(channel)
+    assert peer.hear(10) == messages
+    sending.result(PATIENCE_S)
+    eventually(lambda: "unsent=0" in repr(channel))
+    channel.send(Cancel(1))
+    assert peer.hear(1) == [Cancel(1)]
+
+
+@EVERY
+def test_threads_do_not_mix_their_messages(setting: Setting) -> None:
+    channel, peer = setting.open(FakeListener(), buffer=SMALL_BUFFER)
+
+    def send_all(thread: int) -> None:
+        for number in range(100):
+            channel.send(Item(thread, bytes([number]), bytes([thread]) * (37 * number)))
+
+    sending = [setting.pool.submit(send_all, thread) for thread in range(4)]
+    heard = peer.hear(400)
+    for future in sending:
+        future.result(PATIENCE_S)
+    for thread in range(4):
+        mine = [message for message in heard if isinstance(message, Item) and message.id == thread]
+        assert mine == [Item(thread, bytes([number]), bytes([thread]) * (37 * number)) for number in range(100)]
+
+
+@POLLER
+def test_bytes_that_come_up_while_the_last_ones_leave_are_not_forgotten(setting: Setting) -> None:
+    channel, peer = setting.open(FakeListener(), buffer=SMALL_BUFFER)
+    original = channel.on_writable
+    late = [call(2, b"y" * LARGE), call(3)]
+
+    def on_writable() -> bool:
+        done = original()
+        if done and late:  # exactly between the last write and the end of the poller's interest
+            channel.send(late.pop(0))
+        return done
+
+    channel.on_writable = on_writable  # type: ignore[method-assign]
+    channel.send(call(1, b"x" * LARGE))
+    assert peer.hear(2) == [call(1, b"x" * LARGE), call(2, b"y" * LARGE)]
+
+
+@EVERY
+def test_a_message_that_is_too_large_breaks_nothing(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "MAX_FRAME_BYTES", 1000)
+    channel, peer = setting.open(FakeListener())
+    with pytest.raises(InvalidArgument, match="more than the 1000 of one frame"):
+        channel.send(call(1, b"x" * 1000))
+    channel.send(call(2))
+    assert peer.hear(1) == [call(2)]
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------
+
+
+@WATCHING
+def test_a_watched_channel_delivers_by_itself(setting: Setting) -> None:
+    listener = FakeListener()
+    channel, peer = setting.open(listener)
+    setting.on_home(channel.watch)
+    setting.on_home(channel.watch)
+    messages: list[Message] = [reply(1), reply(2, b"x" * LARGE), Item(3, b"", b"")]
+    peer.say(*messages)
+    eventually(lambda: len(listener.heard) == 3)
+    assert listener.heard == messages
+    assert "armed" in repr(channel)
+
+
+@DRIVABLE
+def test_a_driven_channel_delivers_on_the_calling_thread(setting: Setting) -> None:
+    listener = FakeListener()
+    channel, peer = setting.open(listener)
+    channel.send(call(1))
+    channel.send(call(2))
+    peer.say(reply(2), reply(1))
+    assert channel.drive(lambda: reply(1) in listener.heard, PATIENCE_S)
+    assert listener.heard == [reply(2), reply(1)]
+    assert "idle" in repr(channel)
+
+
+@LOOPS
+def test_a_loops_channel_is_not_driven(setting: Setting) -> None:
+    channel, _ = setting.open(FakeListener())
+    assert not channel.drive(never, 0.0)
+
+
+@DRIVABLE
+def test_driving_ends_in_time(setting: Setting) -> None:
+    listener = FakeListener()
+    channel, peer = setting.open(listener)
+    assert channel.drive(never, 0.0)
+    assert channel.drive(never, 0.01)
+    assert not listener.heard
+    peer.say(reply(1))
+    assert channel.drive(lambda: bool(listener.heard), None)
+
+
+@DRIVABLE
+def test_driving_writes_what_is_left(setting: Setting) -> None:
+    listener = FakeListener()
+    channel, peer = setting.open(listener, buffer=SMALL_BUFFER)
+    messages = [call(number, b"x" * LARGE) for number in range(3)]
+    sending = setting.pool.submit(lambda: [channel.send(message) for message in messages])
+    if setting.kind == "poller":
+        sending.result(PATIENCE_S)
+    driving = setting.pool.submit(channel.drive, lambda: bool(listener.heard), None)
+    assert peer.hear(3) == messages
+    peer.say(reply(1))
+    assert driving.result(PATIENCE_S)
+    sending.result(PATIENCE_S)
+
+
+@POLLER
+def test_one_thread_drives_for_all(setting: Setting) -> None:
+    listener = FakeListener()
+    channel, peer = setting.open(listener)
+    inside = threading.Event()
+    channel.send(call(1))
+
+    def first_done() -> bool:
+        inside.set()
+        return reply(1) in listener.heard
+
+    first = setting.pool.submit(channel.drive, first_done, None)
+    assert inside.wait(PATIENCE_S)
+    assert "driven" in repr(channel)
+    channel.send(call(2))
+    assert not channel.drive(never, None)  # somebody else does
+    channel.watch()  # changes nothing now
+    peer.say(reply(1))
+    assert first.result(PATIENCE_S)
+    peer.say(reply(2))  # the poller reads what the driver left behind
+    eventually(lambda: reply(2) in listener.heard)
+
+
+@POLLER
+def test_a_thread_takes_over_from_the_poller(setting: Setting) -> None:
+    listener = FakeListener()
+    channel, peer = setting.open(listener)
+    channel.watch()
+    assert channel.armed
+    channel.send(call(1))
+    channel.send(call(2))
+    peer.hear(2)
+    peer.say(reply(1), reply(2))
+    assert channel.drive(lambda: reply(2) in listener.heard, PATIENCE_S)
+    assert not channel.armed  # nobody has to read: no call is open
+
+
+@POLLER
+def test_many_threads_call_through_one_channel(setting: Setting) -> None:
+    """Every thread gets its answer, whoever reads it."""
+    arrived = {number: threading.Event() for number in range(400)}
+
+    class Listener(FakeListener):
+        def received(self, channel: Channel, message: Message) -> None:
+            assert isinstance(message, Reply)
+            arrived[message.id].set()
+
+    channel, peer = setting.open(Listener())
+
+    def echo() -> None:
+        for _ in range(400):
+            (message,) = peer.hear(1)
+            assert isinstance(message, Call)
+            peer.say(reply(message.id))
+
+    def call_all(numbers: range) -> None:
+        for number in numbers:
+            channel.send(call(number))
+            if not channel.drive(arrived[number].is_set, None):
+                channel.watch()
+            assert arrived[number].wait(PATIENCE_S)
+
+    echoing = setting.pool.submit(echo)
+    calling = [setting.pool.submit(call_all, range(first, 400, 4)) for first in range(4)]
+    for future in (*calling, echoing):
+        future.result(PATIENCE_S)
+
+
+# -- the peer goes ---------------------------------------------------------------------------------------------------
+
+
+@WATCHING
+def test_a_dead_peer_is_told_once_after_its_last_message(setting: Setting) -> None:
+    listener = FakeListener()
+    channel, peer = setting.open(listener)
+    setting.on_home(channel.watch)
+    peer.say(reply(1))
+    peer.sock.close()
+    assert listener.gone.wait(PATIENCE_S)
+    assert (listener.heard, listener.reason) == ([reply(1)], "the peer closed the connection")
+    setting.on_home(channel.close)
+    assert listener.losses == 1
+    assert channel.closed
+    assert "closed" in repr(channel)
+
+
+@DRIVABLE
+def test_the_peer_dies_while_its_channel_is_driven(setting: Setting) -> None:
+    listener = FakeListener()
+    channel, peer = setting.open(listener)
+    inside = threading.Event()
+    driving = setting.pool.submit(channel.drive, lambda: bool(inside.set()), None)
+    assert inside.wait(PATIENCE_S)
+    peer.sock.close()
+    assert driving.result(PATIENCE_S)
+    assert (listener.losses, listener.reason) == (1, "the peer closed the connection")
+    assert channel.sock.fileno() == -1
+
+
+@WATCHING
+def test_a_peer_that_breaks_the_protocol_is_cut_off(setting: Setting) -> None:
+    listener = FakeListener()
+    channel, peer = setting.open(listener, greet=True)
+    setting.on_home(channel.watch)
+    peer.say(reply(1))  # without a greeting
+    assert listener.gone.wait(PATIENCE_S)
+    assert listener.reason == "the peer broke the protocol: the peer did not greet"
+    assert not listener.heard
+    peer.sock.recv(len(GREETING))
+    peer.hear_end()
+
+
+@WATCHING
+def test_a_connection_that_breaks(setting: Setting) -> None:
+    listener = FakeListener()
+    channel, peer = setting.open(listener)
+    channel.send(call(1))
+    peer.sock.close()  # with the call unread: the kernel resets the connection
+    setting.on_home(channel.watch)
+    assert listener.gone.wait(PATIENCE_S)
+    assert listener.reason == "the connection broke (Connection reset by peer)"
+
+
+@EVERY
+def test_sending_to_a_dead_peer(setting: Setting) -> None:
+    channel, peer = setting.open(FakeListener())
+    peer.sock.close()
+    with pytest.raises(ChannelClosed, match=r"^the peer is gone \(Broken pipe\)$"):
+        channel.send(call(1))
+
+
+@EVERY
+def test_the_peer_dies_before_it_took_everything(setting: Setting) -> None:
+    listener = FakeListener()
+    channel, peer = setting.open(listener, buffer=SMALL_BUFFER)
+    sending = setting.pool.submit(channel.send, call(1, b"x" * LARGE))
+    if setting.kind != "undriven":
+        sending.result(PATIENCE_S)
+    peer.sock.recv(1)
+    peer.sock.close()
+    sending.result(PATIENCE_S)
+    eventually(lambda: "unsent=0" in repr(channel))  # a broken socket is found by who reads
+    if setting.kind == "undriven":
+        channel.drive(never, PATIENCE_S)
+    else:
+        setting.on_home(channel.watch)
+    assert listener.gone.wait(PATIENCE_S)
+
+
+def test_a_peer_that_is_gone_before_the_greeting(leaves_nothing: Footprint) -> None:
+    near, far = socket.socketpair()
+    far.close()
+    listener = FakeListener()
+    channel = SocketChannel(near, listener, Undriven())  # type: ignore[arg-type]
+    assert channel.drive(never, PATIENCE_S)
+    assert listener.losses == 1
+
+
+# -- this end goes ---------------------------------------------------------------------------------------------------
+
+
+@EVERY
+def test_a_closed_channel_takes_nothing_and_says_nothing(setting: Setting) -> None:
+    listener = FakeListener()
+    channel, peer = setting.open(listener)
+    setting.on_home(channel.watch)
+    for _ in range(2):
+        setting.on_home(channel.close)
+    with pytest.raises(ChannelClosed, match=r"^the channel is closed$"):
+        channel.send(call(1))
+    setting.on_home(channel.watch)
+    assert not channel.armed
+    peer.hear_end()
+    assert channel.sock.fileno() == -1
+    assert listener.losses == 0
+    if channel.drive(never, None):  # returns at once
+        assert setting.kind in ("poller", "undriven")
+
+
+class _Recorded(socket.socket):
+    """Remembers which threads closed it."""
+
+    closers: list[threading.Thread]
+
+    def close(self) -> None:
+        self.closers.append(threading.current_thread())
+        super().close()
+
+
+@DRIVABLE
+def test_closing_wakes_the_thread_that_drives_and_leaves_the_descriptor_to_it(setting: Setting) -> None:
+    near, far = socket.socketpair()
+    with far, _Recorded(fileno=near.detach()) as sock:
+        sock.closers = []
+        listener = FakeListener()
+        channel = SocketChannel(sock, listener, setting.driver, greet=False)
+        inside = threading.Event()
+
+        def drive() -> threading.Thread:
+            assert channel.drive(lambda: bool(inside.set()), None)
+            return threading.current_thread()
+
+        driving = setting.pool.submit(drive)
+        assert inside.wait(PATIENCE_S)
+        channel.close()
+        driver = driving.result(PATIENCE_S)
+        # Closed by another thread, the descriptor could be somebody else's before the driver is out of its read.
+        assert sock.closers[0] is driver
+        assert listener.losses == 0
+
+
+@DRIVABLE
+def test_an_interrupt_between_two_messages_does_no_harm(setting: Setting) -> None:
+    listener = FakeListener()
+    channel, peer = setting.open(listener)
+
+    def interrupted() -> bool:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        channel.drive(interrupted, None)
+    peer.say(reply(1))
+    assert channel.drive(lambda: bool(listener.heard), None)
+    assert listener.losses == 0
+
+
+@DRIVABLE
+def test_an_interrupt_in_the_middle_of_a_message_breaks_the_channel(setting: Setting) -> None:
+    class Listener(FakeListener):
+        def received(self, channel: Channel, message: Message) -> None:
+            raise KeyboardInterrupt
+
+    listener = Listener()
+    channel, peer = setting.open(listener)
+    peer.say(reply(1), reply(2))  # nobody knows any more who got which of them
+    with pytest.raises(KeyboardInterrupt):
+        channel.drive(never, None)
+    assert (listener.losses, listener.reason) == (1, "reading it was interrupted")
+    assert channel.closed
+    peer.hear_end()
+
+
+@WATCHING
+def test_a_listener_may_close_its_channel(setting: Setting) -> None:
+    class Listener(FakeListener):
+        def received(self, channel: Channel, message: Message) -> None:
+            super().received(channel, message)
+            channel.close()
+
+    listener = Listener()
+    channel, peer = setting.open(listener)
+    setting.on_home(channel.watch)
+    peer.say(reply(1))
+    peer.hear_end()
+    eventually(lambda: channel.sock.fileno() == -1)
+    assert listener.losses == 0
+
+
+@LOOPS
+def test_a_channel_may_be_closed_after_its_loop(setting: Setting) -> None:
+    channel, peer = setting.open(FakeListener(), buffer=SMALL_BUFFER)
+    setting.on_home(channel.watch)
+    channel.send(call(1, b"x" * LARGE))
+    assert setting.loop is not None
+    loop = LoopThread(asyncio.new_event_loop)
+    other = loop.run(lambda: LoopDriver(asyncio.get_running_loop()))
+    near, far = socket.socketpair()
+    orphan = SocketChannel(near, FakeListener(), other, greet=False)
+    loop.run(orphan.watch)
+    loop.close()
+    orphan.close()
+    assert far.recv(1) == b""
+    far.close()
+    assert peer.hear(1) == [call(1, b"x" * LARGE)]
+
+
+# -- the poller ------------------------------------------------------------------------------------------------------
+
+
+def poller_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "test-poller"]
+
+
+@POLLER
+def test_a_poller_starts_with_the_first_channel_that_nobody_drives(setting: Setting) -> None:
+    listener = FakeListener()
+    channel, peer = setting.open(listener)
+    channel.send(call(1))
+    peer.say(reply(1))
+    assert channel.drive(lambda: bool(listener.heard), None)
+    assert not poller_threads()
+    channel.watch()
+    assert len(poller_threads()) == 1
+    setting.driver.close()
+    assert not poller_threads()
+
+
+@POLLER
+def test_a_closed_poller_reads_nothing_and_lets_channels_close(setting: Setting) -> None:
+    listener = FakeListener()
+    watched, _ = setting.open(listener)
+    writing, _ = setting.open(listener, buffer=SMALL_BUFFER)
+    watched.watch()
+    writing.send(call(1, b"x" * LARGE))
+    setting.driver.close()
+    setting.driver.close()
+    idle, peer = setting.open(listener, buffer=SMALL_BUFFER)
+    idle.watch()
+    idle.send(call(1, b"x" * LARGE))
+    peer.say(reply(1))
+    for channel in (watched, writing, idle):
+        channel.close()
+    assert not poller_threads()
+    assert not listener.heard
+
+
+@POLLER
+def test_a_listener_may_close_the_poller(setting: Setting) -> None:
+    class Listener(FakeListener):
+        def received(self, channel: Channel, message: Message) -> None:
+            setting.driver.close()
+
+    channel, peer = setting.open(Listener())
+    channel.watch()
+    peer.say(reply(1))
+    eventually(lambda: not poller_threads())
+    channel.close()
+
+
+@POLLER
+def test_a_descriptor_that_comes_back_belongs_to_its_new_channel(setting: Setting) -> None:
+    listener = FakeListener()
+    old, _ = setting.open(listener)
+    old.watch()
+    number = old.fd
+    old.close()
+    new, peer = setting.open(listener)
+    others = []
+    while new.fd != number and len(others) < 10:
+        others.append(new)
+        new, peer = setting.open(listener)
+    assert new.fd == number
+    new.watch()
+    setting.driver.disarm(old)  # a belated word on the old one
+    setting.driver.forget(old)
+    peer.say(reply(1))
+    eventually(lambda: listener.heard == [reply(1)])
+
+
+@UNDRIVEN
+def test_closing_ends_a_send_that_waits_for_its_peer(setting: Setting) -> None:
+    channel, peer = setting.open(FakeListener(), buffer=SMALL_BUFFER)
+    sending = setting.pool.submit(channel.send, call(1, b"x" * LARGE))
+    assert peer.sock.recv(1)  # it has begun
+    channel.close()
+    sending.result(PATIENCE_S)

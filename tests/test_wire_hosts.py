@@ -1,0 +1,436 @@
+"""The accepting side: services on a blocking loop and on an event loop, reached over real Unix sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import sys
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvloop
+from fakes import FakeListener
+from harness import PATIENCE_S, Footprint, eventually
+
+from engine.adapter import Channel, ChannelClosed, ServiceHost
+from engine.messages import PYTHON, Call, Cancel, Message, Reply
+from engine_wire import (
+    Acceptor,
+    BlockingHost,
+    LoopHost,
+    Poller,
+    SocketChannel,
+    connect,
+    hosts,
+    listen_unix,
+    new_event_loop,
+)
+from engine_wire.protocol import GREETING, encode
+
+LARGE = 500_000
+
+
+def call(number: int, payload: bytes = b"") -> Call:
+    return Call(number, PYTHON, "m", None, "", b"", payload)
+
+
+def reply(number: int, payload: bytes = b"") -> Reply:
+    return Reply(number, 0, b"", payload)
+
+
+class Echo:
+    """Answers every call at once with its own payload; runs what `run` is given as if it were user code."""
+
+    def __init__(self, *, on_loop: bool = False) -> None:
+        self.on_loop = on_loop
+        self.heard: list[Message] = []
+        self.readers: list[str] = []  # the thread that read each message
+        self.lost_channels = 0
+        self.attached = threading.Event()
+        self.host: ServiceHost
+        self.turns = 0
+        self._work: deque[Callable[[], object]] = deque()
+        self._leaving = False
+
+    # the service
+
+    def attach(self, host: ServiceHost) -> None:
+        self.host = host
+        self.attached.set()
+
+    def received(self, channel: Channel, message: Message) -> None:
+        self.readers.append(threading.current_thread().name)
+        self.heard.append(message)
+        if isinstance(message, Call):
+            channel.send(reply(message.id, message.payload))
+
+    def lost(self, channel: Channel, reason: str) -> None:
+        self.lost_channels += 1
+
+    def run_next(self) -> float | None:
+        self.turns += 1
+        if self._work:
+            work = self._work.popleft()
+            self.host.step_out()
+            try:
+                work()
+            finally:
+                self.host.step_in()
+        return 0.0 if self._work else None
+
+    def finished(self) -> bool:
+        return self._leaving
+
+    # what a test does with it
+
+    def run(self, work: Callable[[], object]) -> None:
+        self._work.append(work)
+        self.host.wake()
+
+    def leave(self) -> None:
+        self._leaving = True
+        self.host.wake()
+
+
+class Blocked:
+    """User code that lasts as long as the test wants."""
+
+    def __init__(self) -> None:
+        self.began = threading.Event()
+        self.end = threading.Event()
+        self.ended = threading.Event()
+
+    def __call__(self) -> None:
+        self.began.set()
+        assert self.end.wait(PATIENCE_S)
+        self.ended.set()
+
+
+@pytest.fixture
+def path(leaves_nothing: Footprint) -> Iterator[str]:
+    with tempfile.TemporaryDirectory() as directory:
+        yield str(Path(directory, "s"))
+
+
+@pytest.fixture
+def poller(leaves_nothing: Footprint) -> Iterator[Poller]:
+    poller = Poller("test-poller")
+    yield poller
+    poller.close()
+
+
+@contextmanager
+def serving(kind: type[BlockingHost | LoopHost], service: Echo, where: str | socket.socket) -> Iterator[None]:
+    """Run a service on a thread called "server"."""
+    host = kind(listen_unix(where) if isinstance(where, str) else where, service)
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            host.run()
+        except BaseException as error:
+            failures.append(error)
+            service.attached.set()
+
+    thread = threading.Thread(target=run, name="server")
+    thread.start()
+    assert service.attached.wait(PATIENCE_S)
+    try:
+        yield
+    finally:
+        service.leave()
+        thread.join(PATIENCE_S)
+        assert not thread.is_alive()
+    assert not failures, failures
+
+
+@contextmanager
+def connected(path: str, poller: Poller) -> Iterator[tuple[SocketChannel, FakeListener]]:
+    listener = FakeListener()
+    channel = connect(f"unix:{path}", listener, on_loop=False, poller=poller)
+    channel.watch()
+    try:
+        yield channel, listener
+    finally:
+        channel.close()
+
+
+KINDS = pytest.mark.parametrize(
+    ("kind", "on_loop"), [pytest.param(BlockingHost, False, id="blocking"), pytest.param(LoopHost, True, id="loop")]
+)
+
+
+# -- both hosts ------------------------------------------------------------------------------------------------------
+
+
+@KINDS
+def test_a_call_is_answered(kind: Any, on_loop: bool, path: str, poller: Poller) -> None:
+    service = Echo(on_loop=on_loop)
+    with serving(kind, service, path), connected(path, poller) as (channel, listener):
+        channel.send(call(1, b"x"))
+        eventually(lambda: listener.heard == [reply(1, b"x")])
+        assert service.readers == ["server"]
+        assert service.host.open_channels() == 1
+
+
+@KINDS
+def test_large_answers_to_a_slow_caller_hold_up_nobody(kind: Any, on_loop: bool, path: str, poller: Poller) -> None:
+    service = Echo(on_loop=on_loop)
+    with serving(kind, service, path), socket.socket(socket.AF_UNIX) as slow, connected(path, poller) as (fast, heard):
+        slow.connect(path)
+        slow.settimeout(PATIENCE_S)
+        slow.sendall(GREETING + b"".join(encode(call(number, b"x" * LARGE)) for number in range(3)))
+        eventually(lambda: len(service.heard) == 3)
+        fast.send(call(9))
+        eventually(lambda: heard.heard == [reply(9)])
+        expected = GREETING + b"".join(encode(reply(number, b"x" * LARGE)) for number in range(3))
+        received = bytearray()
+        while len(received) < len(expected):
+            received += slow.recv(1 << 16)
+        assert received == expected
+
+
+@KINDS
+def test_the_service_hears_of_callers_that_leave(kind: Any, on_loop: bool, path: str, poller: Poller) -> None:
+    service = Echo(on_loop=on_loop)
+    with serving(kind, service, path):
+        with connected(path, poller) as (channel, listener):
+            channel.send(call(1))
+            eventually(lambda: listener.heard == [reply(1)])
+        eventually(lambda: service.lost_channels == 1)
+        eventually(lambda: service.host.open_channels() == 0)
+
+
+@KINDS
+def test_a_caller_that_is_gone_before_it_was_accepted(kind: Any, on_loop: bool, path: str, poller: Poller) -> None:
+    service = Echo(on_loop=on_loop)
+    listening = listen_unix(path)
+    with socket.socket(socket.AF_UNIX) as early:
+        early.connect(path)
+    with serving(kind, service, listening):
+        eventually(lambda: service.lost_channels == 1)
+        with connected(path, poller) as (channel, listener):
+            channel.send(call(1))
+            eventually(lambda: listener.heard == [reply(1)])
+
+
+@KINDS
+def test_callers_hear_that_the_service_left(kind: Any, on_loop: bool, path: str, poller: Poller) -> None:
+    with ExitStack() as callers:
+        with serving(kind, Echo(on_loop=on_loop), path):
+            channel, listener = callers.enter_context(connected(path, poller))
+            channel.send(call(1))
+            eventually(lambda: listener.heard == [reply(1)])
+        assert listener.gone.wait(PATIENCE_S)
+        assert listener.reason == "the peer closed the connection"
+
+
+# -- the blocking host -----------------------------------------------------------------------------------------------
+
+
+def test_while_user_code_runs_another_thread_stands_in(path: str, poller: Poller) -> None:
+    service, work = Echo(), Blocked()
+    with serving(BlockingHost, service, path), connected(path, poller) as (channel, listener):
+        service.run(work)
+        assert work.began.wait(PATIENCE_S)
+        channel.send(call(1))
+        eventually(lambda: listener.heard == [reply(1)])
+        assert service.readers == ["engine-stand-in"]
+        assert not work.ended.is_set()
+        work.end.set()
+        eventually(lambda: service.turns > 1 and work.ended.is_set())
+        channel.send(call(2))
+        eventually(lambda: listener.heard == [reply(1), reply(2)])
+
+
+def test_the_turn_comes_back_as_soon_as_user_code_ends(path: str, poller: Poller) -> None:
+    """No message comes that would wake the one who stands in."""
+    service, work, after = Echo(), Blocked(), threading.Event()
+    with serving(BlockingHost, service, path), connected(path, poller) as (channel, listener):
+        service.run(work)
+        assert work.began.wait(PATIENCE_S)
+        channel.send(call(1))
+        eventually(lambda: bool(service.readers))  # the stand-in has the turn
+        service.run(after.set)
+        work.end.set()
+        assert after.wait(PATIENCE_S)
+        eventually(lambda: listener.heard == [reply(1)])
+
+
+def test_the_stand_in_returns_after_a_nap(path: str, poller: Poller, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hosts, "_QUIET_TICKS", 1)
+    service = Echo()
+    with serving(BlockingHost, service, path), connected(path, poller) as (channel, listener):
+        host: Any = service.host
+        for number in range(3):
+            service.run(lambda: None)
+            eventually(lambda: host._dozing)
+            work = Blocked()
+            service.run(work)
+            assert work.began.wait(PATIENCE_S)
+            channel.send(call(number))
+            eventually(lambda number=number: reply(number) in listener.heard)
+            assert not work.ended.is_set()
+            work.end.set()
+            assert work.ended.wait(PATIENCE_S)
+
+
+def test_short_user_code_needs_no_stand_in(path: str, poller: Poller) -> None:
+    service, done = Echo(), threading.Semaphore(0)
+    with serving(BlockingHost, service, path), connected(path, poller) as (channel, listener):
+        for number in range(200):
+            service.run(done.release)
+            channel.send(call(number))
+        for _ in range(200):
+            assert done.acquire(timeout=PATIENCE_S)
+        eventually(lambda: len(listener.heard) == 200)
+        assert listener.heard == [reply(number) for number in range(200)]
+
+
+def test_callers_come_and_go_while_user_code_runs(path: str, poller: Poller) -> None:
+    service, work = Echo(), Blocked()
+    with serving(BlockingHost, service, path):
+        service.run(work)
+        assert work.began.wait(PATIENCE_S)
+        for number in range(3):
+            with connected(path, poller) as (channel, listener):
+                channel.send(call(number))
+                eventually(lambda number=number, listener=listener: listener.heard == [reply(number)])
+            eventually(lambda number=number: service.lost_channels == number + 1)
+        work.end.set()
+
+
+def test_failing_user_code_leaves_the_turn_where_it_belongs(path: str, poller: Poller) -> None:
+    service, work, host_left = Echo(), Blocked(), threading.Event()
+
+    def fail() -> None:
+        work()
+        raise LookupError("out")
+
+    host = BlockingHost(listen_unix(path), service)
+
+    def run() -> None:
+        with pytest.raises(LookupError):
+            host.run()
+        host_left.set()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert service.attached.wait(PATIENCE_S)
+    service.run(fail)
+    assert work.began.wait(PATIENCE_S)
+    work.end.set()
+    assert host_left.wait(PATIENCE_S)
+    thread.join()
+    host.wake()  # too late, and harmless
+
+
+def test_a_flood_of_wake_ups_is_one(path: str) -> None:
+    service, work = Echo(), Blocked()
+    with serving(BlockingHost, service, path):
+        service.run(work)
+        assert work.began.wait(PATIENCE_S)
+        for _ in range(5000):  # more than the socket holds
+            service.host.wake()
+        work.end.set()
+        assert work.ended.wait(PATIENCE_S)
+
+
+def test_reading_on_demand(path: str, poller: Poller) -> None:
+    """A replica that streams reads credit and cancellations in between."""
+    service, heard = Echo(), threading.Event()
+    with serving(BlockingHost, service, path), connected(path, poller) as (channel, _):
+
+        def stream() -> None:
+            service.host.step_in()
+            while not any(isinstance(message, Cancel) for message in service.heard):
+                service.host.poll(None)
+            service.host.step_out()
+            heard.set()
+
+        service.run(stream)
+        channel.send(Cancel(1))
+        assert heard.wait(PATIENCE_S)
+        assert service.readers == ["server"]
+
+
+# -- the loop host ---------------------------------------------------------------------------------------------------
+
+
+def test_a_loop_host_serves_by_itself(path: str) -> None:
+    service = Echo(on_loop=True)
+    with serving(LoopHost, service, path):
+        service.host.poll(None)  # nothing to do for a service that has a loop
+        service.host.step_out()
+        service.host.step_in()
+        service.host.wake()  # to no purpose: it looks and goes on
+        assert service.turns == 0
+
+
+def test_engine_loops_are_uvloops_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = new_event_loop()
+    loop.close()
+    assert isinstance(loop, uvloop.Loop)
+    monkeypatch.setitem(sys.modules, "uvloop", None)
+    loop = new_event_loop()
+    loop.close()
+    assert not isinstance(loop, uvloop.Loop)
+
+
+# -- accepting and connecting ----------------------------------------------------------------------------------------
+
+
+def test_an_acceptor_counts_and_closes_its_channels(path: str) -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        accepted: list[tuple[Channel, FakeListener]] = []
+
+        def accept(channel: Channel) -> FakeListener:
+            accepted.append((channel, FakeListener()))
+            return accepted[-1][1]
+
+        acceptor = Acceptor(listen_unix(path), accept, loop)
+        poller = Poller()
+        callers = [FakeListener(), FakeListener()]
+        channels = [connect(f"unix:{path}", caller, on_loop=True, poller=poller) for caller in callers]
+        for number, channel in enumerate(channels):
+            channel.send(Cancel(number))
+        await until(lambda: len(accepted) == 2 and all(listener.heard for _, listener in accepted))
+        assert [listener.heard for _, listener in accepted] == [[Cancel(0)], [Cancel(1)]]
+        assert acceptor.open_channels() == 2
+        channels[0].close()
+        await until(lambda: accepted[0][1].losses == 1)
+        assert acceptor.open_channels() == 1
+        acceptor._on_connection()  # woken for a caller that another process was faster to accept
+        assert len(accepted) == 2
+        acceptor.close()
+        acceptor.close()
+        await until(lambda: callers[1].losses == 1)
+        assert acceptor.open_channels() == 0
+        assert accepted[1][1].losses == 0  # its own side knows
+        with pytest.raises(ChannelClosed, match=r"^nobody answers at .* \(Connection refused\)$"):
+            connect(f"unix:{path}", FakeListener(), on_loop=True, poller=poller)
+
+    asyncio.run(main())
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    await asyncio.to_thread(eventually, condition)
+
+
+def test_addresses_that_lead_nowhere(path: str, poller: Poller) -> None:
+    with pytest.raises(ChannelClosed, match="cannot reach 'inline:x': the scheme must be 'unix'"):
+        connect("inline:x", FakeListener(), on_loop=False, poller=poller)
+    with pytest.raises(ChannelClosed, match=r"^nobody answers at .* \(No such file or directory\)$"):
+        connect(f"unix:{path}", FakeListener(), on_loop=False, poller=poller)
+
+
+def test_a_path_is_bound_once(path: str) -> None:
+    with listen_unix(path), pytest.raises(OSError, match="Address already in use"):
+        listen_unix(path)
