@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from .adapter import Resources
 from .config import BackendConfig
-from .errors import InvalidArgument
-from .serialization import dumps
+from .errors import InvalidArgument, NotSerializable
+from .serialization import dumps, dumps_by_value
 
-__all__ = ["BackendPlan"]
+__all__ = ["BackendPlan", "pack_target"]
+
+
+def pack_target(tag: str, target: Any, init_args: tuple[Any, ...], init_kwargs: dict[str, Any]) -> bytes:
+    """Pickle what a backend is made of.
+
+    Raises:
+        NotSerializable: A part of it cannot be pickled; the message says which.
+    """
+    try:
+        return dumps_by_value((target, init_args, init_kwargs), f"backend {tag!r}")
+    except NotSerializable:
+        dumps_by_value(target, f"backend {tag!r}")
+        for position, value in enumerate(init_args):
+            dumps_by_value(value, f"init argument {position} of backend {tag!r}")
+        for name, value in init_kwargs.items():
+            dumps_by_value(value, f"init argument {name!r} of backend {tag!r}")
+        raise
 
 
 @dataclass(frozen=True)

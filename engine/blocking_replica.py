@@ -29,6 +29,7 @@ class BlockingReplica(Replica):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._queue: deque[Job] = deque()
+        self._batch_head: Job | None = None  # the call that `_batch_due` counts from
         self._batch_due: float | None = None  # when the batch at the head of the queue runs, full or not
         self._loop: asyncio.AbstractEventLoop | None = None  # for streams and stray coroutines; made when needed
 
@@ -84,18 +85,19 @@ class BlockingReplica(Replica):
             return
         rest = self._succeed(job, result)
         if rest is not None:
-            self._complete(rest)
+            self._complete_rest(job, rest)
 
     def _collect(self, method: Method) -> float:
         """Run the batch at the head of the queue; or return for how many seconds it waits for more calls."""
         batch = [job for job in self._queue if job.method is method][: self._batch_size]
         if len(batch) < self._batch_size and self._config.batch_wait_timeout and self._drain_until is None:
             now = time.monotonic()
-            if self._batch_due is None:
+            if self._batch_due is None or self._batch_head is not batch[0]:
+                self._batch_head = batch[0]
                 self._batch_due = now + self._config.batch_wait_timeout
             if now < self._batch_due:
                 return self._batch_due - now
-        self._batch_due = None
+        self._batch_due = self._batch_head = None
         taken = set(map(id, batch))
         self._queue = deque(job for job in self._queue if id(job) not in taken)
         live: list[Job] = []
@@ -109,14 +111,17 @@ class BlockingReplica(Replica):
         return 0.0
 
     def _run_batch(self, method: Method, jobs: list[Job]) -> None:
+        jobs, items = self._batch_items(jobs)
+        if not jobs:
+            return
         try:
-            results = self._run_user_code(method.function, [self._batch_item(job) for job in jobs])
+            results = self._run_user_code(method.function, items)
         except BaseException as error:
             for job in jobs:
                 self._fail(job, error)
             return
-        for rest in self._spread(jobs, results):
-            self._complete(rest)
+        for job, rest in self._spread(jobs, results):
+            self._complete_rest(job, rest)
 
     def _reconfigure(self, chore: Reconfigure) -> None:
         error = None
@@ -125,7 +130,7 @@ class BlockingReplica(Replica):
             if chore.user_config_changed:
                 self._run_user_code(self._user.reconfigure, config.user_config)
             self._take(config)
-        except Exception as failure:
+        except BaseException as failure:
             error = pack_exception(failure)
         self._tell(Reconfigured(chore.token, error))
 
@@ -145,6 +150,12 @@ class BlockingReplica(Replica):
 
             self._loop = asyncio.new_event_loop()
         return self._loop.run_until_complete(coroutine)
+
+    def _complete_rest(self, job: Job, rest: Coroutine[Any, Any, None]) -> None:
+        try:
+            self._complete(rest)
+        except BaseException as error:  # the end of a stream, say, that raised while it was closed
+            self._fail(job, error)
 
     async def _between_items(self, job: Job) -> None:
         assert self._host is not None

@@ -69,8 +69,11 @@ class Caller:
 
     # -- calls -----------------------------------------------------------------------------------------------------
 
-    def submit(self, endpoint: str, outgoing: Outgoing, slot: Slot) -> None:
-        """Route a call and send it, or queue it. Errors go to ``slot.fail``, possibly before this returns."""
+    def submit(self, endpoint: str, outgoing: Outgoing, slot: Slot, *, again: bool = False) -> None:
+        """Route a call and send it, or queue it. Errors go to ``slot.fail``, possibly before this returns.
+
+        A call that is routed ``again`` is neither counted nor copied a second time.
+        """
         slot.endpoint = endpoint
         slot.outgoing = outgoing
         if self._router.snapshot is not self._current():
@@ -81,7 +84,9 @@ class Caller:
                 if self._closed is not None:
                     raise self._closed
                 replica_set, known = self._router.route(endpoint, outgoing.shard_key)
-                if known.entry.shadows:
+                if not again:
+                    known.calls += 1
+                if known.entry.shadows and not again:
                     copies = list(self._router.shadows(known))
                 target = self._place(slot, replica_set)
         except EngineError as error:
@@ -103,14 +108,12 @@ class Caller:
                 slot.pool = None
                 slot.outgoing = None
                 return
+            # From here on the slot only stands for the answer that is due: whoever takes it sees that there is no
+            # call to deliver to. Taking the slot out here instead would race with the thread that reads the answer.
+            outgoing, slot.outgoing = slot.outgoing, None
             channel, call_id = slot.channel, slot.call_id
-            if self._pending.get(call_id) is not slot or channel is None:
-                slot.outgoing = None
+            if outgoing is None or channel is None or self._pending.get(call_id) is not slot:
                 return
-            abandoned = _Shadow()
-            abandoned.channel, abandoned.call_id, abandoned.replica = channel, call_id, slot.replica
-            self._pending[call_id] = abandoned
-            slot.outgoing = None
         try:
             channel.send(Cancel(call_id))
             channel.watch()
@@ -120,7 +123,7 @@ class Caller:
     def credit(self, slot: Slot, amount: int) -> None:
         """Let a streaming replica send this many more items."""
         channel = slot.channel
-        if channel is not None and self._pending.get(slot.call_id) is slot:
+        if channel is not None and slot.outgoing is not None and self._pending.get(slot.call_id) is slot:
             try:
                 channel.send(Credit(slot.call_id, amount))
             except ChannelClosed as error:
@@ -175,12 +178,14 @@ class Caller:
         error = error or EngineClosed("the engine was shut down")
         self.begin_close(error)
         with self._lock:
-            pending, self._pending = list(self._pending.values()), {}
             channels, self._channels = list(self._channels), {}
         for channel in channels:
             channel.close()
+        # Only now, when no call can be sent any more, have all that were sent become known.
+        pending = [slot for slot in list(self._pending.values()) if self._pending.pop(slot.call_id, None) is slot]
         for slot in pending:
-            slot.fail(error)
+            if slot.outgoing is not None:
+                slot.fail(error)
         self.home.close()
 
     # -- what the channels say -------------------------------------------------------------------------------------
@@ -190,7 +195,7 @@ class Caller:
         kind = type(message)
         if kind is Item:
             slot = self._pending.get(message.id)  # type: ignore[union-attr]
-            if slot is not None:
+            if slot is not None and slot.outgoing is not None:
                 slot.deliver(message)  # type: ignore[arg-type]
             return
         if kind is not Reply and not isinstance(message, (Failure, End)):
@@ -201,10 +206,10 @@ class Caller:
         target: Target = slot.replica
         refused = kind is Failure and message.kind in (FailureKind.REFUSED, FailureKind.DRAINING)  # type: ignore[union-attr]
         self._settle(target, message.load, refused=refused)  # type: ignore[union-attr]
-        if not refused:
-            slot.deliver(message)  # type: ignore[arg-type]
-        elif slot.outgoing is not None:
+        if refused:
             self._requeue(slot, target)
+        elif slot.outgoing is not None:
+            slot.deliver(message)  # type: ignore[arg-type]
 
     def lost(self, channel: Channel, reason: str) -> None:
         """See `engine.adapter.ChannelListener.lost`: the replica's calls fail, its place stays blocked for a while."""
@@ -214,19 +219,24 @@ class Caller:
                 return
             target.channel = None
             target.blocked_until = time.monotonic() + _UNREACHABLE_S
-            dead = [slot for slot in list(self._pending.values()) if slot.channel is channel]
-            for slot in dead:
-                self._pending.pop(slot.call_id, None)
+            dead = [
+                slot
+                for slot in list(self._pending.values())
+                if slot.channel is channel and self._pending.pop(slot.call_id, None) is slot
+            ]
             target.in_flight -= len(dead)
             self._schedule_retry(target.replica_set, _UNREACHABLE_S)
         channel.close()
+        fate = "it was ended on purpose" if target.gone else "it is being replaced"
         for slot in dead:
-            slot.fail(
-                ReplicaDied(
-                    f"replica {target.replica_id} died while it held this call ({reason}); it is being replaced, "
-                    "and the call may have run: repeat it only if that is safe"
+            if slot.outgoing is not None:
+                slot.fail(
+                    self._closed
+                    or ReplicaDied(
+                        f"replica {target.replica_id} died while it held this call ({reason}); {fate}, "
+                        "and the call may have run: repeat it only if that is safe"
+                    )
                 )
-            )
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
@@ -266,7 +276,7 @@ class Caller:
         except ChannelClosed as error:
             self._not_sent(slot, target, str(error))
         except EngineError as error:
-            if self._pending.pop(call_id, None) is slot:
+            if self._pending.pop(call_id, None) is slot or slot.channel is None:
                 self._settle(target, None, refused=False)
                 slot.fail(error)
 
@@ -320,23 +330,26 @@ class Caller:
             self._send(slot, chosen)
 
     def _requeue(self, slot: Slot, target: Target) -> None:
-        """Route a call again that its replica did not take, at the place it had."""
+        """Route a call again that its replica did not take, at the place it had; and see to those behind it."""
         replica_set = target.replica_set
+        failure: EngineError | None = None
         with self._lock:
             slot.channel, slot.replica = None, None
             stays = self._router.replica_sets.get(replica_set.tag) is replica_set
-            full = replica_set.overloaded() if stays else None
-            if stays and full is None:
-                replica_set.waiting.appendleft(slot)
-                slot.pool = replica_set
-                self._schedule_retry(replica_set, _RETRY_S)
-                ready = list(replica_set.next_placements(time.monotonic()))
-        if not stays:
+            if isinstance(slot, _Shadow):
+                replica_set.dropped_copies += 1
+                slot.outgoing = None
+            elif stays and slot.outgoing is not None:
+                failure = self._closed or replica_set.overloaded()
+                if failure is None:
+                    replica_set.waiting.appendleft(slot)
+                    slot.pool = replica_set
+            self._schedule_retry(replica_set, _RETRY_S)
+            ready = list(replica_set.next_placements(time.monotonic()))
+        if failure is not None:
+            slot.fail(failure)
+        elif not stays:
             self._resubmit(slot)
-            return
-        if full is not None:
-            slot.fail(full)
-            return
         for queued, chosen in ready:
             self._send(queued, chosen)
 
@@ -344,21 +357,18 @@ class Caller:
         outgoing = slot.outgoing
         if outgoing is not None:
             slot.pool = slot.replica = slot.channel = None
-            self.submit(slot.endpoint, outgoing, slot)
+            self.submit(slot.endpoint, outgoing, slot, again=True)
 
     def _submit_copy(self, outgoing: Outgoing, replica_set: ReplicaSet) -> None:
         copy = _Shadow()
         copy.outgoing = outgoing
-        try:
-            with self._lock:
-                target = replica_set.choose(time.monotonic())
-                if target is None:
-                    replica_set.dropped_copies += 1  # a copy never waits: it would hold memory for nobody
-                    return
-                target.in_flight += 1
-                copy.pool = replica_set
-        except EngineError:
-            return
+        with self._lock:
+            target = replica_set.choose(time.monotonic())
+            if target is None:
+                replica_set.dropped_copies += 1  # a copy never waits: it would hold memory for nobody
+                return
+            target.in_flight += 1
+            copy.pool = replica_set
         self._send(copy, target)
 
     def _schedule_retry(self, replica_set: ReplicaSet, delay_s: float) -> None:
@@ -374,11 +384,6 @@ class Caller:
             self._schedule_retry(replica_set, _RETRY_S)
         for slot, target in ready:
             self._send(slot, target)
-
-    def expire(self, slot: Slot, timeout_s: float) -> None:
-        """Give a call up because its deadline passed, and tell its slot."""
-        self.cancel(slot)
-        slot.fail(deadline_error(slot.endpoint, timeout_s))
 
 
 def deadline_error(endpoint: str, timeout_s: float) -> DeadlineExceeded:

@@ -168,7 +168,8 @@ class Client:
         if threads is not None:
             threads.close(error)
         for loop, caller in loops:
-            if not _on_loop(loop, caller.close, error):
+            # A loop that does not run now may never run again.
+            if not (loop.is_running() and _on_loop(loop, caller.close, error)):
                 caller.close(error)
 
     def _drop_closed_loops(self) -> None:

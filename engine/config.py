@@ -14,10 +14,39 @@ from typing import Any
 from .adapter import Resources
 from .errors import InvalidArgument
 
-__all__ = ["BackendConfig", "HTTPOptions"]
+__all__ = ["LONGEST_S", "BackendConfig", "HTTPOptions", "resources_of"]
 
 _MAX_ASYNC_QUERIES = 1_000_000
 _BLOCKING_QUERIES = 8
+_ACTOR_OPTIONS = (
+    "num_cpus",
+    "num_gpus",
+    "runtime_env",
+    "memory",
+    "resources",
+    "object_store_memory",
+    "accelerator_type",
+    "label_selector",
+    "fallback_strategy",
+    "scheduling_strategy",
+    "placement_group",
+    "placement_group_bundle_index",
+    "placement_group_capture_child_tasks",
+    "max_restarts",
+    "max_task_retries",
+    "max_concurrency",
+    "max_pending_calls",
+    "concurrency_groups",
+    "name",
+    "namespace",
+    "lifetime",
+    "get_if_exists",
+    "enable_task_events",
+    "allow_out_of_order_execution",
+)
+"""Those of ``ray.actor.ActorClass.options`` (2.x)."""
+LONGEST_S = 366 * 86400.0
+"""Longest time to wait for anything, in seconds. What the system's calls take overflows not far above it."""
 
 
 @dataclass(frozen=True)
@@ -161,11 +190,18 @@ def resources_of(options: Mapping[str, Any] | None) -> Resources:
     Raises:
         errors.InvalidArgument: A field has the wrong type or value.
     """
+    from difflib import get_close_matches
+
     if options is None:
         return Resources()
     if not isinstance(options, Mapping):
         raise InvalidArgument(f"ray_actor_options must be a dict, not {options!r}")
     other = {str(key): value for key, value in options.items()}
+    for name in other:
+        if name not in _ACTOR_OPTIONS:
+            near = get_close_matches(name, _ACTOR_OPTIONS, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; the options are {', '.join(_ACTOR_OPTIONS)}"
+            raise InvalidArgument(f"ray_actor_options: unknown option {name!r}{hint}")
     num_cpus = _amount(other.pop("num_cpus", None), "num_cpus")
     num_gpus = _amount(other.pop("num_gpus", None), "num_gpus")
     runtime_env = other.get("runtime_env") or {}
@@ -207,8 +243,10 @@ def _integer(options: object, name: str, least: int, *, most: int | None = None,
 
 def _seconds(options: object, name: str) -> None:
     value = getattr(options, name)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-        raise InvalidArgument(f"{_prefix(options)}: {name} must be a number of seconds of at least 0, not {value!r}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= LONGEST_S:
+        raise InvalidArgument(
+            f"{_prefix(options)}: {name} must be a number of seconds of at least 0 (and at most a year), not {value!r}"
+        )
 
 
 def _known_fields(cls: Callable[..., Any], what: str, given: object) -> None:

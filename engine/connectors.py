@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import threading
 
 from .adapter import Adapter
 
 __all__ = ["connector_for", "register_connector", "unregister_connector"]
 
-_lock = threading.Lock()  # guards `_connectors`, which maps engine ids: engines do not see each other
-_connectors: dict[str, Adapter] = {}
+_lock = threading.Lock()  # guards `_connectors`, which maps engine ids to process ids and adapters
+_connectors: dict[str, tuple[int, Adapter]] = {}
 
 
 def register_connector(engine_id: str, adapter: Adapter) -> None:
     """Say which adapter opens this engine's channels in this process."""
     with _lock:
-        _connectors[engine_id] = adapter
+        _connectors[engine_id] = os.getpid(), adapter
 
 
 def unregister_connector(engine_id: str) -> None:
@@ -29,5 +30,6 @@ def connector_for(engine_id: str, adapter_name: str) -> Adapter:
     from .plugins import load_adapter
 
     with _lock:
-        known = _connectors.get(engine_id)
-    return known if known is not None else load_adapter(adapter_name)
+        pid, known = _connectors.get(engine_id, (0, None))
+    # A forked copy's threads and selectors are not its own: a handle passed on to it needs an adapter that is.
+    return known if known is not None and pid == os.getpid() else load_adapter(adapter_name)

@@ -102,11 +102,17 @@ class Controller:
         self._closing = True
         for task in self._background:
             task.cancel()
+        await self._workers.close()
         await self._ingresses.stop(grace_s)
         self._client.begin_close()
         self._publisher.publish({}, {})
-        replicas = [worker for backend in self._backends.values() for worker in backend.replicas]
-        await asyncio.gather(*[self._workers.drain(worker, grace_s) for worker in replicas])
+        await asyncio.gather(
+            *[
+                self._workers.drain(worker, min(grace_s, backend.config.graceful_shutdown_timeout_s))
+                for backend in self._backends.values()
+                for worker in backend.replicas
+            ]
+        )
         self._client.close()
         await self._adapter.stop()
         self._adapter.close()
@@ -143,6 +149,7 @@ class Controller:
         """
         backend = self._backend(tag)
         async with backend.lock:
+            self._backend(tag)  # it may have been deleted meanwhile
             before = backend.config
             after = before.updated(changes)
             backend.plan.check(after)
@@ -157,8 +164,10 @@ class Controller:
                     await self._add_replicas(backend, -surplus)
                 except BaseException:
                     backend.plan = replace(backend.plan, config=replace(after, num_replicas=before.num_replicas))
+                    self._publish()
                     raise
             self._publish()
+            self._refill(backend)
 
     async def delete_backend(self, tag: str, *, force: bool) -> None:
         """End a backend that no endpoint uses.
@@ -215,7 +224,9 @@ class Controller:
             try:
                 await self._ingresses.ensure_started()
             except BaseException:
-                del self._endpoints[entry.name]
+                if self._endpoints.get(entry.name) is entry:
+                    del self._endpoints[entry.name]
+                    self._publish()  # somebody else may have published it meanwhile
                 raise
         await self._publish_and_wait()
 
@@ -290,8 +301,8 @@ class Controller:
 
     def _backend(self, tag: str) -> _Backend:
         backend = self._backends.get(tag)
-        if backend is None or not (backend.live or backend.lock.locked()):
-            known = ", ".join(map(repr, self._backends)) or "none"
+        if backend is None or not backend.live or backend.deleted:
+            known = ", ".join(repr(other) for other, one in self._backends.items() if one.live) or "none"
             raise InvalidArgument(f"there is no backend {tag!r}; the backends are: {known}")
         return backend
 
@@ -333,7 +344,13 @@ class Controller:
             started = [worker for worker in done if isinstance(worker, Worker)]
             await asyncio.gather(*[self._workers.kill(worker) for worker in started])
             raise
-        backend.replicas += [start.result() for start in starts]
+        for start in starts:
+            worker = start.result()
+            if worker.life is Life.READY:
+                backend.replicas.append(worker)
+            else:  # while the others were still starting
+                backend.failed_starts += 1
+                _logger.warning("%s %s as soon as it was ready", worker.spec.name, worker.exit_reason)
 
     async def _start_replica(self, backend: _Backend) -> Worker:
         backend.started += 1
@@ -372,13 +389,17 @@ class Controller:
         await asyncio.gather(*[self._workers.drain(worker, grace_s) for worker in leaving])
 
     async def _reconfigure(self, backend: _Backend, before: BackendConfig, after: BackendConfig, packed: bytes) -> None:
-        if after == before or replace(after, num_replicas=before.num_replicas) == before:
+        changed = not _equal(after.user_config, before.user_config)
+        if not changed and replace(after, num_replicas=before.num_replicas, user_config=before.user_config) == before:
             return
-        changed = after.user_config != before.user_config
         replicas = [worker for worker in backend.replicas if worker.life is Life.READY]
-        await asyncio.gather(
-            *[self._workers.reconfigure(worker, packed, user_config_changed=changed) for worker in replicas]
+        outcomes = await asyncio.gather(
+            *[self._workers.reconfigure(worker, packed, user_config_changed=changed) for worker in replicas],
+            return_exceptions=True,  # the next operation may only begin when all have answered
         )
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
 
     def _replace_worker(self, worker: Worker) -> None:
         """A ready worker died."""
@@ -425,3 +446,11 @@ class Controller:
         self._background.discard(task)
         if not task.cancelled() and task.exception() is not None and not self._closing:
             _logger.error("replacing a worker failed", exc_info=task.exception())
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two values are known to be equal; arrays, for one, do not say so in one word."""
+    try:
+        return bool(one == other)
+    except Exception:
+        return False

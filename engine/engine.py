@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from .adapter import Adapter
-from .backend_plan import BackendPlan
+from .backend_plan import BackendPlan, pack_target
 from .client import Client
 from .config import BackendConfig, HTTPOptions, resources_of
 from .connectors import register_connector, unregister_connector
@@ -70,7 +70,7 @@ class Engine:
         self._pid = os.getpid()
         self._adapter: Adapter = adapter
         self._closed = False
-        self._shutdown_lock = threading.Lock()
+        self._shutdown_lock = threading.RLock()  # a signal handler may shut down what is shutting down
         register_connector(self._id, adapter)
         self._client = Client(self._id, adapter)
         self._client.register()
@@ -117,7 +117,7 @@ class Engine:
             raise InvalidArgument(f"backend {tag!r} is a function: only a class takes init arguments")
         plan = BackendPlan(
             tag=tag,
-            target=dumps_by_value((func_or_class, init_args, init_kwargs), f"backend {tag!r}"),
+            target=pack_target(tag, func_or_class, init_args, init_kwargs),
             config=BackendConfig.of(config),
             resources=resources_of(ray_actor_options),
             blocking=is_blocking(func_or_class),
@@ -323,8 +323,12 @@ class Engine:
                 atexit.unregister(self._at_exit)
 
     def __enter__(self) -> Engine:
-        """Start; errors of the adapter show here."""
-        self._runner.wait_started()
+        """Start; errors of the adapter show here, and then nothing of the engine is left."""
+        try:
+            self._runner.wait_started()
+        except BaseException:
+            self.shutdown(0.0)
+            raise
         return self
 
     def __exit__(
@@ -337,7 +341,7 @@ class Engine:
         """Start without blocking the event loop."""
         from anyio import to_thread
 
-        await to_thread.run_sync(self._runner.wait_started)
+        await to_thread.run_sync(self.__enter__)
         return self
 
     async def __aexit__(

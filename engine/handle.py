@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from .caller import Caller, deadline_error
 from .client import Client
+from .config import LONGEST_S
 from .connectors import connector_for
 from .context import check_may_block
 from .errors import EngineClosed, EngineError, InvalidArgument
 from .messages import PYTHON, End, Failure, Item, Reply
 from .ref import Ref, WaitSlot, open_answer
-from .serialization import dumps
+from .serialization import dumps_arguments
 from .slot import Outgoing, Slot
 from .waiting import running_asyncio_loop
 
@@ -61,9 +62,9 @@ class CallOptions:
             raise InvalidArgument(f"http_method must be one of {', '.join(_HTTP_METHODS)}, not {self.http_method!r}")
         timeout = self.timeout_s
         if timeout is not None and (
-            isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout >= 0
+            isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 <= timeout <= LONGEST_S
         ):
-            raise InvalidArgument(f"timeout_s must be a number of seconds of at least 0 or None, not {timeout!r}")
+            raise InvalidArgument(f"timeout_s must be a number of seconds from 0 to a year or None, not {timeout!r}")
 
     def head(self) -> bytes:
         """`engine.messages.Call.head` of such a call: empty unless there is something to say."""
@@ -156,7 +157,7 @@ class _BaseHandle:
             None if timeout is None else time.monotonic() + timeout,
             "",
             self._head,
-            dumps((args, kwargs), "the argument"),
+            dumps_arguments(args, kwargs, "the argument"),
             options.shard_key,
         )
 
@@ -362,7 +363,7 @@ class _FutureSlot(Slot):
             self.future.set_result(message)
 
     def fail(self, error: EngineError) -> None:
-        if not self.future.done():
+        if not self.future.done() and not self.future.get_loop().is_closed():
             self.future.set_exception(error)
 
 

@@ -9,10 +9,14 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
+from .waiting import running_asyncio_loop
+
 if TYPE_CHECKING:
     import asyncio
 
 __all__ = ["Home", "LoopHome", "ThreadHome", "Timer"]
+
+_SWEEP_FROM = 64
 
 
 class Timer(Protocol):
@@ -26,6 +30,9 @@ class Home(Protocol):
     """Where a caller's channels are read and its timers run."""
 
     on_loop: bool
+
+    def runs_here(self) -> bool:
+        """Whether waiting in this thread would keep the answers from being read."""
 
     def call_later(self, delay_s: float, function: Callable[..., object], *args: Any) -> Timer:
         """Call a function that neither blocks nor raises after this many seconds."""
@@ -41,6 +48,10 @@ class LoopHome:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
+
+    def runs_here(self) -> bool:
+        """See `Home.runs_here`."""
+        return running_asyncio_loop() is self._loop
 
     def call_later(self, delay_s: float, function: Callable[..., object], *args: Any) -> Timer:
         """See `Home.call_later`."""
@@ -71,8 +82,13 @@ class ThreadHome:
         self._changed = threading.Condition()  # guards the rest
         self._heap: list[tuple[float, int, _Entry]] = []
         self._order = itertools.count()
+        self._sweep_at = _SWEEP_FROM  # entries: then the cancelled ones are dropped
         self._thread: threading.Thread | None = None
         self._closed = False
+
+    def runs_here(self) -> bool:
+        """See `Home.runs_here`."""
+        return False
 
     def call_later(self, delay_s: float, function: Callable[..., object], *args: Any) -> Timer:
         """See `Home.call_later`."""
@@ -80,6 +96,10 @@ class ThreadHome:
         with self._changed:
             if self._closed:
                 return entry
+            if len(self._heap) >= self._sweep_at:
+                self._heap = [item for item in self._heap if item[2].function is not None]
+                heapq.heapify(self._heap)
+                self._sweep_at = max(_SWEEP_FROM, 2 * len(self._heap))
             heapq.heappush(self._heap, (time.monotonic() + delay_s, next(self._order), entry))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)

@@ -98,7 +98,8 @@ class HttpSlot(Slot):
 
     def fail(self, error: EngineError) -> None:
         """Take the news that no answer will come."""
-        self.deliver(error)
+        if not self.loop.is_closed():
+            self.deliver(error)
 
     async def next(self) -> Any:
         """Wait for the next message."""

@@ -58,13 +58,11 @@ class IngressFleet:
         async with self._lock:
             nodes = self._adapter.nodes()
             for node in nodes if self._http.location == "EveryNode" else nodes[:1]:
-                running = self._running.setdefault(node.node_id, [])
-                missing = self._http.workers - len(running)
-                started = await asyncio.gather(
+                missing = self._http.workers - len(self._running.setdefault(node.node_id, []))
+                outcomes = await asyncio.gather(
                     *[self._start(node.node_id) for _ in range(missing)], return_exceptions=True
                 )
-                running += [worker for worker in started if not isinstance(worker, BaseException)]
-                for outcome in started:
+                for outcome in outcomes:
                     if isinstance(outcome, BaseException):
                         raise outcome
 
@@ -92,7 +90,7 @@ class IngressFleet:
         scheme = "https" if self._http.server_options.get("certfile") else "http"
         return f"{scheme}://{f'[{host}]' if ':' in host else host}:{bound.port}"
 
-    async def _start(self, node_id: str) -> Worker:
+    async def _start(self, node_id: str) -> None:
         from .ingress_worker import IngressSpec
 
         self._count += 1
@@ -104,7 +102,7 @@ class IngressFleet:
             worker_id=worker_id,
             server=_SERVER,
         )
-        return await self._workers.start(
+        worker = await self._workers.start(
             WorkerSpec(
                 worker_id=worker_id,
                 name=f"ingress.{self._count}",
@@ -116,3 +114,4 @@ class IngressFleet:
             ),
             _START_TIMEOUT_S,
         )
+        self._running.setdefault(node_id, []).append(worker)  # at once: from now on its death is noticed

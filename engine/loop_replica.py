@@ -124,16 +124,22 @@ class LoopReplica(Replica):
     async def _run_batch(self, jobs: list[Job]) -> None:
         method = jobs[0].method
         assert method is not None
+        jobs, items = self._batch_items(jobs)
+        if not jobs:
+            return
         try:
-            results = method.function([self._batch_item(job) for job in jobs])
+            results = method.function(items)
             if inspect.isawaitable(results):
                 results = await results
         except BaseException as error:
             for job in jobs:
                 self._fail(job, error)
             return
-        for rest in self._spread(jobs, results):
-            await rest
+        for job, rest in self._spread(jobs, results):
+            try:
+                await rest
+            except BaseException as error:
+                self._fail(job, error)
 
     async def _reconfigure(self, chore: Reconfigure) -> None:
         error = None
@@ -144,7 +150,7 @@ class LoopReplica(Replica):
                 if inspect.isawaitable(outcome):
                     await outcome
             self._take(config)
-        except Exception as failure:
+        except BaseException as failure:
             error = pack_exception(failure)
         self._tell(Reconfigured(chore.token, error))
 

@@ -8,8 +8,9 @@ from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .caller import Caller, deadline_error
+from .config import LONGEST_S
 from .context import check_may_block
-from .errors import BackendError, CallError, DeadlineExceeded, EngineError, InvalidArgument
+from .errors import BackendError, CallError, DeadlineExceeded, EngineError, InvalidArgument, WouldBlock
 from .messages import End, Failure, Item, Reply
 from .serialization import loads, unpack_exception
 from .slot import Slot
@@ -82,16 +83,23 @@ class Ref(Slot):
 
         Raises:
             errors.DeadlineExceeded: It did not come in time; the call goes on.
-            errors.WouldBlock: Called on the event loop of an async backend.
+            errors.WouldBlock: Called on the event loop of an async backend, or on the one the ref belongs to.
             BaseException: Whatever the call raised.
         """
         if not self.done():
-            check_may_block("waiting for a ref")
+            self._check_may_wait()
             ready = threading.Event()
             self.add_done_callback(lambda _: ready.set())
-            if not ready.wait(timeout):
+            if not ready.wait(None if timeout is None else min(timeout, LONGEST_S)):
                 raise DeadlineExceeded(f"the result of {self.endpoint!r} did not come within timeout={timeout:g} s")
         return self._open()
+
+    def _check_may_wait(self) -> None:
+        check_may_block("waiting for a ref")
+        if self._caller is not None and self._caller.home.runs_here():
+            raise WouldBlock(
+                "waiting for this ref would block the event loop that its answer comes to, for ever: await it instead"
+            )
 
     def future(self) -> Future[Any]:
         """A `concurrent.futures.Future` of the same result."""
@@ -164,7 +172,12 @@ class Ref(Slot):
         if timer is not None:
             timer.cancel()
         for callback in callbacks:
-            callback(self)
+            try:
+                callback(self)
+            except Exception:  # it must not stop whoever brings the other answers
+                import logging
+
+                logging.getLogger("engine.ref").exception("a callback of %r failed", self)
 
     def _open(self) -> Any:
         if self._error is not None:
@@ -197,18 +210,22 @@ def wait(refs: Sequence[Ref], num_returns: int = 1, timeout: float | None = None
         ``(ready, not_ready)``, each in the order given; ``ready`` has at most ``num_returns``.
     """
     checked = _checked(refs)
+    if not checked:
+        raise InvalidArgument("refs must be a list of at least one ref")
     if isinstance(num_returns, bool) or not isinstance(num_returns, int) or not 1 <= num_returns <= len(checked):
         raise InvalidArgument(f"num_returns must be an integer from 1 to the {len(checked)} refs, not {num_returns!r}")
     if len(set(map(id, checked))) != len(checked):
         raise InvalidArgument("refs must all be different")
     missing = threading.Semaphore(0)
     if sum(ref.done() for ref in checked) < num_returns:
-        check_may_block("engine.wait")
+        for ref in checked:
+            if not ref.done():
+                ref._check_may_wait()
         deadline = None if timeout is None else time.monotonic() + timeout
         for ref in checked:
             ref.add_done_callback(lambda _: missing.release())
         for _ in range(num_returns):
-            remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
+            remaining = None if deadline is None else min(max(0.0, deadline - time.monotonic()), LONGEST_S)
             if not missing.acquire(timeout=remaining):
                 break
     ready = [ref for ref in checked if ref.done()][:num_returns]

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from .adapter import Channel, ChannelClosed, ServiceHost
 from .config import BackendConfig
 from .control import Drain, Ping, Pong, Reconfigure
-from .errors import BackendError, DeadlineExceeded, EngineError, NotSerializable, ResultNotSerializable
+from .errors import BackendError, DeadlineExceeded, EngineError, InvalidArgument, NotSerializable, ResultNotSerializable
 from .messages import HTTP, INITIAL_CREDIT, Call, Cancel, Credit, End, Failure, FailureKind, Item, Message, Reply
 from .request import RequestEnvelope, ServeRequest, build_http_request
 from .serialization import dumps, loads, pack_exception
@@ -207,9 +207,24 @@ class Replica:
         job.request = build_http_request(arg.head, arg.body)
         return job.request
 
-    def _batch_item(self, job: Job) -> Any:
-        args, _ = self._arguments(job)
-        return args[0] if args else None
+    def _batch_items(self, jobs: list[Job]) -> tuple[list[Job], list[Any]]:
+        """What a batched method is called with; calls with arguments it cannot take are answered and left out."""
+        taken: list[Job] = []
+        items: list[Any] = []
+        for job in jobs:
+            try:
+                args, kwargs = self._arguments(job)
+                if kwargs or len(args) > 1:
+                    raise InvalidArgument(
+                        f"{self._name(job)} accepts batches, so each call brings one argument, "
+                        f"not {len(args)} and {len(kwargs)} by name"
+                    )
+            except Exception as error:
+                self._fail(job, error)
+            else:
+                taken.append(job)
+                items.append(args[0] if args else None)
+        return taken, items
 
     def _succeed(self, job: Job, result: Any) -> Coroutine[Any, Any, None] | None:
         """Answer with a result; returns what is left to do on an event loop (a stream, a background task)."""
@@ -274,7 +289,8 @@ class Replica:
         if call.kind == HTTP:
             from .responses import failure_head
 
-            if kind == FailureKind.USER and not (job.cancelled or _is_http_exception(error)):
+            backends_fault = kind == FailureKind.USER or isinstance(error, BackendError)
+            if backends_fault and not (job.cancelled or _is_http_exception(error)):
                 _logger.error("%s failed, request %s", self._name(job), call.request_id, exc_info=error)
             head, payload = failure_head(error, debug=self._debug)
         else:
@@ -308,8 +324,8 @@ class Replica:
     def _name(self, job: Job) -> str:
         return f"backend {self._tag!r}" if job.call.method == "__call__" else f"{self._tag!r}.{job.call.method}"
 
-    def _spread(self, jobs: list[Job], results: Any) -> list[Coroutine[Any, Any, None]]:
-        """Answer a batch, one result each."""
+    def _spread(self, jobs: list[Job], results: Any) -> list[tuple[Job, Coroutine[Any, Any, None]]]:
+        """Answer a batch, one result each; returns what `_succeed` left to do."""
         if not isinstance(results, (list, tuple)) or len(results) != len(jobs):
             size = f"{len(results)} results" if isinstance(results, (list, tuple)) else f"a {type(results).__name__}"
             error = BackendError(
@@ -319,8 +335,8 @@ class Replica:
             for job in jobs:
                 self._fail(job, error)
             return []
-        left = [self._succeed(job, result) for job, result in zip(jobs, results, strict=True)]
-        return [rest for rest in left if rest is not None]
+        left = [(job, self._succeed(job, result)) for job, result in zip(jobs, results, strict=True)]
+        return [(job, rest) for job, rest in left if rest is not None]
 
 
 async def awaited(awaitable: Any) -> Any:

@@ -77,7 +77,6 @@ class Router:
         if endpoint is None:
             known = ", ".join(sorted(self.endpoints)) or "none"
             raise EndpointNotFound(f"there is no endpoint {name!r}; the endpoints are: {known}")
-        endpoint.calls += 1
         if endpoint.only is not None:
             return endpoint.only, endpoint
         fraction = random.random() if shard_key is None else hash_fraction(shard_key)

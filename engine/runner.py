@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from .adapter import Adapter
 from .client import Client
 from .config import HTTPOptions
+from .errors import EngineClosed
 
 if TYPE_CHECKING:
     import asyncio
@@ -31,8 +32,10 @@ class Runner:
     def __init__(self, engine_id: str, adapter: Adapter, client: Client, http: HTTPOptions) -> None:
         self.controller: Controller
         self._ready = threading.Event()
+        self._lock = threading.Lock()  # guards `_closed`, so that nothing is handed to a loop that ends
+        self._closed = False
         self._failure: BaseException | None = None
-        self._loop: asyncio.AbstractEventLoop
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping: asyncio.Event
         # The thread must outlive every worker: a child's death signal is bound to the thread that started it.
         self._thread = threading.Thread(
@@ -52,12 +55,23 @@ class Runner:
             raise self._failure
 
     def run(self, operation: Coroutine[Any, Any, _T]) -> _T:
-        """Run a coroutine on the controller's loop and wait for it."""
-        import asyncio
+        """Run a coroutine on the controller's loop and wait for it.
 
-        future = asyncio.run_coroutine_threadsafe(operation, self._loop)
+        Raises:
+            errors.EngineClosed: The engine was shut down meanwhile.
+        """
+        import asyncio
+        from concurrent.futures import CancelledError
+
+        with self._lock:
+            if self._closed or self._loop is None:
+                operation.close()
+                raise EngineClosed("the engine was shut down")
+            future = asyncio.run_coroutine_threadsafe(operation, self._loop)
         try:
             return future.result()
+        except CancelledError:
+            raise EngineClosed("the engine was shut down") from None
         except BaseException:
             future.cancel()
             raise
@@ -67,28 +81,40 @@ class Runner:
         import asyncio
 
         self._ready.wait()
+        loop = self._loop
+        if loop is None:
+            self._thread.join()
+            return
         try:
             if self._failure is None:
-                future = asyncio.run_coroutine_threadsafe(self.controller.shutdown(grace_s), self._loop)
+                future = asyncio.run_coroutine_threadsafe(self.controller.shutdown(grace_s), loop)
                 future.result(grace_s + _SHUTDOWN_MARGIN_S)
         finally:
-            self._loop.call_soon_threadsafe(self._stopping.set)
+            with self._lock:
+                self._closed = True
+                loop.call_soon_threadsafe(self._stopping.set)
             self._thread.join()
 
     def _main(self, engine_id: str, adapter: Adapter, client: Client, http: HTTPOptions) -> None:
-        import asyncio
-
-        self._loop = asyncio.new_event_loop()
-        asyncio.set_event_loop(self._loop)
         try:
-            self._loop.run_until_complete(self._serve(engine_id, adapter, client, http))
+            import asyncio
+
+            loop = self._loop = asyncio.new_event_loop()
+        except BaseException as error:  # for lack of descriptors, say
+            client.close()
+            self._failure = error
+            self._ready.set()
+            return
+        asyncio.set_event_loop(loop)
+        try:
+            loop.run_until_complete(self._serve(engine_id, adapter, client, http))
         finally:
-            pending = asyncio.all_tasks(self._loop)
+            pending = asyncio.all_tasks(loop)
             for task in pending:
                 task.cancel()
-            self._loop.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
+            loop.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
             asyncio.set_event_loop(None)
-            self._loop.close()
+            loop.close()
 
     async def _serve(self, engine_id: str, adapter: Adapter, client: Client, http: HTTPOptions) -> None:
         import asyncio

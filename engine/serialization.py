@@ -9,11 +9,19 @@ from __future__ import annotations
 
 import pickle
 import traceback
-from typing import Any
+from typing import Any, NamedTuple
 
 from .errors import EngineError, NotSerializable, RemoteError, RemoteTraceback
 
-__all__ = ["dumps", "dumps_by_value", "explain_unpicklable", "loads", "pack_exception", "unpack_exception"]
+__all__ = [
+    "dumps",
+    "dumps_arguments",
+    "dumps_by_value",
+    "explain_unpicklable",
+    "loads",
+    "pack_exception",
+    "unpack_exception",
+]
 
 loads = pickle.loads
 _SIMPLE = (int, str, bytes, float, bool, type(None))
@@ -55,17 +63,42 @@ def dumps_by_value(value: Any, what: str, error: type[EngineError] = NotSerializ
     return data
 
 
+def dumps_arguments(args: tuple[Any, ...], kwargs: dict[str, Any], what: str) -> bytes:
+    """Pickle ``(args, kwargs)``.
+
+    Raises:
+        NotSerializable: One of them cannot be pickled; the message says which, and which part of it.
+    """
+    try:
+        return dumps((args, kwargs), what)
+    except NotSerializable:
+        for position, value in enumerate(args):
+            dumps(value, f"{what} {position}" if len(args) > 1 else what)
+        for name, value in kwargs.items():
+            dumps(value, f"{what} {name!r}")
+        raise
+
+
 def explain_unpicklable(value: Any, failure: BaseException) -> str:
     """Say which attribute, item or closure variable makes a value unpicklable."""
-    path, culprit = _find_culprit(value, "", 0, set())
-    reason = f"{type(failure).__name__}: {failure}"
+    try:
+        reason = f"{type(failure).__name__}: {failure}"
+    except Exception:
+        reason = type(failure).__name__
+    try:
+        path, culprit = _find_culprit(value, "", 0, set())
+    except Exception:  # it cannot even be looked at
+        path, culprit = "", value
     if not path:
         return f"{_describe(culprit)} ({reason})"
     return f"{path.lstrip('.')} is {_describe(culprit)} ({reason})"
 
 
 def _describe(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except Exception as error:
+        text = f"whose repr raised {type(error).__name__}"
     return f"a {type(value).__qualname__}, {text if len(text) <= 80 else text[:77] + '...'}"
 
 
@@ -134,11 +167,40 @@ def pack_exception(error: BaseException) -> bytes:
         message = str(error)
     except Exception:
         message = "(its __str__ raised)"
+    return pickle.dumps((name, message, text, _pack_itself(error)), 5)
+
+
+class _Bare(NamedTuple):
+    """An exception whose own way of being pickled fails, as what it is made of."""
+
+    kind: type[BaseException]
+    args: tuple[Any, ...]
+    attributes: dict[str, Any]
+
+
+def _pack_itself(error: BaseException) -> bytes:
     try:
         inner = dumps(error, "the exception")
-    except EngineError:
-        inner = b""
-    return pickle.dumps((name, message, text, inner), 5)
+        # A constructor that takes other arguments than it passes on lets it be pickled but not be rebuilt.
+        pickle.loads(inner)
+    except Exception:
+        try:
+            return dumps(_Bare(type(error), error.args, dict(vars(error))), "the exception")
+        except EngineError:
+            return b""
+    return inner
+
+
+def _rebuild(inner: bytes) -> Any:
+    try:
+        rebuilt = pickle.loads(inner)
+        if isinstance(rebuilt, _Bare):
+            kind, args, attributes = rebuilt
+            rebuilt = kind.__new__(kind, *args)
+            rebuilt.__dict__.update(attributes)
+    except Exception:
+        return None
+    return rebuilt
 
 
 def unpack_exception(data: bytes) -> Exception:
@@ -149,12 +211,7 @@ def unpack_exception(data: bytes) -> Exception:
         rebuilt or is not an `Exception`.
     """
     name, message, text, inner = pickle.loads(data)
-    rebuilt: Any = None
-    if inner:
-        try:
-            rebuilt = pickle.loads(inner)
-        except Exception:
-            rebuilt = None
+    rebuilt = _rebuild(inner) if inner else None
     # What is not an `Exception` means something to Python itself (SystemExit, KeyboardInterrupt, CancelledError):
     # raised here it would stop the caller, who did nothing of the kind.
     error = rebuilt if isinstance(rebuilt, Exception) else RemoteError(name, message, text)

@@ -15,14 +15,14 @@ from typing import Any
 
 from .adapter import Adapter, WorkerExit, WorkerSpec
 from .control import Drain, LogLine, Ready, Reconfigure, Reconfigured, StartFailed
-from .errors import BackendStartError, EngineError
+from .errors import BackendStartError, EngineClosed, EngineError
 from .serialization import unpack_exception
 
 __all__ = ["Life", "Worker", "Workers"]
 
 _logger = logging.getLogger("engine.controller")
 _KEPT_LINES = 5
-_EXIT_MARGIN_S = 2.0
+_EXIT_MARGIN_S = 0.5
 """What a worker gets on top of its drain time to leave by itself, before it is killed."""
 
 
@@ -47,6 +47,7 @@ class Worker:
     """One worker.
 
     Attributes:
+        watched: The adapter has taken it, and would report its death.
         ready: Set once it is ready, or it is certain that it never will be.
         gone: Set once it has exited.
         error: Why it did not become ready.
@@ -56,6 +57,7 @@ class Worker:
     def __init__(self, spec: WorkerSpec) -> None:
         self.spec = spec
         self.life = Life.STARTING
+        self.watched = False
         self.address = ""
         self.ready = asyncio.Event()
         self.gone = asyncio.Event()
@@ -92,6 +94,7 @@ class Workers:
         self._on_exit = on_exit
         self._by_id: dict[str, Worker] = {}
         self._tokens = 0
+        self._closed = False
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -103,12 +106,18 @@ class Workers:
             errors.BackendStartError: It died, or outlasted ``timeout_s``.
             BaseException: What its constructor raised.
         """
+        if self._closed:
+            raise _closed_error()
         worker = self._by_id[spec.worker_id] = Worker(spec)
         try:
             await self._adapter.start_worker(spec)
         except BaseException:
             del self._by_id[spec.worker_id]
             raise
+        worker.watched = True
+        if self._closed:
+            await self.kill(worker)
+            raise _closed_error()
         try:
             await asyncio.wait_for(worker.ready.wait(), timeout_s)
         except (asyncio.TimeoutError, TimeoutError):
@@ -122,7 +131,17 @@ class Workers:
         if worker.error is not None:
             await self.kill(worker)
             raise worker.error
+        if worker.life is Life.GONE:
+            raise BackendStartError(f"{spec.name} {worker.exit_reason} as soon as it was ready{_tail(worker)}")
         return worker
+
+    async def close(self) -> None:
+        """Start no more workers, and kill those that are not ready yet: whoever waits for one is told why."""
+        self._closed = True
+        starting = [worker for worker in self._by_id.values() if worker.watched and worker.life is Life.STARTING]
+        for worker in starting:
+            worker.error = worker.error or _closed_error()
+        await asyncio.gather(*[self.kill(worker) for worker in starting])
 
     async def drain(self, worker: Worker, timeout_s: float) -> None:
         """Let a worker finish what it holds and leave; kill it if it takes longer than ``timeout_s`` seconds."""
@@ -154,6 +173,8 @@ class Workers:
         Raises:
             BaseException: What the backend's ``reconfigure`` raised.
         """
+        if worker.life is Life.GONE:  # it died since the caller looked: nobody would ever answer
+            raise EngineError(f"{worker.spec.name} {worker.exit_reason}")
         self._tokens += 1
         token = self._tokens
         reply = worker.replies[token] = asyncio.get_running_loop().create_future()
@@ -212,6 +233,10 @@ class Workers:
         logger = logging.getLogger(f"engine.{worker.spec.name}")
         if logger.isEnabledFor(line.level):
             logger.log(line.level, "%s", line.text, extra={"worker_logger": line.logger})
+
+
+def _closed_error() -> EngineClosed:
+    return EngineClosed("the engine was shut down")
 
 
 def _tail(worker: Worker) -> str:

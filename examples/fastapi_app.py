@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI, Request
 from pydantic import BaseModel
 
-from engine import Engine
+from engine import Engine, get_replica_context
 
 
 class Sentiment:
@@ -28,6 +28,16 @@ class Sentiment:
         return {"score": sum(word in self.good_words for word in words) / max(len(words), 1), "pid": os.getpid()}
 
 
+class RawSentiment:
+    """What HTTP clients reach without FastAPI: only an `async def` can read a body, the work is left to `Sentiment`."""
+
+    def __init__(self):
+        self.sentiment = get_replica_context().get_handle("sentiment")
+
+    async def __call__(self, request):
+        return await self.sentiment.call((await request.body()).decode())
+
+
 @asynccontextmanager
 async def lifespan(app):
     # FastAPI is the HTTP server here, so the engine runs none of its own.
@@ -35,7 +45,9 @@ async def lifespan(app):
         # These block until the replicas are ready, which is what one wants of a start-up; later on, while requests are
         # served, call them in a thread: await asyncio.to_thread(engine.create_backend, ...)
         engine.create_backend("sentiment", Sentiment, ["good", "great", "fine"], config={"num_replicas": 2})
-        engine.create_endpoint("sentiment", backend="sentiment", route="/raw", methods=["POST"])
+        engine.create_endpoint("sentiment", backend="sentiment")
+        engine.create_backend("raw", RawSentiment)
+        engine.create_endpoint("raw", backend="raw", route="/raw", methods=["POST"])
         app.state.sentiment = engine.get_handle("sentiment", sync=False)  # the async handle never blocks the loop
         app.mount("/engine", engine.asgi)  # optional: the routes of endpoints, here /engine/raw
         yield
@@ -75,6 +87,9 @@ async def check():
 
         answer = await client.post("/reviews", json={"words": 3})
         print(f"POST /reviews without a text: {answer.status_code}, FastAPI refuses it")
+        answer = await client.post("/engine/raw", content="fine weather")
+        print(f"POST /engine/raw: {answer.status_code} {answer.json()}")
+        assert answer.json()["score"] == 0.5
         answer = await client.get("/engine/-/routes")
         print(f"GET /engine/-/routes: {answer.status_code} {answer.json()}")
 

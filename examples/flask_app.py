@@ -3,6 +3,8 @@
     python examples/flask_app.py                       tests itself and exits
     python examples/flask_app.py --serve --port 8000   serves with Flask's development server
 
+Any WSGI server can run it just as well: gunicorn --chdir examples 'flask_app:create_app()'
+
 A server that forks its workers must make the application in each of them (gunicorn does unless told to preload): an
 engine belongs to the process that created it.
 """
@@ -72,13 +74,14 @@ def check(app):
     print(f"40 requests from 8 threads: {codes.count(200)} answered with 200")
 
 
-options = argparse.ArgumentParser()
-options.add_argument("--serve", action="store_true", help="keep serving until Ctrl-C")
-options.add_argument("--port", type=int, default=0, help="0 picks a free one, and Flask says which")
-chosen = options.parse_args()
-app = create_app()
-if chosen.serve:
-    app.run(port=chosen.port)
-else:
-    check(app)
-    app.extensions["engine"].shutdown()
+if __name__ == "__main__":  # so that a server can import this file without running it; the engine does not need it
+    options = argparse.ArgumentParser()
+    options.add_argument("--serve", action="store_true", help="keep serving until Ctrl-C")
+    options.add_argument("--port", type=int, default=0, help="0 picks a free one, and Flask says which")
+    chosen = options.parse_args()
+    app = create_app()
+    if chosen.serve:
+        app.run(port=chosen.port)
+    else:
+        check(app)
+        app.extensions["engine"].shutdown()

@@ -5,14 +5,18 @@ They remember what was asked of them in plain lists, so that a test reads like a
 
 from __future__ import annotations
 
+import asyncio
+import pickle
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from harness import eventually
+
 from engine.adapter import Channel, ChannelClosed, ChannelListener, Listen, Node, WorkerSpec
-from engine.messages import PYTHON, Message
-from engine.serialization import dumps
+from engine.messages import HTTP, PYTHON, Call, Failure, Message, Reply
+from engine.serialization import dumps, loads, unpack_exception
 from engine.slot import Outgoing, Slot
 from engine.snapshot import BackendEntry, EndpointEntry, ReplicaEntry, RoutingSnapshot
 
@@ -266,3 +270,31 @@ class FakeHost:
 
     def open_channels(self) -> int:
         return self.channels
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """`harness.eventually` for coroutines."""
+    await asyncio.to_thread(eventually, condition)
+
+
+# -- what replicas are asked -----------------------------------------------------------------------------------------
+
+_SCOPE = {"type": "http", "method": "GET", "path": "/", "query_string": b"", "headers": []}
+
+
+def python_call(
+    number: int, *args: Any, method: str = "__call__", deadline: float | None = None, **kwargs: Any
+) -> Call:
+    """A handle's call, as a replica gets it."""
+    return Call(number, PYTHON, method, deadline, "", b"", dumps((args, kwargs), "the argument"))
+
+
+def http_call(number: int, body: bytes = b"", *, method: str = "__call__") -> Call:
+    """An HTTP request, as a replica gets it."""
+    return Call(number, HTTP, method, None, f"request-{number}", pickle.dumps(_SCOPE), body)
+
+
+def outcome(message: Any) -> Any:
+    """What the caller makes of a replica's answer: the result, or the exception."""
+    assert isinstance(message, (Reply, Failure))
+    return loads(message.payload) if isinstance(message, Reply) else unpack_exception(message.payload)

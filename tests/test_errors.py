@@ -91,7 +91,10 @@ class Plain(Exception):
 
 
 class TwoArguments(Exception):
-    """Pickles, but cannot be rebuilt: its constructor wants more than it passes on."""
+    """Pickles, but cannot be rebuilt: to be made it wants more than it passes on."""
+
+    def __new__(cls, first: str, second: str) -> TwoArguments:
+        return super().__new__(cls)
 
     def __init__(self, first: str, second: str) -> None:
         super().__init__(first)
@@ -173,14 +176,25 @@ def test_an_exception_without_words() -> None:
 
 
 def test_the_built_in_ones_are_named_without_their_module() -> None:
-    class Local(ValueError):
-        def __reduce__(self) -> Any:
-            raise TypeError("stays here")
+    class Local(HoldsALock):
+        pass
 
     assert pickle.loads(pack_exception(KeyError("k")))[0] == "KeyError"
     copy = travelled(Local("here"))
     assert isinstance(copy, RemoteError)
     assert copy.type_name.endswith("Local")
+
+
+def test_what_refuses_to_be_pickled_travels_as_what_it_is_made_of() -> None:
+    class Refuses(ValueError):
+        def __reduce__(self) -> Any:
+            raise TypeError("stays here")
+
+    error = Refuses("here")
+    error.code = 7  # type: ignore[attr-defined]
+    copy = travelled(error)
+    assert type(copy) is Refuses
+    assert (copy.args, vars(copy)) == (("here",), {"code": 7})
 
 
 @pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt("x"), GeneratorExit("x")])

@@ -108,6 +108,7 @@ EXPECTED: dict[str, tuple[list[str], list[str]]] = {
             r"POST /reviews: 200 \{'score': 0\.\d+, 'pid': \d+\}",
             r"40 of 40 concurrent requests answered",
             r"POST /reviews without a text: 422, .*",
+            r"POST /engine/raw: 200 \{'score': 0\.5, 'pid': \d+\}",
             r"GET /engine/-/routes: 200 \{'/raw': .*\}",
         ],
     ),
@@ -135,7 +136,7 @@ def command(name: str) -> list[str]:
     # Warnings that only a destructor can give would otherwise go unnoticed.
     python = [sys.executable, "-W", "always::ResourceWarning"]
     if name.startswith("test_"):
-        return [*python, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(EXAMPLES / name)]
+        return [*python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark", str(EXAMPLES / name)]
     return [*python, str(EXAMPLES / name)]
 
 
@@ -174,10 +175,10 @@ def test_quickstart_runs_inline_too(tmp_path: Path) -> None:
 
 
 @contextmanager
-def serving(name: str, ready: str, cwd: Path) -> Iterator[str]:
-    """Run an example with --serve, yield what matched in the line that says so, and end it as Ctrl-C does."""
+def serving(name: str, ready: str, cwd: Path, *how: str) -> Iterator[str]:
+    """Run an example with --serve, or as said, yield what matched in its line, and end it as Ctrl-C does."""
     process = subprocess.Popen(
-        [*command(name), "--serve"],
+        how or [*command(name), "--serve"],
         cwd=cwd,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -203,8 +204,8 @@ def serving(name: str, ready: str, cwd: Path) -> Iterator[str]:
         process.communicate()
 
 
-def fetch(url: str) -> bytes:
-    with urllib.request.urlopen(url, timeout=LIMIT_S) as response:
+def fetch(url: str, body: bytes | None = None) -> bytes:
+    with urllib.request.urlopen(url, body, timeout=LIMIT_S) as response:
         return bytes(response.read())
 
 
@@ -225,9 +226,18 @@ def test_fastapi_app_serves_with_uvicorn(tmp_path: Path) -> None:
     need("fastapi", "uvicorn")
     with serving("fastapi_app.py", r"running on (http://[\d.:]+)", tmp_path) as url:
         assert b"/raw" in fetch(f"{url}/engine/-/routes")
+        assert b'"score":0.5' in fetch(f"{url}/engine/raw", b"fine weather")
 
 
 def test_flask_app_serves_with_the_development_server(tmp_path: Path) -> None:
     need("flask")
     with serving("flask_app.py", r"Running on (http://[\d.:]+)", tmp_path) as url:
+        assert b"[2,2,3,5]" in fetch(f"{url}/factors/60").replace(b"\n", b"").replace(b" ", b"")
+
+
+def test_flask_app_is_imported_and_made_by_a_server(tmp_path: Path) -> None:
+    need("flask")
+    factory = f"{EXAMPLES / 'flask_app.py'}:create_app()"
+    flask_run = (sys.executable, "-m", "flask", "--app", factory, "run", "--port", "0")
+    with serving("flask_app.py", r"Running on (http://[\d.:]+)", tmp_path, *flask_run) as url:
         assert b"[2,2,3,5]" in fetch(f"{url}/factors/60").replace(b"\n", b"").replace(b" ", b"")

@@ -122,3 +122,10 @@ def test_on_a_loop_the_timers_are_the_loops() -> None:
 
     assert asyncio.run(main()) == ["once"]
     assert not ThreadHome.on_loop
+
+
+def test_cancelled_timers_are_not_kept_until_they_are_due(home: ThreadHome) -> None:
+    home.call_later(LONG_S, lambda: None)
+    for _ in range(10_000):
+        home.call_later(LONG_S, lambda: None).cancel()
+    assert len(home._heap) < 200

@@ -769,9 +769,8 @@ async def test_access_log(tmp_path: Path) -> None:
 
 async def test_the_full_lane_is_imported_before_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     imported = asyncio.Event()
-    loop = asyncio.get_running_loop()
     monkeypatch.setattr(server_module, "_IMPORT_AFTER_S", 0.0)
-    monkeypatch.setattr(server_module, "_import_full_lane", lambda: loop.call_soon_threadsafe(imported.set))
+    monkeypatch.setattr(server_module, "_import_full_lane_aside", imported.set)
     async with serving():
         await asyncio.wait_for(imported.wait(), PATIENCE_S)
 

@@ -36,13 +36,16 @@ def blocks(language: str) -> list[tuple[str, str]]:
 PRINTED: dict[str, list[list[str]]] = {
     "In twenty lines": [["{'value': 105}", """b'{"value":106}'"""]],
     "Handles": [["2", "[0, 2, 4, 6]", "12", "0 2", "2", "4", "[0, 2, 4]"]],
-    "Requests": [["5", "{'sum': 6, 'asked by': 'Ada'}", """b'{"sum":9,"asked by":"Grace"}'"""]],
+    "Requests": [
+        ["5", "{'sum': 6, 'asked by': 'Ada'}", """b'{"sum":9,"asked by":"Grace"}'"""],
+        ["""b'{"total":14}'"""],
+    ],
     "Configuration": [["False", "True", "2"]],
     "Traffic": [[]],
     "Batching": [["[0.0, 5.0, 10.0, 15.0, 20.0]"]],
     "Composition": [["True"]],
     "Errors": [["refill: buy some"]],
-    "Embedding": [["{'text': 'HELLO ADA'}"], ["144"], []],
+    "Embedding": [["{'text': 'HELLO ADA'}", "HELLO GRACE"], ["144"], []],
     "Logging": [[]],
     "Adapters": [["2.0"]],
 }
@@ -69,7 +72,11 @@ def run(source: str, directory: Path) -> tuple[str, str]:
     tests = "\ndef test_" in source
     script = directory / ("test_pasted.py" if tests else "pasted.py")
     script.write_text(source, encoding="utf-8")
-    how = ["-m", "pytest", "-q", "-p", "no:cacheprovider"] if tests else ["-W", "always::ResourceWarning"]
+    how = (
+        ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark"]
+        if tests
+        else ["-W", "always::ResourceWarning"]
+    )
     done = subprocess.run(
         [sys.executable, *how, str(script)], cwd=directory, capture_output=True, text=True, timeout=LIMIT_S
     )

@@ -261,6 +261,21 @@ def test_a_driven_channel_delivers_on_the_calling_thread(setting: Setting) -> No
     assert "idle" in repr(channel)
 
 
+@WATCHING
+def test_a_watched_channel_reads_while_it_writes(setting: Setting) -> None:
+    listener = FakeListener()
+    channel, peer = setting.open(listener, buffer=SMALL_BUFFER)
+    setting.on_home(channel.watch)
+    for number in range(3):
+        channel.send(call(number, b"x" * LARGE))
+        peer.say(reply(number))
+        eventually(lambda number=number: reply(number) in listener.heard)
+    assert "unsent=0" not in repr(channel)
+    assert peer.hear(3) == [call(number, b"x" * LARGE) for number in range(3)]
+    peer.say(reply(3))
+    eventually(lambda: reply(3) in listener.heard)
+
+
 @LOOPS
 def test_a_loops_channel_is_not_driven(setting: Setting) -> None:
     channel, _ = setting.open(FakeListener())

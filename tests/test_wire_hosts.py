@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import uvloop
-from fakes import FakeListener
+from fakes import FakeListener, until
 from harness import PATIENCE_S, Footprint, eventually
 
 from engine.adapter import Channel, ChannelClosed, ServiceHost
@@ -418,10 +418,6 @@ def test_an_acceptor_counts_and_closes_its_channels(path: str) -> None:
             connect(f"unix:{path}", FakeListener(), on_loop=True, poller=poller)
 
     asyncio.run(main())
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    await asyncio.to_thread(eventually, condition)
 
 
 def test_addresses_that_lead_nowhere(path: str, poller: Poller) -> None:

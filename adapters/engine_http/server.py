@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import importlib
 import socket
+import threading
 from collections.abc import Awaitable, Callable, Sequence
 
 from engine.config import HTTPOptions
@@ -23,8 +24,11 @@ _CLOSE_TIMEOUT_S = 1.0
 _IMPORT_AFTER_S = 1.0
 
 
-def _import_full_lane() -> None:
-    importlib.import_module("engine_http.full")
+def _import_full_lane_aside() -> None:
+    # A thread of its own rather than the loop's executor, whose threads stay for ever.
+    threading.Thread(
+        target=importlib.import_module, args=("engine_http.full",), name="engine-import", daemon=True
+    ).start()
 
 
 class HypercornServer:
@@ -79,7 +83,7 @@ class HypercornServer:
                 servers.append(server)
             started()
             # not needed for the first answers, and slow to import: done aside, before somebody needs it
-            later = loop.call_later(_IMPORT_AFTER_S, loop.run_in_executor, None, _import_full_lane)
+            later = loop.call_later(_IMPORT_AFTER_S, _import_full_lane_aside)
             try:
                 await stopping()
             finally:

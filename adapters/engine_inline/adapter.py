@@ -11,6 +11,7 @@ import asyncio
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -32,7 +33,8 @@ from .host import InlineHost
 __all__ = ["InlineAdapter"]
 
 _logger = logging.getLogger("engine.inline")
-_JOIN_S = 1.0
+_JOIN_S = 2.0
+"""How long `stop` waits for threads to end. One that is deep in user code is left behind: it cannot be killed."""
 
 
 class InlineAdapter:
@@ -44,6 +46,7 @@ class InlineAdapter:
     def __init__(self) -> None:
         self.control_address = "inline:controller"
         self._hosts: dict[str, InlineHost] = {}  # the controller's loop adds and removes; others only look up
+        self._threads: list[threading.Thread] = []  # also of workers that count as gone; only the loop touches it
         self._sockets = ListeningSockets()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._events: AdapterEvents | None = None
@@ -64,6 +67,7 @@ class InlineAdapter:
         sockets = [self._sockets.get(spec.listen)] if spec.listen is not None else []
         host = self._hosts[spec.worker_id] = InlineHost(spec, self, sockets)
         host.thread.start()
+        self._threads = [thread for thread in self._threads if thread.is_alive()] + [host.thread]
 
     def tell(self, worker_id: str, body: Any) -> None:
         """See `engine.adapter.Adapter.tell`."""
@@ -88,12 +92,13 @@ class InlineAdapter:
 
     async def stop(self) -> None:
         """See `engine.adapter.Adapter.stop`."""
-        hosts = list(self._hosts.values())
-        for host in hosts:
+        for host in list(self._hosts.values()):
             host.kill()
         self._hosts.clear()
-        for host in hosts:
-            await asyncio.to_thread(host.thread.join, _JOIN_S)
+        deadline = time.monotonic() + _JOIN_S
+        for thread in self._threads:
+            await asyncio.to_thread(thread.join, max(0.0, deadline - time.monotonic()))
+        self._threads.clear()
         self._sockets.close()
 
     # -- channels ----------------------------------------------------------------------------------------------------
@@ -105,7 +110,8 @@ class InlineAdapter:
             raise ChannelClosed(f"nobody answers at {address}")
         deliver = _deliver_on(asyncio.get_running_loop()) if on_loop else _deliver_here
         channel, far = connect(listener, deliver, host.service, host.mailbox)
-        host.add_channel(far)
+        if not host.add_channel(far):
+            raise ChannelClosed(f"nobody answers at {address}")
         return channel
 
     def close(self) -> None:
@@ -144,11 +150,11 @@ def _deliver_on(loop: asyncio.AbstractEventLoop) -> Callable[[Callable[[], objec
     home = threading.get_ident()
 
     def deliver(function: Callable[[], object]) -> None:
-        if threading.get_ident() == home:
-            loop.call_soon(function)
-            return
         try:
-            loop.call_soon_threadsafe(function)
+            if threading.get_ident() == home:
+                loop.call_soon(function)
+            else:
+                loop.call_soon_threadsafe(function)
         except RuntimeError:
             pass  # the caller's loop is closed: nobody listens
 

@@ -123,6 +123,14 @@ class InlineChannel:
             peer = self.peer
             peer._deliver(lambda: peer.lose("the peer closed the channel"))
 
+    def cut(self, reason: str) -> None:
+        """Close both ends, and tell both listeners."""
+        if not self.closed:
+            self.closed = True
+            self._deliver(lambda: self._listener.lost(self, reason))
+            peer = self.peer
+            peer._deliver(lambda: peer.lose(reason))
+
     def lose(self, reason: str) -> None:
         """Close this end because the other one is gone."""
         if not self.closed:

@@ -45,8 +45,9 @@ class InlineHost:
         self._spec = spec
         self._adapter = adapter
         self._sockets = sockets
-        self._lock = threading.Lock()  # guards the next three
+        self._lock = threading.Lock()  # guards the next four
         self._channels: list[InlineChannel] = []
+        self._hung_up = False  # takes no more channels
         self._handler: Callable[[Any], None] | None = None
         self._unheard: deque[Any] = deque()
         self._changed: asyncio.Event | None = None
@@ -133,10 +134,12 @@ class InlineHost:
                 return
         handler(body)
 
-    def add_channel(self, channel: InlineChannel) -> None:
-        """A caller connected."""
+    def add_channel(self, channel: InlineChannel) -> bool:
+        """A caller connected; False if the worker has hung up already."""
         with self._lock:
-            self._channels.append(channel)
+            if not self._hung_up:
+                self._channels.append(channel)
+            return not self._hung_up
 
     def kill(self) -> None:
         """Make the worker deaf and let its thread end as soon as it can; its callers lose their channels now."""
@@ -147,12 +150,10 @@ class InlineHost:
 
     def _hang_up(self, reason: str) -> None:
         with self._lock:
+            self._hung_up = True
             channels, self._channels = self._channels, []
         for channel in channels:
-            if not channel.closed:
-                channel.closed = True
-                peer = channel.peer
-                peer._deliver(lambda peer=peer: peer.lose(reason))  # type: ignore[misc]
+            channel.cut(reason)
 
     def _run(self) -> None:
         reason = "left"

@@ -248,7 +248,9 @@ class LocalAdapter(LocalConnector):
         )
 
     def _mention_ignored(self, spec: WorkerSpec) -> None:
-        keys = tuple(sorted(spec.resources.other))
+        other = dict(spec.resources.other)
+        inner = other.pop("runtime_env", {})  # of which `env_vars` was taken
+        keys = tuple(sorted([*other, *(f"runtime_env[{name!r}]" for name in inner)]))
         if keys and keys not in self._ignored:
             self._ignored.add(keys)
             _log.info("ray_actor_options: only a cluster has a use for %s; ignored here", ", ".join(keys))

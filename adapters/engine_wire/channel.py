@@ -1,6 +1,6 @@
 """One channel over a connected socket.
 
-The socket stays in blocking mode, so that nothing about it depends on who uses it; all I/O here passes ``MSG_DONTWAIT``.
+The socket stays in blocking mode, whoever uses it; all I/O here passes ``MSG_DONTWAIT``.
 
 Who reads: exactly one party at a time, the holder of the reader role (`_reading`). It is either the driver (a loop, or
 a polling thread) or a thread inside `SocketChannel.drive`, which waits for its own answer and delivers everybody else's
@@ -29,6 +29,7 @@ __all__ = ["Driver", "SocketChannel"]
 
 _READ_SIZE = 1 << 16
 _NOWAIT = socket.MSG_DONTWAIT
+_LONGEST_POLL_S = 86400.0  # poll takes no more than 2**31 ms; whoever waits longer looks again
 _TERMINAL = frozenset((Reply, Failure, End))
 
 
@@ -201,7 +202,7 @@ class SocketChannel:
         else:
             poll = select.poll()
             poll.register(self.fd, events)
-        ready = poll.poll(None if timeout_s is None else max(0.0, timeout_s) * 1000)
+        ready = poll.poll(None if timeout_s is None else min(max(0.0, timeout_s), _LONGEST_POLL_S) * 1000)
         return ready[0][1] if ready else 0
 
     def on_readable(self) -> None:

@@ -27,6 +27,7 @@ _BACKLOG = 512
 _TICK_S = 0.01
 """How often the stand-in looks whether user code takes long. A call that is shorter costs no thread switch."""
 _QUIET_TICKS = 100
+_LONGEST_POLL_S = 86400.0  # a selector takes no more than 2**31 ms; whoever waits longer looks again
 
 
 def listen_unix(path: str) -> socket.socket:
@@ -135,8 +136,8 @@ class Acceptor:
 def _accept_one(listening: socket.socket) -> socket.socket | None:
     try:
         sock, _ = listening.accept()
-    except (BlockingIOError, ConnectionAbortedError):
-        return None
+    except OSError:
+        return None  # it went away again, or there is no descriptor left for it now
     return sock
 
 
@@ -295,7 +296,7 @@ class BlockingHost:
 
     def poll(self, timeout_s: float | None) -> None:
         """Read what there is, waiting at most ``timeout_s`` seconds for the first of it."""
-        for key, events in self._selector.select(timeout_s):
+        for key, events in self._selector.select(timeout_s and min(timeout_s, _LONGEST_POLL_S)):
             if isinstance(key.data, SocketChannel):
                 if events & selectors.EVENT_WRITE and key.data.on_writable():
                     self._selector.modify(key.fd, selectors.EVENT_READ, key.data)

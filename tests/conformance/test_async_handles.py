@@ -188,3 +188,21 @@ async def test_control_calls_from_a_thread_of_the_loop(engine, serve, doubled):
     """Control calls block, so they run in a thread; handles made there work on the loop."""
     served = await anyio.to_thread.run_sync(lambda: serve(double, route=None))
     assert await served.ahandle.call(5) == 10
+
+
+@pytest.mark.anyio
+async def test_waiting_for_a_ref_on_its_own_loop_is_refused(serve, engine, gate, anyio_backend):
+    """It would wait for ever: the answer comes to the loop that is blocked. On trio it comes to a thread."""
+
+    def backend(request):
+        gate.pass_through()
+        return request.data
+
+    ref = await serve(backend, route=None).ahandle.remote(1)
+    if anyio_backend[0] == "asyncio":
+        with pytest.raises(errors.WouldBlock, match="await"):
+            ref.result(20)
+        with pytest.raises(errors.WouldBlock, match="await"):
+            engine.wait([ref])
+    gate.open()
+    assert await ref == 1

@@ -192,3 +192,19 @@ def test_batch_size_can_be_updated(serve, engine):
     assert engine.get([served.handle.remote(number) for number in range(2)], timeout=20) == [(2, 0), (2, 1)]
     engine.update_backend_config(served.tag, {"max_batch_size": 3})
     assert engine.get([served.handle.remote(number) for number in range(3)], timeout=20) == [(3, 0), (3, 1), (3, 2)]
+
+
+def test_a_call_with_more_than_one_argument_is_refused_alone(serve):
+    class Backend:
+        @accept_batch
+        def many(self, items):
+            return [item * 2 for item in items]
+
+    handle = serve(Backend, route=None, config={"max_batch_size": 4, "batch_wait_timeout": 0.2}).handle.options(
+        method_name="many"
+    )
+    good, two, named = handle.remote(1), handle.remote(1, 2), handle.remote(1, k=2)
+    assert good.result(20) == 2
+    for bad in (two, named):
+        with pytest.raises(errors.InvalidArgument, match="one argument"):
+            bad.result(20)

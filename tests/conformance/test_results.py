@@ -7,7 +7,6 @@ import datetime
 import decimal
 import uuid
 
-import httpx
 import numpy
 import pydantic
 import pytest
@@ -22,6 +21,8 @@ from starlette.responses import (
     Response,
     StreamingResponse,
 )
+
+from engine import errors
 
 
 @dataclasses.dataclass
@@ -161,127 +162,6 @@ def test_a_file_response_closes_its_file(serve, tmp_path):
     eventually(lambda: served.call(method_name="open_files") == [])
 
 
-def sync_generator(request):
-    yield "one "
-    yield b"two "
-    yield "three"
-
-
-async def async_generator(request):
-    for part in ("one ", b"two ", "three"):
-        yield part
-
-
-def sync_streaming_response(request):
-    return StreamingResponse(sync_generator(request), status_code=202, media_type="text/x-stream")
-
-
-async def async_streaming_response(request):
-    return StreamingResponse(async_generator(request), status_code=202, media_type="text/x-stream")
-
-
-@pytest.mark.parametrize("backend", [sync_generator, async_generator])
-def test_generators_stream(serve, backend):
-    response = serve(backend).http()
-    assert (response.status_code, response.text) == (200, "one two three")
-    assert response.headers["content-type"].startswith("text/plain")
-
-
-@pytest.mark.parametrize("backend", [sync_streaming_response, async_streaming_response])
-def test_streaming_responses(serve, backend):
-    response = serve(backend).http()
-    assert (response.status_code, response.text) == (202, "one two three")
-    assert response.headers["content-type"].startswith("text/x-stream")
-
-
-@pytest.mark.parametrize("kind", ["sync", "async", "response"])
-def test_a_stream_is_not_collected_first(serve, client, gate, kind):
-    """The first part reaches the client while the backend holds the second one back."""
-
-    def sync_stream(request):
-        yield "first"
-        gate.pass_through()
-        yield "second"
-
-    async def async_stream(request):
-        yield "first"
-        await gate.apass_through()
-        yield "second"
-
-    def streaming_response(request):
-        return StreamingResponse(sync_stream(request))
-
-    served = serve({"sync": sync_stream, "async": async_stream, "response": streaming_response}[kind])
-    with client.stream("GET", served.url) as response:
-        parts = response.iter_text()
-        assert next(parts) == "first"
-        gate.open()
-        assert "".join(parts) == "second"
-
-
-@pytest.mark.parametrize("kind", ["sync", "async", "response"])
-def test_a_stream_ends_when_its_client_leaves(serve, client, journal, kind):
-    """The backend's generator is closed, its place is free again, and nothing was produced for nobody."""
-
-    def sync_stream(request):
-        try:
-            while True:
-                yield b"x" * 65536
-        finally:
-            journal.add("closed")
-
-    async def async_stream(request):
-        try:
-            while True:
-                yield b"x" * 65536
-        finally:
-            journal.add("closed")
-
-    async def streaming_response(request):
-        return StreamingResponse(async_stream(request))
-
-    backend = {"sync": sync_stream, "async": async_stream, "response": streaming_response}[kind]
-    served = serve(backend, config={"max_concurrent_queries": 1})
-    for number in range(2):
-        with client.stream("GET", served.url) as response:
-            assert len(next(response.iter_bytes())) > 0
-        eventually(lambda number=number: journal.lines() == ["closed"] * (number + 1))
-
-
-def test_a_slow_client_holds_the_stream_back(serve, client, journal):
-    """What nobody reads is not produced: memory stays bounded by the credit and the sockets' buffers."""
-
-    def backend(request):
-        for _ in range(2000):
-            journal.add("made")
-            yield b"x" * 65536
-
-    with client.stream("GET", serve(backend).url) as response:
-        next(response.iter_bytes())
-        with pytest.raises(AssertionError):
-            eventually(lambda: len(journal.lines()) >= 1000, timeout_s=0.5)
-
-
-def test_a_long_stream_arrives_whole_and_in_order(serve):
-    def numbers(request):
-        for number in range(2000):
-            yield f"{number}\n"
-
-    assert serve(numbers).http().text.split() == [str(number) for number in range(2000)]
-
-
-def test_a_stream_that_breaks_off_is_not_taken_for_complete(serve):
-    def backend(request):
-        yield "first"
-        raise ValueError("in the middle")
-
-    served = serve(backend)
-    with pytest.raises(httpx.RemoteProtocolError):
-        served.http()
-    with pytest.raises(httpx.RemoteProtocolError):
-        served.http()
-
-
 def test_head_has_no_body(serve):
     served = serve(lambda request: "text", methods=["GET"])
     response = served.http("HEAD")
@@ -302,3 +182,46 @@ def test_a_result_that_is_no_json_fails_alone(serve):
 
 def test_decimal_does_not_lose_digits(serve):
     assert "0.10000000000000000001" in serve(lambda request: decimal.Decimal("0.10000000000000000001")).http().text
+
+
+def test_a_callback_that_raises_harms_nobody_else(serve, engine, gate):
+    """It runs in the thread that brings everybody's answers."""
+
+    def backend(request):
+        gate.pass_through()
+        return "ok"
+
+    handle = serve(backend, route=None).handle
+    ref = handle.remote()
+    ref.add_done_callback(lambda _: 1 / 0)
+    gate.open()
+    assert engine.get(ref, timeout=20) == "ok"
+    assert engine.get([handle.remote() for _ in range(3)], timeout=20) == ["ok"] * 3
+
+
+def test_a_result_that_can_neither_be_pickled_nor_shown(serve):
+    class Odd:
+        def __reduce__(self):
+            raise TypeError("no")
+
+        def __repr__(self):
+            raise ValueError("no")
+
+    class Backend:
+        def __init__(self):
+            self.calls = 0
+
+        def __call__(self, request):
+            self.calls += 1
+            return Odd() if request.data else self.calls
+
+    served = serve(Backend, route=None)
+    with pytest.raises(errors.ResultNotSerializable, match="Odd, whose repr raised ValueError"):
+        served.call(True)
+    assert served.call() == 2, "the replica is the same"
+
+
+def test_a_result_without_a_form_in_json_is_explained_in_the_log(serve, caplog):
+    served = serve(lambda request: {"inner": [object()]})
+    assert served.http().status_code == 500
+    assert eventually(lambda: "has no form in JSON" in caplog.text) is True

@@ -263,3 +263,11 @@ async def test_blocking_calls_work_in_a_running_loop_of_the_main_program(engine,
     assert doubled.call(4) == 8
     assert engine.get(doubled.remote(4)) == 8
     assert doubled.remote(4).result(20) == 8
+
+
+def test_long_timeouts_are_timeouts_like_any_other(serve, engine):
+    served = serve(lambda request: request.data, route=None)
+    month = 31 * 86400.0
+    assert served.call(1, timeout_s=month) == 1
+    assert served.handle.options(timeout_s=month).remote(2).result(float("inf")) == 2
+    assert engine.get([served.handle.remote(3)], timeout=float("inf")) == [3]

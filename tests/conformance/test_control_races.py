@@ -1,0 +1,284 @@
+"""Control calls that meet: with each other, with a shutdown, and with replicas that die or refuse in between."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from harness import Footprint, eventually
+
+from engine import errors
+
+
+def ok(request):
+    return "ok"
+
+
+def outcome(function, *args, **kwargs):
+    """What a call raised, or None."""
+    try:
+        function(*args, **kwargs)
+    except Exception as error:
+        return error
+    return None
+
+
+@pytest.fixture
+def pool():
+    with ThreadPoolExecutor(2) as pool:
+        yield pool
+
+
+@pytest.fixture
+def gated(gate):
+    """A backend whose constructor waits at the gate."""
+
+    class Gated:
+        def __init__(self, fails=False):
+            gate.pass_through()
+            if fails:
+                raise ValueError("not after all")
+
+        def __call__(self, request):
+            return "ok"
+
+    return Gated
+
+
+def test_shutdown_while_a_backend_starts(adapter, gate, gated, pool, leaves_nothing):
+    engine = adapter.engine()
+    creating = pool.submit(outcome, engine.create_backend, "b", gated, config={"num_replicas": 2})
+    gate.wait_for_arrivals(2)
+    engine.shutdown()
+    error = creating.result(10)
+    assert isinstance(error, errors.EngineClosed), error
+    gate.open()
+    pool.shutdown()
+
+
+def test_control_calls_until_the_very_end(adapter, pool):
+    """Whatever a shutdown cuts off says that the engine was shut down."""
+    for _ in range(5):
+        engine = adapter.engine()
+        engine.create_backend("b", ok)
+        stop = threading.Event()
+
+        def control(engine=engine, stop=stop):
+            while not stop.is_set():
+                try:
+                    engine.list_backends()
+                    engine.create_endpoint("e", backend="b")
+                    engine.delete_endpoint("e")
+                except errors.EngineClosed:
+                    return True
+            return False
+
+        running = pool.submit(control)
+        eventually(lambda engine=engine: engine.statistics())
+        engine.shutdown()
+        assert running.result(10) is True
+        stop.set()
+
+
+def test_shutdown_in_a_signal_handler_during_shutdown(adapter, leaves_nothing):
+    engine = adapter.engine()
+    engine.create_backend("b", ok)
+    stop = engine._runner.stop
+
+    def interrupted(grace_s):
+        signal.raise_signal(signal.SIGUSR1)
+        stop(grace_s)
+
+    engine._runner.stop = interrupted
+    before = signal.signal(signal.SIGUSR1, lambda *_: engine.shutdown())
+    try:
+        engine.shutdown()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_a_loop_that_ended_with_calls_pending_harms_nobody(adapter, gate, leaves_nothing):
+    def held(request):
+        gate.pass_through()
+
+    engine = adapter.engine()
+    engine.create_backend("b", held)
+    engine.create_endpoint("b", backend="b")
+    handle = engine.get_handle("b", sync=False)
+    loop = asyncio.new_event_loop()
+
+    async def leave():
+        call = asyncio.ensure_future(handle.call())
+        await asyncio.to_thread(gate.wait_for_arrivals, 1)
+        return call
+
+    call = loop.run_until_complete(leave())
+    loop.run_until_complete(loop.shutdown_default_executor())
+    loop.close()
+    gate.open()
+    engine.create_backend("c", ok)
+    engine.shutdown()
+    call._log_destroy_pending = False
+
+
+def test_a_loop_that_does_not_run_is_hung_up_on(adapter):
+    loop = asyncio.new_event_loop()
+    before = Footprint.now()
+    engine = adapter.engine()
+    engine.create_backend("b", ok)
+    engine.create_endpoint("b", backend="b")
+    handle = engine.get_handle("b", sync=False)
+    assert loop.run_until_complete(handle.call()) == "ok"
+    engine.shutdown()
+    before.check_unchanged()
+    with pytest.raises(errors.EngineClosed):
+        loop.run_until_complete(handle.call())
+    loop.close()
+
+
+def test_no_endpoint_on_a_backend_that_does_not_exist_yet(engine, serve, gate, gated, pool):
+    served = serve(ok, route=None)
+    creating = pool.submit(outcome, engine.create_backend, "late", gated, True)
+    gate.wait_for_arrivals(1)
+    for attempt in (
+        lambda: engine.create_endpoint("early", backend="late"),
+        lambda: engine.set_traffic(served.name, {"late": 1.0}),
+        lambda: engine.shadow_traffic(served.name, "late", 1.0),
+        lambda: engine.delete_backend("late"),
+    ):
+        with pytest.raises(errors.InvalidArgument, match="there is no backend 'late'"):
+            attempt()
+    gate.open()
+    assert isinstance(creating.result(20), ValueError)
+    assert "early" not in engine.list_endpoints()
+    assert serve(ok).call() == "ok"
+
+
+def test_no_traffic_to_a_backend_that_is_being_deleted(engine, serve, gate, pool):
+    """Nor can it be configured: both would bring back what nobody owns any more."""
+
+    class Slow:
+        def reconfigure(self, config):
+            gate.pass_through()
+
+        def __call__(self, request):
+            return "ok"
+
+    served = serve(ok, route=None)
+    engine.create_backend("leaving", Slow)
+    configuring = pool.submit(outcome, engine.update_backend_config, "leaving", {"user_config": 1})
+    gate.wait_for_arrivals(1)
+    deleting = pool.submit(outcome, engine.delete_backend, "leaving")
+    eventually(lambda: isinstance(outcome(engine.get_backend_config, "leaving"), errors.InvalidArgument))
+    with pytest.raises(errors.InvalidArgument, match="there is no backend 'leaving'"):
+        engine.set_traffic(served.name, {"leaving": 1.0})
+    gate.open()
+    assert configuring.result(20) is None
+    assert deleting.result(20) is None
+    assert served.call() == "ok"
+
+
+def test_configuring_waits_behind_a_deletion_in_vain(engine, gate, pool):
+    class Held:
+        def __call__(self, request):
+            gate.pass_through()
+
+    engine.create_backend("leaving", Held)
+    engine.create_endpoint("held", backend="leaving")
+    ref = engine.get_handle("held").remote()
+    gate.wait_for_arrivals(1)
+    engine.delete_endpoint("held")
+    deleting = pool.submit(outcome, engine.delete_backend, "leaving")
+    eventually(lambda: "leaving" not in engine.list_backends())
+    assert isinstance(outcome(engine.update_backend_config, "leaving", {"num_replicas": 2}), errors.InvalidArgument)
+    gate.open()
+    assert deleting.result(20) is None
+    engine.get(ref, timeout=20)
+    assert not [name for name in engine.statistics()["backends"] if name == "leaving"]
+
+
+def test_a_failed_reconfigure_waits_for_the_others(engine, serve, journal, gate, tmp_path):
+    """The next operation begins when every replica has answered, not when the first one has failed."""
+
+    class Configured:
+        def reconfigure(self, config):
+            try:
+                (tmp_path / "taken").mkdir()
+            except FileExistsError:
+                gate.pass_through()
+                journal.add("configured")
+            else:
+                gate.wait_for_arrivals(1)
+                raise ValueError("refused")
+
+        def __call__(self, request):
+            return "ok"
+
+    served = serve(Configured, config={"num_replicas": 2}, route=None)
+    threading.Timer(0.3, gate.open).start()
+    with pytest.raises(ValueError, match="refused"):
+        engine.update_backend_config(served.tag, {"user_config": 1})
+    assert journal.lines() == ["configured"]
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_a_reconfigure_that_gives_up_is_heard(engine, serve, kind):
+    """What is no `Exception` is an answer, too: nobody waits for ever."""
+
+    class Sync:
+        def reconfigure(self, config):
+            raise asyncio.CancelledError
+
+        def __call__(self, request):
+            return "ok"
+
+    class Async(Sync):
+        async def __call__(self, request):
+            return "ok"
+
+    served = serve({"sync": Sync, "async": Async}[kind], route=None)
+    with pytest.raises(errors.RemoteError, match="CancelledError"):
+        engine.update_backend_config(served.tag, {"user_config": 1})
+    assert served.call() == "ok"
+
+
+def test_a_config_that_cannot_be_compared(engine, serve):
+    """Arrays do not say in one word whether they are equal."""
+
+    class Array:
+        def __eq__(self, other):
+            raise ValueError("the truth value is ambiguous")
+
+        __hash__ = None
+
+    class Configured:
+        def reconfigure(self, config):
+            self.config = config
+
+        def __call__(self, request):
+            return type(self.config).__name__
+
+    served = serve(Configured, config={"user_config": 1}, route=None)
+    for _ in range(2):
+        engine.update_backend_config(served.tag, {"user_config": Array()})
+        assert served.call() == "Array"
+
+
+def test_limits_rule_although_scaling_failed(engine, serve, journal):
+    class Once:
+        def __init__(self):
+            journal.add("made")
+            if len(journal.lines()) > 1:
+                raise ValueError("one is enough")
+
+        def __call__(self, request):
+            return "ok"
+
+    served = serve(Once, route=None)
+    with pytest.raises(ValueError, match="one is enough"):
+        engine.update_backend_config(served.tag, {"num_replicas": 2, "max_queued_requests": 7})
+    assert engine.get_backend_config(served.tag).max_queued_requests == 7
+    assert engine._client.snapshot.backends[served.tag].max_queued_requests == 7

@@ -1,0 +1,533 @@
+"""A replica of plain callables, with its host and its callers replaced by the test."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from fakes import FakeChannel, FakeHost, http_call, outcome, python_call
+
+from engine import accept_batch
+from engine import replica as replica_module
+from engine.adapter import ChannelClosed
+from engine.blocking_replica import BlockingReplica
+from engine.config import BackendConfig
+from engine.control import Drain, Ping, Pong, Reconfigure, Reconfigured
+from engine.errors import (
+    BackendError,
+    DeadlineExceeded,
+    InvalidArgument,
+    MethodNotFound,
+    NotSerializable,
+    ResultNotSerializable,
+)
+from engine.messages import INITIAL_CREDIT, Cancel, Credit, End, Failure, FailureKind, Item, Reply
+from engine.serialization import dumps, unpack_exception
+from engine.user_callable import UserCallable
+
+PAST = -1.0
+
+
+class World:
+    """A replica, its host, one caller and the controller."""
+
+    def __init__(self, target: Any, *init_args: Any, **options: Any) -> None:
+        self.told: list[Any] = []
+        self.host = FakeHost()
+        self.host.channels = 1
+        user = UserCallable("b", target, init_args, {})
+        self.replica = BlockingReplica("b", user, BackendConfig(**options), self.told.append, debug=False)
+        self.replica.attach(self.host)
+        self.caller = FakeChannel("caller", self.replica)
+
+    def run(self) -> None:
+        """Let the replica work until there is nothing to do."""
+        while self.replica.run_next() == 0.0:
+            pass
+
+    def ask(self, *messages: Any) -> list[Any]:
+        """Send messages, let the replica work, and return what it answers."""
+        before = len(self.caller.sent)
+        for message in messages:
+            self.caller.answer(message)
+        self.run()
+        return self.caller.sent[before:]
+
+
+def double(request: Any) -> Any:
+    return 2 * request.data
+
+
+@pytest.fixture
+def worlds() -> Iterator[Any]:
+    made: list[World] = []
+
+    def make(*args: Any, **options: Any) -> World:
+        made.append(World(*args, **options))
+        return made[-1]
+
+    yield make
+    for world in made:
+        world.replica.close()
+
+
+# -- calls -----------------------------------------------------------------------------------------------------------
+
+
+def test_calls_are_answered_in_order(worlds: Any) -> None:
+    world = worlds(double)
+    answers = world.ask(*[python_call(number, number) for number in range(3)])
+    assert [(answer.id, outcome(answer), answer.load) for answer in answers] == [(0, 0, 2), (1, 2, 1), (2, 4, 0)]
+    assert world.host.steps == ["out", "in"] * 3
+    assert repr(world.replica) == "<BlockingReplica b open held=0/8>"
+    assert world.replica.run_next() is None
+
+
+class Methods:
+    def __init__(self, base: int = 0) -> None:
+        self.base = base
+
+    def add(self, first: int, second: int = 0) -> int:
+        return self.base + first + second
+
+    async def later(self) -> str:
+        return "later"
+
+    def fails(self) -> None:
+        raise LookupError("no luck")
+
+    def leaves(self) -> None:
+        raise SystemExit(3)
+
+    def unpicklable(self) -> Any:
+        return iter([1]), (value for value in "x")
+
+
+def test_methods_take_arguments_as_they_were_given(worlds: Any) -> None:
+    world = worlds(Methods, 100)
+    (answer,) = world.ask(python_call(1, 20, second=3, method="add"))
+    assert outcome(answer) == 123
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "error"),
+    [
+        ("fails", FailureKind.USER, LookupError),
+        ("nothing", FailureKind.ENGINE, MethodNotFound),
+        ("_private", FailureKind.ENGINE, MethodNotFound),
+        ("unpicklable", FailureKind.ENGINE, ResultNotSerializable),
+    ],
+)
+def test_a_call_that_fails_gives_its_slot_back(worlds: Any, method: str, kind: int, error: type[Exception]) -> None:
+    world = worlds(Methods, max_concurrent_queries=1)
+    for number in range(3):
+        (answer,) = world.ask(python_call(number, method=method))
+        assert (answer.id, answer.load, answer.kind) == (number, 0, kind)
+        assert isinstance(outcome(answer), error)
+
+
+def test_a_call_that_would_leave_the_process_only_fails(worlds: Any) -> None:
+    world = worlds(Methods)
+    (answer,) = world.ask(python_call(1, method="leaves"))
+    assert isinstance(answer, Failure)
+    assert outcome(world.ask(python_call(2, 1, method="add"))[0]) == 1
+
+
+def test_an_argument_that_cannot_be_rebuilt(worlds: Any) -> None:
+    world = worlds(double)
+    (answer,) = world.ask(python_call(1)._replace(payload=b"garbage"))
+    assert isinstance(outcome(answer), NotSerializable)
+    assert "the argument cannot be rebuilt in the replica" in str(outcome(answer))
+
+
+def test_a_stray_coroutine_is_awaited(worlds: Any) -> None:
+    def returns_a_coroutine(request: Any) -> Any:
+        return Methods().later()
+
+    world = worlds(returns_a_coroutine)
+    assert [outcome(answer) for answer in world.ask(python_call(1), python_call(2))] == ["later", "later"]
+
+
+# -- slots -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_replica_refuses(worlds: Any) -> None:
+    world = worlds(double, max_concurrent_queries=2)
+    for number in range(3):
+        world.caller.answer(python_call(number, number))
+    assert world.caller.sent == [Failure(2, 2, FailureKind.REFUSED, b"", b"")]
+    world.run()
+    assert [answer.id for answer in world.caller.sent[1:]] == [0, 1]
+    assert outcome(world.ask(python_call(3, 3))[0]) == 6
+
+
+def test_calls_of_different_callers_may_have_the_same_number(worlds: Any) -> None:
+    world = worlds(double)
+    other = FakeChannel("other", world.replica)
+    world.caller.answer(python_call(1, 10))
+    other.answer(python_call(1, 20))
+    other.answer(Cancel(1))
+    world.run()
+    assert outcome(world.caller.sent[0]) == 20
+    assert isinstance(outcome(other.sent[0]), DeadlineExceeded)
+
+
+def test_the_load_is_told_on_request(worlds: Any) -> None:
+    world = worlds(double)
+    world.caller.answer(python_call(1, 1))
+    world.replica.control(Ping(7))
+    assert world.told == [Pong(7, 1)]
+    world.run()
+
+
+# -- giving up -------------------------------------------------------------------------------------------------------
+
+
+def counting(calls: list[Any]) -> Any:
+    def function(request: Any) -> Any:
+        calls.append(request.data)
+        return request.data
+
+    return function
+
+
+@pytest.mark.parametrize("how", ["cancelled", "expired", "lost"])
+def test_a_call_that_nobody_waits_for_is_answered_without_being_run(worlds: Any, how: str) -> None:
+    calls: list[Any] = []
+    world = worlds(counting(calls))
+    world.caller.answer(python_call(1, "a", deadline=time.monotonic() + PAST if how == "expired" else None))
+    if how == "cancelled":
+        world.caller.answer(Cancel(1))
+    elif how == "lost":
+        world.caller.break_off()
+    world.run()
+    assert calls == []
+    assert repr(world.replica).endswith("held=0/8>")
+    if how == "lost":
+        assert world.caller.sent == []
+    else:
+        (answer,) = world.caller.sent
+        assert isinstance(outcome(answer), DeadlineExceeded)
+
+
+def test_cancelling_what_is_not_there_does_nothing(worlds: Any) -> None:
+    world = worlds(double)
+    assert world.ask(Cancel(5), Credit(5, 1)) == []
+    (answer,) = world.ask(python_call(1, 1))
+    assert world.ask(Cancel(1)) == []
+    assert outcome(answer) == 2
+
+
+def test_an_answer_that_is_too_large_becomes_a_failure(worlds: Any) -> None:
+    world = worlds(double)
+    world.caller.raises = InvalidArgument("the message is 5 bytes")
+    (answer,) = world.ask(python_call(1, 1))
+    assert answer.kind == FailureKind.ENGINE
+    assert isinstance(outcome(answer), ResultNotSerializable)
+    assert "cannot be sent: the message is 5 bytes" in str(outcome(answer))
+
+
+def test_a_caller_that_is_gone_gets_no_answer(worlds: Any) -> None:
+    world = worlds(double)
+    world.caller.raises = ChannelClosed("gone")
+    assert world.ask(python_call(1, 1)) == []
+    assert repr(world.replica).endswith("held=0/8>")
+
+
+# -- batches ---------------------------------------------------------------------------------------------------------
+
+
+@accept_batch
+def double_all(requests: list[Any]) -> list[Any]:
+    return [(len(requests), 2 * request.data) for request in requests]
+
+
+def test_waiting_calls_come_in_batches(worlds: Any) -> None:
+    world = worlds(double_all, max_batch_size=3, max_concurrent_queries=10)
+    answers = world.ask(*[python_call(number, number) for number in range(7)])
+    assert [outcome(answer) for answer in answers] == [(3, 0), (3, 2), (3, 4), (3, 6), (3, 8), (3, 10), (1, 12)]
+    assert [answer.load for answer in answers] == [6, 5, 4, 3, 2, 1, 0]
+
+
+def test_a_batch_waits_for_more(worlds: Any) -> None:
+    world = worlds(double_all, max_batch_size=2, batch_wait_timeout=1000.0)
+    world.caller.answer(python_call(1, 1))
+    wait = world.replica.run_next()
+    assert wait is not None
+    assert 0 < wait < 1001  # rounding may add a little
+    again = world.replica.run_next()
+    assert again is not None
+    assert again <= wait  # the time runs from the first call on
+    answers = world.ask(python_call(2, 2))
+    assert [outcome(answer) for answer in answers] == [(2, 2), (2, 4)]
+
+
+def test_a_batch_does_not_wait_for_ever(worlds: Any) -> None:
+    world = worlds(double_all, max_batch_size=2, batch_wait_timeout=0.001)
+    world.caller.answer(python_call(1, 1))
+    deadline = time.monotonic() + 20
+    while not world.caller.sent:
+        assert time.monotonic() < deadline
+        world.replica.run_next()
+    assert outcome(world.caller.sent[0]) == (1, 2)
+
+
+def test_a_draining_replica_waits_for_no_batch(worlds: Any) -> None:
+    world = worlds(double_all, max_batch_size=2, batch_wait_timeout=1000.0)
+    world.caller.answer(python_call(1, 1))
+    world.replica.control(Drain(5.0))
+    assert world.replica.run_next() == 0.0
+    assert outcome(world.caller.sent[0]) == (1, 2)
+
+
+def test_calls_given_up_do_not_come_with_the_batch(worlds: Any) -> None:
+    world = worlds(double_all, max_batch_size=5, max_concurrent_queries=10)
+    late = time.monotonic() + PAST
+    answers = world.ask(
+        python_call(1, 1), python_call(2, 2), python_call(3, 3, deadline=late), python_call(4, 4), Cancel(2)
+    )
+    assert {answer.id for answer in answers if isinstance(answer, Failure)} == {2, 3}
+    assert [outcome(answer) for answer in answers if isinstance(answer, Reply)] == [(2, 2), (2, 8)]
+
+
+class Mixed:
+    @accept_batch
+    def many(self, requests: list[Any]) -> list[Any]:
+        return [len(requests)] * len(requests)
+
+    def one(self, value: Any) -> Any:
+        return value
+
+
+def test_only_calls_of_one_method_share_a_batch(worlds: Any) -> None:
+    world = worlds(Mixed, max_batch_size=5, max_concurrent_queries=10)
+    answers = world.ask(python_call(1, method="many"), python_call(2, "x", method="one"), python_call(3, method="many"))
+    assert {answer.id: outcome(answer) for answer in answers} == {1: 2, 2: "x", 3: 2}
+
+
+def test_a_batch_of_calls_that_were_all_given_up_is_not_run(worlds: Any) -> None:
+    calls: list[int] = []
+
+    @accept_batch
+    def function(requests: list[Any]) -> list[Any]:
+        calls.append(len(requests))
+        return requests
+
+    world = worlds(function, max_batch_size=2)
+    world.ask(python_call(1), Cancel(1), python_call(2), Cancel(2))
+    assert calls == []
+    assert len(world.caller.sent) == 2
+
+
+@pytest.mark.parametrize(
+    ("result", "said"), [([1], "returned 1 results"), ([1, 2, 3], "returned 3 results"), ("xy", "returned a str")]
+)
+def test_a_batch_must_return_as_many(worlds: Any, result: Any, said: str) -> None:
+    world = worlds(accept_batch(lambda requests: result), max_batch_size=2)
+    answers = world.ask(python_call(1), python_call(2))
+    assert len(answers) == 2
+    for answer in answers:
+        assert isinstance(outcome(answer), BackendError)
+        assert said in str(outcome(answer))
+        assert "got 2 requests" in str(outcome(answer))
+
+
+def test_a_batch_that_fails_fails_for_all(worlds: Any) -> None:
+    def function(requests: list[Any]) -> Any:
+        raise LookupError("no luck")
+
+    world = worlds(accept_batch(function), max_batch_size=2)
+    answers = world.ask(python_call(1), python_call(2))
+    assert [type(outcome(answer)) for answer in answers] == [LookupError, LookupError]
+
+
+# -- streams over HTTP -----------------------------------------------------------------------------------------------
+
+
+class Streaming:
+    def __init__(self, events: list[str]) -> None:
+        self.events = events
+
+    def count(self, request: Any) -> Any:
+        try:
+            for number in range(INITIAL_CREDIT + 4):
+                yield f"{number}\n"
+        finally:
+            self.events.append("closed")
+
+    def breaks(self, request: Any) -> Any:
+        yield "first"
+        raise LookupError("in the middle")
+
+    def breaks_at_once(self, request: Any) -> Any:
+        raise LookupError("before anything was sent")
+        yield "never"
+
+
+def test_a_stream_goes_on_as_far_as_there_is_credit(worlds: Any) -> None:
+    events: list[str] = []
+    world = worlds(Streaming, events)
+    seen: list[int] = []
+
+    def give_credit() -> None:
+        seen.append(len(world.caller.sent))
+        world.caller.answer(Credit(1, 3))
+
+    def give_more() -> None:
+        seen.append(len(world.caller.sent))
+        world.caller.answer(Credit(1, 10))
+
+    world.host.script = [lambda: None] * (INITIAL_CREDIT + 1) + [give_credit] + [lambda: None] * 3 + [give_more]
+    answers = world.ask(http_call(1, method="count"))
+    assert seen == [INITIAL_CREDIT, INITIAL_CREDIT + 3]
+    assert [answer.payload for answer in answers[:-1]] == [b"%d\n" % number for number in range(INITIAL_CREDIT + 4)]
+    assert answers[-1] == End(1, 0, False)
+    assert events == ["closed"]
+
+
+def test_a_stream_that_nobody_reads_is_closed(worlds: Any) -> None:
+    events: list[str] = []
+    world = worlds(Streaming, events)
+    world.host.script = [lambda: None] * (INITIAL_CREDIT + 1) + [lambda: world.caller.answer(Cancel(1))]
+    answers = world.ask(http_call(1, method="count"))
+    assert [type(answer) for answer in answers] == [Item] * INITIAL_CREDIT + [End]
+    assert answers[-1] == End(1, 0, True)
+    assert events == ["closed"]
+
+
+def test_a_stream_that_breaks_in_the_middle_says_so(worlds: Any, caplog: pytest.LogCaptureFixture) -> None:
+    world = worlds(Streaming, [])
+    answers = world.ask(http_call(1, method="breaks"))
+    assert [type(answer) for answer in answers] == [Item, End]
+    assert answers[-1].failed
+    assert "'b'.breaks failed in the middle of its stream, request request-1" in caplog.text
+
+
+def test_a_stream_that_breaks_at_once_is_a_failure(worlds: Any, caplog: pytest.LogCaptureFixture) -> None:
+    world = worlds(Streaming, [])
+    (answer,) = world.ask(http_call(1, method="breaks_at_once"))
+    assert isinstance(answer, Failure)
+    assert b"500" in answer.head
+    assert "before anything was sent" in caplog.text
+
+
+def test_a_whole_answer_over_http(worlds: Any) -> None:
+    world = worlds(lambda request: {"path": request.url.path})
+    (answer,) = world.ask(http_call(1))
+    assert isinstance(answer, Reply)
+    assert answer.payload == b'{"path":"/"}'
+    assert answer.head.startswith(b"[200,")
+
+
+# -- reconfiguring ---------------------------------------------------------------------------------------------------
+
+
+class Configured:
+    def __init__(self) -> None:
+        self.config: Any = None
+
+    def reconfigure(self, user_config: Any) -> None:
+        if user_config == "bad":
+            raise ValueError("no such model")
+        self.config = user_config
+
+    def __call__(self, request: Any) -> Any:
+        return self.config
+
+
+def reconfigure(token: int, *, changed: bool = True, **options: Any) -> Reconfigure:
+    return Reconfigure(token, dumps(BackendConfig(**options), "config"), changed)
+
+
+def test_a_configuration_is_taken_between_two_calls(worlds: Any) -> None:
+    world = worlds(Configured)
+    world.replica.control(reconfigure(1, user_config="new", max_concurrent_queries=3))
+    assert world.told == []  # it is not this thread that runs user code
+    assert world.host.wakes == 1
+    (answer,) = world.ask(python_call(1))
+    assert outcome(answer) == "new"
+    assert world.told == [Reconfigured(1, None)]
+    assert repr(world.replica) == "<BlockingReplica b open held=0/3>"
+
+
+def test_a_configuration_that_fails_changes_nothing(worlds: Any) -> None:
+    world = worlds(Configured)
+    world.replica.control(reconfigure(1, user_config="bad", max_concurrent_queries=3))
+    world.run()
+    (told,) = world.told
+    assert told.token == 1
+    assert isinstance(unpack_exception(told.error), ValueError)
+    assert repr(world.replica) == "<BlockingReplica b open held=0/8>"
+
+
+def test_user_code_is_only_asked_when_its_configuration_changed(worlds: Any) -> None:
+    world = worlds(double)  # has no reconfigure
+    world.replica.control(reconfigure(1, changed=False, max_concurrent_queries=3))
+    world.replica.control(reconfigure(2, changed=True, user_config=1))
+    world.run()
+    assert world.told[0] == Reconfigured(1, None)
+    assert isinstance(unpack_exception(world.told[1].error), MethodNotFound)
+    assert repr(world.replica) == "<BlockingReplica b open held=0/3>"
+
+
+# -- leaving ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_draining_replica_finishes_what_it_holds_and_takes_no_more(worlds: Any) -> None:
+    world = worlds(double)
+    world.caller.answer(python_call(1, 1))
+    world.replica.control(Drain(5.0))
+    assert "draining" in repr(world.replica)
+    assert not world.replica.finished()
+    world.caller.answer(python_call(2, 2))
+    assert world.caller.sent == [Failure(2, 1, FailureKind.DRAINING, b"", b"")]
+    assert world.replica.run_next() == 0.0
+    assert outcome(world.caller.sent[1]) == 2
+    assert not world.replica.finished()  # a caller is still connected, and may have sent more
+    wait = world.replica.run_next()
+    assert wait is not None
+    assert 0 < wait < replica_module.FAREWELL_S + 0.001
+    world.host.channels = 0
+    world.caller.break_off()
+    assert world.host.wakes == 2  # for the drain, and for the caller that hung up
+    assert world.replica.finished()
+
+
+def test_an_idle_replica_that_nobody_calls_leaves_at_once(worlds: Any) -> None:
+    world = worlds(double)
+    world.host.channels = 0
+    assert not world.replica.finished()
+    world.replica.control(Drain(5.0))
+    assert world.replica.finished()
+
+
+def test_callers_that_do_not_hang_up_are_not_waited_for_long(worlds: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replica_module, "FAREWELL_S", 0.0)
+    world = worlds(double)
+    world.replica.control(Drain(5.0))
+    assert world.replica.finished()
+
+
+def test_a_configuration_is_answered_before_leaving(worlds: Any) -> None:
+    world = worlds(Configured)
+    world.host.channels = 0
+    world.replica.control(reconfigure(1, user_config="new"))
+    world.replica.control(Drain(5.0))
+    assert not world.replica.finished()
+    world.replica.run_next()
+    assert world.told == [Reconfigured(1, None)]
+    assert world.replica.finished()
+
+
+def test_what_is_said_before_it_has_a_host_is_kept() -> None:
+    told: list[Any] = []
+    user = UserCallable("b", Configured, (), {})
+    replica = BlockingReplica("b", user, BackendConfig(), told.append, debug=False)
+    replica.control(reconfigure(1, user_config="new"))
+    replica.control("nonsense")
+    replica.attach(FakeHost())
+    replica.run_next()
+    assert told == [Reconfigured(1, None)]
+    replica.close()

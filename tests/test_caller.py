@@ -1,0 +1,803 @@
+"""A caller between its router and its channels: placing, answering, giving up, and losing replicas.
+
+The other side is scripted: nothing is answered, refused or broken unless the test says so.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from fakes import FakeAdapter, FakeChannel, FakeHome, FakeSlot, backend_entry, outgoing, snapshot
+from harness import PATIENCE_S, eventually
+
+from engine.adapter import ChannelClosed
+from engine.caller import Caller
+from engine.errors import (
+    DeadlineExceeded,
+    EndpointNotFound,
+    EngineClosed,
+    InvalidArgument,
+    NoReplica,
+    Overloaded,
+    ReplicaDied,
+)
+from engine.messages import Call, Cancel, Control, Credit, End, Failure, FailureKind, Item, Reply
+from engine.ref import Ref
+from engine.snapshot import BackendEntry, RoutingSnapshot
+
+
+class World:
+    """A caller and everything around it."""
+
+    def __init__(self) -> None:
+        self.adapter = FakeAdapter()
+        self.home = FakeHome()
+        self.ruling = RoutingSnapshot(version=-1)
+        self.caller = Caller(self.adapter, self.home, lambda: self.ruling)
+
+    def show(self, *backends: BackendEntry, apply: bool = True, **options: Any) -> None:
+        """Let a newer snapshot rule."""
+        self.ruling = snapshot(self.ruling.version + 1, *backends, **options)
+        if apply:
+            self.caller.apply(self.ruling)
+
+    def submit(self, name: str = "", *args: Any, **options: Any) -> FakeSlot:
+        slot = FakeSlot(name)
+        self.caller.submit("e", outgoing(name, *args, **options), slot)
+        return slot
+
+    def channel(self, replica: str) -> FakeChannel:
+        return self.adapter.channel(replica)
+
+    def calls(self, replica: str) -> list[Call]:
+        """What was sent to a replica over its newest channel."""
+        return self.channel(replica).of_type(Call)
+
+    def names(self, replica: str) -> list[str]:
+        return [name_of(call) for call in self.calls(replica)]
+
+    def reply(self, replica: str, index: int = -1, *, load: int = 0) -> None:
+        self.channel(replica).answer(Reply(self.calls(replica)[index].id, load, b"", b"result"))
+
+    def refuse(self, replica: str, index: int = -1, kind: int = FailureKind.REFUSED) -> None:
+        self.channel(replica).answer(Failure(self.calls(replica)[index].id, 9, kind, b"", b""))
+
+    def counted(self, tag: str = "b") -> dict[str, int]:
+        numbers: dict[str, int] = self.caller.statistics()["backends"][tag]
+        return numbers
+
+
+def name_of(call: Call) -> str:
+    import pickle
+
+    return str(pickle.loads(call.payload)[0][0])
+
+
+IDLE = {"queued": 0, "in_flight": 0, "dropped_copies": 0}
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    world = World()
+    world.show(backend_entry("b", ["r1"]))
+    yield world
+    world.caller.close()
+
+
+@pytest.fixture
+def two(world: World) -> World:
+    """Two replicas, and a call that holds "r1" or "r2" goes where there is room."""
+    world.show(backend_entry("b", ["r1", "r2"]))
+    return world
+
+
+# -- the plain way ---------------------------------------------------------------------------------------------------
+
+
+def test_a_call_and_its_answer(world: World) -> None:
+    slot = world.submit("a")
+    (call,) = world.calls("r1")
+    assert (call.method, call.deadline, call.request_id, call.head) == ("__call__", None, "", b"")
+    assert world.counted() == {**IDLE, "in_flight": 1}
+    assert world.channel("r1").watched
+    world.reply("r1")
+    assert slot.heard == [Reply(call.id, 0, b"", b"result")]
+    assert world.counted() == IDLE
+    assert world.caller.statistics()["endpoints"] == {"e": {"calls": 1}}
+    assert len(world.adapter.channels) == 1
+    world.submit("b")
+    assert len(world.adapter.channels) == 1
+
+
+def test_a_failure_of_user_code_is_an_answer(world: World) -> None:
+    slot = world.submit("a")
+    (call,) = world.calls("r1")
+    failure = Failure(call.id, 0, FailureKind.USER, b"", b"packed")
+    world.channel("r1").answer(failure)
+    assert slot.heard == [failure]
+    assert world.counted() == IDLE
+
+
+def test_a_stream_ends_with_its_end(world: World) -> None:
+    slot = world.submit("a")
+    (call,) = world.calls("r1")
+    answers: list[Any] = [Item(call.id, b"head", b"1"), Item(call.id, b"", b"2"), End(call.id, 0, False)]
+    for answer in answers:
+        assert world.counted()["in_flight"] == 1
+        world.channel("r1").answer(answer)
+    assert slot.heard == answers
+    assert world.counted() == IDLE
+    world.channel("r1").answer(Item(call.id, b"", b"3"))
+    assert slot.heard == answers
+
+
+def test_a_thread_that_drives_need_not_be_watched_over(world: World) -> None:
+    class Driving(FakeSlot):
+        drives = True
+
+    world.caller.submit("e", outgoing("a"), Driving())
+    assert not world.channel("r1").watched
+    world.show(backend_entry("b", ["r1"], limit=1))
+    queued = Driving()
+    world.caller.submit("e", outgoing("b"), queued)
+    world.reply("r1")
+    assert world.names("r1") == ["a", "b"]
+    assert world.channel("r1").watched  # it waited in the queue, so nobody drives that channel for it
+
+
+def test_a_caller_knows_where_it_lives(world: World) -> None:
+    loop = World()
+    loop.home.on_loop = True
+    loop.show(backend_entry("b", ["r1"]))
+    loop.submit()
+    world.submit()
+    assert (loop.channel("r1").on_loop, world.channel("r1").on_loop) == (True, False)
+    assert repr(loop.caller).startswith("<Caller loop pending=1 <Router version=0 ")
+    assert repr(world.caller).startswith("<Caller threads pending=1 ")
+
+
+def test_the_newest_snapshot_rules_even_before_it_was_applied(world: World) -> None:
+    world.show(backend_entry("c", ["r2"]), apply=False)
+    world.submit("a")
+    assert world.names("r2") == ["a"]
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_what_cannot_be_routed_fails(world: World, number: int) -> None:
+    entry, error = [
+        (None, EndpointNotFound),
+        (backend_entry("b", [], expecting=False), NoReplica),
+        (backend_entry("b", [], max_queued=0), Overloaded),
+    ][number]
+    world.show(*[entry] if entry else [])  # type: ignore[list-item]
+    slot = world.submit("a")
+    assert isinstance(slot.error, error)
+    assert slot.settled == 1
+
+
+def test_what_a_channel_does_not_carry_is_passed_over(world: World) -> None:
+    slot = world.submit("a")
+    channel = world.channel("r1")
+    for message in (Control("x"), Cancel(1), Credit(1, 1), Reply(999, 0, b"", b""), Item(999, b"", b"")):
+        channel.answer(message)
+    assert not slot.settled
+    assert world.counted()["in_flight"] == 1
+    world.reply("r1")
+    world.reply("r1")  # a second answer is nobody's
+    assert slot.settled == 1
+    assert world.counted() == IDLE
+
+
+# -- the queue -------------------------------------------------------------------------------------------------------
+
+
+def test_calls_wait_until_there_is_room(world: World) -> None:
+    slots = [world.submit(name) for name in "abc"]
+    assert world.names("r1") == ["a"]
+    assert world.counted() == {**IDLE, "queued": 2, "in_flight": 1}
+    world.reply("r1")
+    assert world.names("r1") == ["a", "b"]
+    world.reply("r1")
+    world.reply("r1")
+    assert world.names("r1") == ["a", "b", "c"]
+    assert all(slot.settled == 1 for slot in slots)
+    assert world.counted() == IDLE
+
+
+def test_a_refused_call_keeps_its_place(world: World) -> None:
+    slots = [world.submit(name) for name in "abc"]
+    world.refuse("r1")
+    assert world.counted() == {**IDLE, "queued": 3}
+    assert len(world.home.timers) == 1
+    eventually(lambda: world.home.fire() or len(world.calls("r1")) == 2)
+    for _ in range(3):
+        world.reply("r1")
+    assert world.names("r1") == ["a", "a", "b", "c"]
+    assert [slot.settled for slot in slots] == [1, 1, 1]
+    assert world.counted() == IDLE
+
+
+def test_a_refused_call_goes_to_another_replica_at_once(two: World) -> None:
+    slot = two.submit("a")
+    first = "r1" if two.adapter.channels[0].address == "fake:r1" else "r2"
+    other = "r2" if first == "r1" else "r1"
+    two.refuse(first)
+    assert two.names(other) == ["a"]
+    two.reply(other)
+    assert slot.settled == 1
+    assert two.counted() == IDLE
+
+
+@pytest.mark.parametrize("kind", [FailureKind.REFUSED, FailureKind.DRAINING])
+def test_a_call_that_is_refused_while_the_queue_is_full_is_one_too_many(world: World, kind: int) -> None:
+    world.show(backend_entry("b", ["r1"], max_queued=1))
+    first, second = world.submit("a"), world.submit("b")
+    world.refuse("r1", kind=kind)
+    assert isinstance(first.error, Overloaded)
+    assert world.counted() == {**IDLE, "queued": 1}
+    eventually(lambda: world.home.fire() or len(world.calls("r1")) == 2)
+    world.reply("r1")
+    assert second.settled == 1
+
+
+def test_a_draining_replica_passes_its_calls_on(two: World) -> None:
+    slots = [two.submit(name) for name in "ab"]
+    (moved,) = two.names("r1")
+    two.refuse("r1", kind=FailureKind.DRAINING)
+    two.show(backend_entry("b", ["r2"]))  # the controller took it out
+    two.reply("r2")
+    assert two.names("r2")[1:] == [moved]
+    two.reply("r2")
+    assert [slot.settled for slot in slots] == [1, 1]
+    assert two.counted() == IDLE
+
+
+def test_the_retry_timer_is_set_once(world: World) -> None:
+    world.submit("a")
+    world.refuse("r1")
+    for _ in range(5):
+        world.submit("x")
+    assert len(world.home.timers) == 1
+
+
+def test_the_word_on_the_load_makes_the_other_replica_the_better_one(world: World) -> None:
+    world.show(backend_entry("b", ["r1", "r2"], limit=100))
+    world.submit("a")
+    busy = world.adapter.channels[0].address.removeprefix("fake:")
+    world.reply(busy, load=50)
+    world.submit("b")
+    assert world.adapter.channels[-1].address != f"fake:{busy}"
+
+
+# -- replicas that die -----------------------------------------------------------------------------------------------
+
+
+def test_calls_die_with_their_replica(two: World) -> None:
+    slots = {name: two.submit(name) for name in "abc"}
+    on_r1, on_r2 = two.names("r1")[0], two.names("r2")[0]
+    two.channel("r1").break_off("was killed by SIGKILL")
+    assert isinstance(slots[on_r1].error, ReplicaDied)
+    text = str(slots[on_r1].error)
+    assert "replica r1 died while it held this call (was killed by SIGKILL)" in text
+    assert "the call may have run" in text
+    assert not slots[on_r2].settled
+    assert two.counted() == {**IDLE, "queued": 1, "in_flight": 1}
+    two.reply("r2")
+    assert two.names("r2")[1:] == ["c"]
+    two.reply("r2")
+    assert [slot.settled for slot in slots.values()] == [1, 1, 1]
+    assert two.counted() == IDLE
+
+
+def test_a_channel_is_lost_once(world: World) -> None:
+    slot = world.submit("a")
+    channel = world.channel("r1")
+    channel.break_off()
+    channel.break_off()
+    assert slot.settled == 1
+    assert world.counted() == IDLE
+
+
+def test_a_replica_that_answers_again_gets_a_new_channel(world: World) -> None:
+    world.submit("a")
+    world.channel("r1").break_off()
+    slot = world.submit("b")
+    assert not slot.settled
+    eventually(lambda: world.home.fire() or len(world.adapter.channels) == 2)
+    assert world.names("r1") == ["b"]
+    world.reply("r1")
+    assert slot.settled == 1
+    assert world.counted() == IDLE
+
+
+def test_a_call_that_was_never_sent_goes_elsewhere(two: World) -> None:
+    """The channel was found broken when the call was written: the replica cannot have run it."""
+    warm = [two.submit(name) for name in "ab"]
+    for replica in ("r1", "r2"):
+        two.reply(replica)
+    for channel in two.adapter.channels:
+        channel.raises = ChannelClosed("the peer is gone (Broken pipe)")
+    slot = two.submit("c")
+    (left,) = [channel for channel in two.adapter.channels if channel.raises is not None] or [None]
+    assert left is None  # it was tried on both
+    assert not slot.settled
+    assert two.counted() == {**IDLE, "queued": 1}
+    eventually(lambda: two.home.fire() or len(two.adapter.channels) == 3)
+    replica = two.adapter.channels[-1].address.removeprefix("fake:")
+    two.reply(replica)
+    assert [one.settled for one in (*warm, slot)] == [1, 1, 1]
+    assert two.counted() == IDLE
+
+
+def test_calls_in_flight_die_when_the_next_one_finds_the_channel_broken(world: World) -> None:
+    world.show(backend_entry("b", ["r1"], limit=5))
+    first = world.submit("a")
+    world.channel("r1").raises = ChannelClosed("the peer is gone (Broken pipe)")
+    second = world.submit("b")
+    assert isinstance(first.error, ReplicaDied)
+    assert "Broken pipe" in str(first.error)
+    assert not second.settled
+    assert world.counted() == {**IDLE, "queued": 1}
+    world.caller.cancel(second)
+
+
+def test_a_replica_that_cannot_be_reached_is_left_alone(two: World) -> None:
+    two.adapter.unreachable = {"r1"}
+    two.show(backend_entry("b", ["r1", "r2"], limit=3))
+    slots = [two.submit(str(number)) for number in range(3)]
+    assert sorted(two.names("r2")) == ["0", "1", "2"]
+    for index in range(3):
+        two.reply("r2", index)
+    assert [slot.settled for slot in slots] == [1, 1, 1]
+    assert two.counted() == IDLE
+
+
+def test_calls_wait_while_nobody_can_be_reached(world: World) -> None:
+    world.adapter.unreachable = {"r1"}
+    slots = [world.submit(name) for name in "ab"]
+    world.home.fire()
+    assert world.counted() == {**IDLE, "queued": 2}
+    world.adapter.unreachable = set()
+    eventually(lambda: world.home.fire() or bool(world.adapter.channels))
+    world.reply("r1")
+    world.reply("r1")
+    assert world.names("r1") == ["a", "b"]
+    assert [slot.settled for slot in slots] == [1, 1]
+
+
+# -- giving up -------------------------------------------------------------------------------------------------------
+
+
+def test_a_call_given_up_in_the_queue_is_never_sent(world: World) -> None:
+    world.submit("a")
+    slot = world.submit("b")
+    world.caller.cancel(slot)
+    world.caller.cancel(slot)
+    assert world.counted() == {**IDLE, "in_flight": 1}
+    world.reply("r1")
+    assert world.names("r1") == ["a"]
+    assert not slot.settled
+    assert not world.channel("r1").of_type(Cancel)
+
+
+def test_a_call_given_up_in_flight_counts_until_its_replica_answers(world: World) -> None:
+    slot, waiting = world.submit("a"), world.submit("b")
+    call_id = world.calls("r1")[0].id
+    world.caller.cancel(slot)
+    world.caller.cancel(slot)
+    assert world.channel("r1").of_type(Cancel) == [Cancel(call_id)]
+    assert world.counted() == {**IDLE, "queued": 1, "in_flight": 1}
+    world.channel("r1").answer(Item(call_id, b"", b"late"))
+    world.reply("r1", 0)
+    assert world.names("r1") == ["a", "b"]
+    assert not slot.settled  # it hears nothing any more
+    world.reply("r1", 0)  # and a second answer frees nothing
+    assert world.counted() == {**IDLE, "in_flight": 1}
+    world.reply("r1")
+    assert waiting.settled == 1
+    assert world.counted() == IDLE
+
+
+@pytest.mark.parametrize("how", ["refused", "died"])
+def test_a_call_given_up_is_not_made_again(world: World, how: str) -> None:
+    slot = world.submit("a")
+    world.caller.cancel(slot)
+    if how == "refused":
+        world.refuse("r1")
+    else:
+        world.channel("r1").break_off()
+    world.home.fire()
+    assert world.counted() == IDLE
+    assert len(world.calls("r1")) == 1
+    assert not slot.settled
+
+
+def test_giving_up_what_is_answered_does_nothing(world: World) -> None:
+    slot = world.submit("a")
+    world.reply("r1")
+    world.caller.cancel(slot)
+    world.caller.credit(slot, 1)
+    assert len(world.channel("r1").sent) == 1
+    assert slot.settled == 1
+    world.caller.cancel(FakeSlot())  # it was never submitted
+
+
+def test_giving_up_on_a_broken_channel_loses_it(world: World) -> None:
+    world.show(backend_entry("b", ["r1"], limit=2))
+    slot, other = world.submit("a"), world.submit("b")
+    world.channel("r1").raises = ChannelClosed("gone")
+    world.caller.cancel(slot)
+    assert not slot.settled
+    assert isinstance(other.error, ReplicaDied)
+    assert world.counted() == IDLE
+
+
+@pytest.mark.parametrize("kind", [FailureKind.REFUSED, FailureKind.DRAINING])
+def test_those_behind_a_call_that_was_given_up_and_refused_are_not_forgotten(world: World, kind: int) -> None:
+    slot, waiting = world.submit("a"), world.submit("b")
+    world.caller.cancel(slot)
+    world.refuse("r1", kind=kind)
+    eventually(lambda: world.home.fire() or world.names("r1") == ["a", "b"])
+    world.reply("r1")
+    assert (slot.settled, waiting.settled) == (0, 1)
+    assert world.counted() == IDLE
+
+
+def test_a_call_given_up_while_its_channel_is_opened(world: World) -> None:
+    slots: list[FakeSlot] = []
+    opened = world.adapter.open_channel
+
+    def open_channel(*args: Any, **options: Any) -> FakeChannel:
+        world.caller.cancel(slots[0])
+        return opened(*args, **options)
+
+    world.adapter.open_channel = open_channel  # type: ignore[method-assign]
+    slots.append(FakeSlot())
+    world.caller.submit("e", outgoing("a"), slots[0])
+    world.reply("r1")
+    assert not slots[0].settled
+    assert world.counted() == IDLE
+
+
+def test_a_call_given_up_before_it_is_sent(world: World) -> None:
+    """A listener of the first call gives up the second, which was taken from the queue just before."""
+    world.show(backend_entry("b", ["r1"], limit=2))
+    world.adapter.unreachable = {"r1"}
+    slots = [world.submit(name) for name in "ab"]
+    world.adapter.unreachable = set()
+    opened = world.adapter.open_channel
+
+    def open_channel(*args: Any, **options: Any) -> FakeChannel:
+        world.caller.cancel(slots[1])
+        return opened(*args, **options)
+
+    world.adapter.open_channel = open_channel  # type: ignore[method-assign]
+    eventually(lambda: world.home.fire() or bool(world.adapter.channels))
+    assert len(world.calls("r1")) == 1
+    world.reply("r1")
+    assert [slot.settled for slot in slots] == [1, 0]
+    assert world.counted() == IDLE
+
+
+def test_a_ref_expires_once_and_its_replica_is_told(world: World) -> None:
+    ref = Ref(world.caller)
+    world.caller.submit("e", outgoing("a"), ref)
+    ref.expire_after(0.5)
+    (call,) = world.calls("r1")
+    assert [delay for delay, _, _ in world.home.timers] == [0.5]
+    world.home.fire()
+    with pytest.raises(DeadlineExceeded, match=r"^endpoint 'e' did not answer within timeout_s=0.5$"):
+        ref.result()
+    assert world.channel("r1").of_type(Cancel) == [Cancel(call.id)]
+    assert world.counted() == {**IDLE, "in_flight": 1}
+    world.reply("r1")
+    assert world.counted() == IDLE
+    assert repr(ref) == "<Ref 'e' failed>"
+
+
+def test_credit_goes_where_the_call_went(world: World) -> None:
+    slot = world.submit("a")
+    world.caller.credit(slot, 5)
+    assert world.channel("r1").of_type(Credit) == [Credit(world.calls("r1")[0].id, 5)]
+    world.channel("r1").raises = ChannelClosed("gone")
+    world.caller.credit(slot, 5)
+    assert isinstance(slot.error, ReplicaDied)
+    world.caller.credit(slot, 5)
+    assert slot.settled == 1
+
+
+def test_a_message_that_is_too_large_fails_alone(world: World) -> None:
+    world.submit("a")
+    large, next_one = world.submit("b"), world.submit("c")
+    channel = world.channel("r1")
+    channel.raises = InvalidArgument("the message is 2 bytes")
+    world.reply("r1")
+    assert isinstance(large.error, InvalidArgument)
+    assert world.names("r1") == ["a", "c"]
+    world.reply("r1")
+    assert next_one.settled == 1
+    assert world.counted() == IDLE
+    assert not channel.closed
+
+
+# -- shadows ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_copy_is_sent_and_its_answer_dropped(world: World) -> None:
+    world.show(backend_entry("b", ["r1"]), backend_entry("s", ["r2"]), shadows=(("s", 1.0),))
+    slot = world.submit("a")
+    assert world.names("r1") == world.names("r2") == ["a"]
+    assert world.counted("s")["in_flight"] == 1
+    call = world.calls("r2")[0]
+    world.channel("r2").answer(Item(call.id, b"", b"1"))
+    world.reply("r2")
+    assert not slot.settled
+    assert world.counted("s") == IDLE
+    world.reply("r1")
+    assert slot.settled == 1
+
+
+def test_copies_never_wait(world: World) -> None:
+    world.show(backend_entry("b", ["r1"], limit=9), backend_entry("s", ["r2"]), shadows=(("s", 1.0),))
+    for name in "abc":
+        world.submit(name)
+    assert world.names("r2") == ["a"]
+    assert world.counted("s") == {"queued": 0, "in_flight": 1, "dropped_copies": 2}
+    assert world.names("r1") == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("how", ["refused", "unreachable", "broken"])
+def test_a_copy_that_is_not_taken_is_dropped(world: World, how: str) -> None:
+    world.show(backend_entry("b", ["r1"], limit=9), backend_entry("s", ["r2"], limit=9), shadows=(("s", 1.0),))
+    if how == "unreachable":
+        world.adapter.unreachable = {"r2"}
+    elif how == "broken":
+        world.submit("a")
+        world.reply("r2")
+        world.channel("r2").raises = ChannelClosed("gone")
+    world.submit("b")
+    if how == "refused":
+        world.refuse("r2")
+    assert world.counted("s") == {**IDLE, "dropped_copies": 1}
+    assert not world.home.timers
+
+
+def test_a_shadow_that_dies_harms_nobody(world: World) -> None:
+    world.show(backend_entry("b", ["r1"]), backend_entry("s", ["r2"]), shadows=(("s", 1.0),))
+    slot = world.submit("a")
+    world.channel("r2").break_off()
+    assert not slot.settled
+    assert world.counted("s") == IDLE
+    world.reply("r1")
+    assert slot.heard and slot.error is None
+
+
+def test_a_call_that_is_routed_again_is_counted_and_copied_once(world: World) -> None:
+    backends = [backend_entry(tag, replicas, limit=9) for tag, replicas in (("b", []), ("s", ["r2"]), ("c", ["r3"]))]
+    world.show(*backends, shadows=(("s", 1.0),))
+    world.submit("a")
+    assert world.names("r2") == ["a"]
+    world.show(*backends[1:], endpoints={"e": {"c": 1.0}}, shadows=(("s", 1.0),))
+    assert world.names("r3") == ["a"]
+    assert world.names("r2") == ["a"]
+    assert world.caller.statistics()["endpoints"] == {"e": {"calls": 1}}
+
+
+# -- newer snapshots -------------------------------------------------------------------------------------------------
+
+
+def test_calls_without_a_backend_are_routed_again(world: World) -> None:
+    slots = [world.submit(name) for name in "abc"]
+    world.show(backend_entry("c", ["r2"], limit=2))
+    assert world.names("r2") == ["b", "c"]
+    world.reply("r1")  # what is in flight finishes where it is
+    assert slots[0].settled == 1
+    assert world.channel("r1").closed
+
+
+def test_calls_without_an_endpoint_fail(world: World) -> None:
+    world.submit("a")
+    slot = world.submit("b")
+    world.show(backend_entry("b", ["r1"]), endpoints={"other": {"b": 1.0}})
+    assert not slot.settled  # its backend still is
+    world.show()
+    assert isinstance(slot.error, EndpointNotFound)
+
+
+def test_a_new_replica_takes_what_waits(world: World) -> None:
+    for name in "abc":
+        world.submit(name)
+    world.show(backend_entry("b", ["r1", "r2"]))
+    assert world.names("r2") == ["b"]
+    assert world.counted() == {**IDLE, "queued": 1, "in_flight": 2}
+
+
+def test_an_idle_replica_that_left_is_hung_up_on_at_once(world: World) -> None:
+    world.submit("a")
+    world.reply("r1")
+    world.show(backend_entry("b", ["r2"]))
+    assert world.channel("r1").closed
+
+
+def test_a_busy_replica_that_left_is_hung_up_on_when_it_has_answered(world: World) -> None:
+    world.show(backend_entry("b", ["r1"], limit=2))
+    world.submit("a")
+    world.submit("b")
+    world.show(backend_entry("b", ["r2"]))
+    world.reply("r1", 0)
+    assert not world.channel("r1").closed
+    world.reply("r1", 1)
+    assert world.channel("r1").closed
+
+
+def test_a_call_refused_by_a_backend_that_left_is_routed_again(world: World) -> None:
+    slot = world.submit("a")
+    world.show(backend_entry("c", ["r2"]))
+    world.refuse("r1", kind=FailureKind.DRAINING)
+    assert world.names("r2") == ["a"]
+    world.reply("r2")
+    assert slot.settled == 1
+
+
+# -- the end ---------------------------------------------------------------------------------------------------------
+
+
+def test_closing_fails_everything(world: World) -> None:
+    slots = [world.submit(name) for name in "abc"]
+    cancelled = world.submit("d")
+    world.caller.cancel(cancelled)
+    channel = world.channel("r1")
+    error = EngineClosed("the engine is gone")
+    world.caller.close(error)
+    world.caller.close()
+    assert [slot.error for slot in slots] == [error] * 3
+    assert [slot.settled for slot in slots] == [1, 1, 1]
+    assert not cancelled.settled
+    assert channel.closed
+    assert world.home.closed
+    late = world.submit("e")
+    assert late.error is error
+    channel.answer(Reply(1, 0, b"", b""))  # a last answer that was on its way
+    assert slots[0].settled == 1
+
+
+def test_closing_by_itself_says_that_the_engine_was_shut_down(world: World) -> None:
+    slot = world.submit("a")
+    world.caller.close()
+    assert str(slot.error) == "the engine was shut down"
+
+
+def test_before_the_end_calls_in_flight_may_finish(world: World) -> None:
+    running, waiting = world.submit("a"), world.submit("b")
+    error = EngineClosed("the engine was shut down")
+    world.caller.begin_close(error)
+    assert (running.settled, waiting.error) == (0, error)
+    assert world.submit("c").error is error
+    world.reply("r1")
+    assert running.heard
+    assert world.counted() == IDLE
+
+
+def test_a_call_refused_after_the_end_began_fails(world: World) -> None:
+    slot = world.submit("a")
+    error = EngineClosed("the engine was shut down")
+    world.caller.begin_close(error)
+    world.refuse("r1")
+    assert slot.error is error
+    assert world.counted() == IDLE
+
+
+def test_a_call_whose_caller_is_closed_while_it_connects_is_told(world: World) -> None:
+    """The end comes between a call's place and its channel."""
+    slot = FakeSlot()
+    original = world.caller._connect
+
+    def connect(target: Any) -> Any:
+        world.caller.close()
+        return original(target)
+
+    world.caller._connect = connect  # type: ignore[method-assign]
+    world.caller.submit("e", outgoing("a"), slot)
+    assert isinstance(slot.error, EngineClosed)
+    assert slot.settled == 1
+    assert not world.adapter.channels
+
+
+# -- many threads ----------------------------------------------------------------------------------------------------
+
+
+class Replying:
+    """Answers, refuses and streams on threads of its own, in any order."""
+
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
+        self.pool = pool
+        self.chance = random.Random(5)
+        self.running = 0
+        self.lock = threading.Lock()
+
+    def heard(self, channel: FakeChannel, message: Any) -> None:
+        if isinstance(message, Call):
+            self.pool.submit(self.answer, channel, message)
+
+    def answer(self, channel: FakeChannel, call: Call) -> None:
+        luck = self.chance.random()
+        if luck < 0.2:
+            channel.answer(Failure(call.id, 0, FailureKind.REFUSED, b"", b""))
+        elif luck < 0.4:
+            channel.answer(Item(call.id, b"", b""))
+            channel.answer(End(call.id, 0, False))
+        else:
+            channel.answer(Reply(call.id, 0, b"", b""))
+
+
+class WaitingSlot(FakeSlot):
+    __slots__ = ("over",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.over = threading.Event()
+
+    def deliver(self, message: Any) -> None:
+        super().deliver(message)
+        if not isinstance(message, Item):
+            self.over.set()
+
+    def fail(self, error: BaseException) -> None:
+        super().fail(error)
+        self.over.set()
+
+
+@pytest.fixture
+def impatient_interpreter() -> Iterator[None]:
+    """Let threads take turns as often as possible."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def test_nothing_is_lost_or_counted_twice_among_threads(impatient_interpreter: None) -> None:
+    world = World()
+    with ThreadPoolExecutor(4) as replicas, ThreadPoolExecutor(4) as callers, ThreadPoolExecutor(1) as timers:
+        replying = Replying(replicas)
+        opened = world.adapter.open_channel
+
+        def open_channel(*args: Any, **options: Any) -> FakeChannel:
+            channel = opened(*args, **options)
+            channel.on_send = lambda message: replying.heard(channel, message)
+            return channel
+
+        world.adapter.open_channel = open_channel  # type: ignore[method-assign]
+        world.show(backend_entry("b", ["r1", "r2", "r3"], limit=2))
+        finished = threading.Event()
+
+        def run_timers() -> None:
+            while not finished.wait(0.001):
+                world.home.fire()
+
+        timing = timers.submit(run_timers)
+
+        def make_calls(number: int) -> None:
+            chance = random.Random(number)
+            for _ in range(150):
+                slot = WaitingSlot()
+                world.caller.submit("e", outgoing("x"), slot)
+                if chance.random() < 0.3:
+                    world.caller.cancel(slot)
+                else:
+                    assert slot.over.wait(PATIENCE_S)
+
+        try:
+            for making in [callers.submit(make_calls, number) for number in range(4)]:
+                making.result(PATIENCE_S * 2)
+            eventually(lambda: world.counted() == IDLE and "pending=0" in repr(world.caller))
+        finally:
+            finished.set()
+        timing.result(PATIENCE_S)
+    world.caller.close()

@@ -1,0 +1,152 @@
+"""However the program ends that embeds the engine, nothing outlives it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+import pytest
+from harness import Footprint, descendants, eventually, is_running, run_python
+
+from engine import Engine
+
+HTTP = {"host": "127.0.0.1", "port": 0}
+
+
+def process_id(request):
+    return os.getpid()
+
+
+ENDING = """
+import os, sys, time, signal
+from engine import Engine
+
+def backend(request):
+    if request.data == 'sleep':
+        time.sleep(1000)
+    if request.data == 'spin':
+        sum(range(10 ** 15))  # never lets another thread run
+    return 'ok'
+
+engine = Engine(backend='local', http_options={'port': 0})
+engine.create_backend('b', backend, config={'num_replicas': 2, 'graceful_shutdown_timeout_s': 0.2})
+engine.create_endpoint('b', backend='b', route='/b')
+handle = engine.get_handle('b')
+assert handle.call() == 'ok'
+"""
+WAIT = "sys.stdout.write('ready\\n'); sys.stdout.flush(); sys.stdin.readline()\n"
+
+ENDINGS = {
+    "end of the program": (WAIT, 0),
+    "exception": (WAIT + "raise KeyError('mine')", 1),
+    "sys.exit": (WAIT + "sys.exit(3)", 3),
+    "sys.exit in with": (f"with engine:\n    {WAIT}    sys.exit(3)", 3),
+    "os._exit": (WAIT + "os._exit(4)", 4),
+    "end while calls run": ("refs = [handle.remote('sleep'), handle.remote('spin')]\n" + WAIT, 0),
+    "SIGKILL": (WAIT + "os.kill(os.getpid(), signal.SIGKILL)", -9),
+    "SIGTERM": (WAIT + "os.kill(os.getpid(), signal.SIGTERM)", -15),
+    "SIGKILL while calls run": (
+        "refs = [handle.remote('sleep'), handle.remote('spin')]\n" + WAIT + "os.kill(os.getpid(), signal.SIGKILL)",
+        -9,
+    ),
+}
+CLEAN = ["end of the program", "exception", "sys.exit", "sys.exit in with", "end while calls run"]
+
+
+@pytest.fixture
+def temporary():
+    """A directory for temporary files with a name short enough for sockets."""
+    with tempfile.TemporaryDirectory(prefix="t", dir="/tmp") as directory:
+        yield Path(directory)
+
+
+def left_in(directory: Path) -> list[Path]:
+    """Sockets, and directories of single engines; the one they share and its lock may stay."""
+    return [path for path in directory.glob("*/**/*") if path.is_dir() or stat.S_ISSOCK(path.lstat().st_mode)]
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_nothing_outlives_the_program(ending, temporary):
+    code, expected = ENDINGS[ending]
+    environment = {**os.environ, "TMPDIR": str(temporary)}
+    with subprocess.Popen(
+        [sys.executable, "-c", ENDING + code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as program:
+        assert program.stdout.readline() == "ready\n", program.stderr.read()
+        workers = descendants(program.pid)
+        assert len(workers) >= 4, "a fork server, two replicas and an ingress"
+        _, stderr = program.communicate("go on\n", timeout=30)
+    assert program.returncode == expected, stderr
+    eventually(lambda: not any(map(is_running, workers)), timeout_s=2)
+    if ending in CLEAN:
+        assert left_in(temporary) == []
+        assert stderr == "" or ending == "exception", stderr
+    else:
+        run_python("-c", ENDING, env=environment)
+        assert left_in(temporary) == [], "the next engine sweeps up"
+
+
+def test_control_c_ends_the_program_and_not_the_replicas_first():
+    """Ctrl-C in a terminal reaches the whole process group: replicas must leave it to the engine to end them."""
+    code = ENDING + (
+        "try:\n    " + WAIT + "except KeyboardInterrupt:\n    pass\n"
+        "assert handle.call() == 'ok'\nengine.shutdown()\nsys.stdout.write('ended well')"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as program:
+        assert program.stdout.readline() == "ready\n", program.stderr.read()
+        os.killpg(program.pid, signal.SIGINT)
+        stdout, stderr = program.communicate(timeout=30)
+    assert (stdout, stderr) == ("ended well", "")
+
+
+@pytest.mark.parametrize("backend", ["inline", "local"])
+def test_cycles_leave_nothing(backend, client):
+    """Twenty lives of an engine, some with HTTP; what one of them keeps for good shows in the count."""
+    before = None
+    for number in range(21):
+        with Engine(backend=backend, http_options=HTTP) as engine:
+            engine.create_backend("b", process_id)
+            engine.create_endpoint("b", backend="b", route="/b" if number % 5 == 0 else None)
+            engine.get_handle("b").call()
+            if engine.http_url is not None:
+                assert client.get(f"{engine.http_url}/b").status_code == 200
+        if number == 0:
+            before = Footprint.now()
+    before.check_unchanged()
+
+
+def test_an_engine_outlives_the_thread_that_made_it():
+    """The kernel ties "die with your parent" to the parent's thread, so it must be one that stays."""
+    made = []
+
+    def make():
+        engine = Engine(backend="local", http_options=HTTP)
+        engine.create_backend("b", process_id)
+        engine.create_endpoint("b", backend="b")
+        made.append(engine)
+
+    thread = threading.Thread(target=make)
+    thread.start()
+    thread.join()
+    with made[0] as engine:
+        pid = engine.get_handle("b").call()
+        assert is_running(pid)
+        assert engine.get_handle("b").call() == pid

@@ -1,0 +1,184 @@
+"""Channels between threads of one process, and the mailbox that a worker reads."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import pickle
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from fakes import FakeListener, until
+from harness import PATIENCE_S, eventually
+
+from engine import Engine
+from engine.adapter import ChannelClosed
+from engine.messages import HTTP, INITIAL_CREDIT, Call, Cancel
+from engine_inline import InlineAdapter
+from engine_inline.channel import InlineChannel, Mailbox, connect
+
+
+def at_once(function: Callable[[], object]) -> None:
+    function()
+
+
+class World:
+    """A pair of ends; what the caller sends waits in the mailbox until the worker reads."""
+
+    def __init__(self) -> None:
+        self.caller, self.service, self.mailbox = FakeListener(), FakeListener(), Mailbox()
+        self.mailbox.take_turn()
+        near, self.far = connect(self.caller, at_once, self.service, self.mailbox)
+        assert isinstance(near, InlineChannel)
+        self.near = near
+
+    def read(self) -> None:
+        self.mailbox.run_pending(0)
+
+
+def test_each_end_delivers_where_its_listener_lives() -> None:
+    world = World()
+    world.near.send(Cancel(1))
+    world.near.send(Cancel(2))
+    assert world.service.heard == []
+    world.read()
+    assert world.service.heard == [Cancel(1), Cancel(2)]
+    world.far.send(Cancel(3))
+    assert world.caller.heard == [Cancel(3)]
+    world.near.watch()
+    assert not world.near.drive(lambda: False, 0.0)
+
+
+@pytest.mark.parametrize("end", ["near", "far"])
+def test_closing_one_end_loses_the_other(end: str) -> None:
+    world = World()
+    mine, theirs = (world.near, world.far) if end == "near" else (world.far, world.near)
+    own, other = (world.caller, world.service) if end == "near" else (world.service, world.caller)
+    mine.close()
+    mine.close()
+    world.read()
+    assert (own.losses, other.losses) == (0, 1)
+    assert other.reason == "the peer closed the channel"
+    assert mine.closed and theirs.closed
+    for channel in (mine, theirs):
+        with pytest.raises(ChannelClosed):
+            channel.send(Cancel(1))
+    theirs.close()
+    assert (own.losses, other.losses) == (0, 1)
+
+
+def test_a_closed_end_hears_nothing_that_was_on_its_way() -> None:
+    world = World()
+    world.near.send(Cancel(1))
+    world.far.close()
+    world.read()
+    assert world.service.heard == []
+
+
+# -- the mailbox -----------------------------------------------------------------------------------------------------
+
+
+def test_reading_waits_for_the_first_item() -> None:
+    mailbox, heard = Mailbox(), []
+    with ThreadPoolExecutor(1) as pool:
+        posting = pool.submit(lambda: (mailbox.post(None), mailbox.post(lambda: heard.append(1))))
+        while not heard:
+            mailbox.run_pending(None)
+        posting.result(PATIENCE_S)
+    mailbox.run_pending(0.0)
+    mailbox.run_pending(0.001)
+    assert heard == [1]
+
+
+def test_while_user_code_runs_whoever_posts_delivers() -> None:
+    mailbox = Mailbox()
+    threads: list[str] = []
+
+    def note() -> None:
+        threads.append(threading.current_thread().name)
+
+    mailbox.take_turn()
+    with ThreadPoolExecutor(1, thread_name_prefix="poster") as pool:
+        pool.submit(mailbox.post, note).result(PATIENCE_S)
+        assert threads == []  # it waits for the worker
+        mailbox.step_out()
+        assert threads == ["MainThread"]
+        pool.submit(mailbox.post, note).result(PATIENCE_S)
+        assert threads == ["MainThread", "poster_0"]
+        mailbox.step_in()
+        pool.submit(mailbox.post, note).result(PATIENCE_S)
+        assert len(threads) == 2
+        mailbox.run_pending(0)
+        assert threads[2:] == ["MainThread"]
+
+
+def test_a_worker_that_comes_back_waits_for_who_delivers() -> None:
+    mailbox = Mailbox()
+    delivering, go_on, back = threading.Event(), threading.Event(), threading.Event()
+
+    def slow() -> None:
+        delivering.set()
+        assert go_on.wait(PATIENCE_S)
+        assert not back.is_set()
+
+    mailbox.take_turn()
+    mailbox.step_out()
+    with ThreadPoolExecutor(2) as pool:
+        posting = pool.submit(mailbox.post, slow)
+        assert delivering.wait(PATIENCE_S)
+        later = pool.submit(mailbox.post, lambda: None)  # somebody else delivers: it is left to them
+        later.result(PATIENCE_S)
+        go_on.set()
+        mailbox.step_in()
+        back.set()
+        posting.result(PATIENCE_S)
+
+
+def test_on_a_loop_the_loop_delivers_in_the_workers_context() -> None:
+    variable = contextvars.ContextVar("variable", default="none")
+    heard: list[str] = []
+    mailbox = Mailbox()
+
+    def note() -> None:
+        heard.append(f"{variable.get()} on {threading.current_thread().name}")
+
+    async def worker() -> None:
+        mailbox.bind(asyncio.get_running_loop())
+        with ThreadPoolExecutor(1) as pool:
+
+            def post() -> None:
+                variable.set("the poster's")
+                mailbox.post(note)
+                mailbox.post(None)
+
+            pool.submit(post).result(PATIENCE_S)
+        await until(lambda: len(heard) == 2)
+
+    variable.set("the worker's")
+    mailbox.post(note)  # before there is a loop
+    mailbox.post(None)
+    asyncio.run(worker())
+    assert heard == ["the worker's on MainThread"] * 2
+    mailbox.post(note)  # after it is gone
+    assert len(heard) == 2
+
+
+def test_a_worker_that_is_killed_gives_its_streams_up(leaves_nothing: Any) -> None:
+    """Its thread waits for credit that nobody will give any more."""
+
+    def endless(request: Any) -> Any:
+        while True:
+            yield b"x"
+
+    adapter = InlineAdapter()
+    with Engine(adapter) as engine:
+        engine.create_backend("b", endless)
+        listener = FakeListener()
+        channel = adapter.open_channel("inline:b#1", listener, on_loop=False)
+        scope = pickle.dumps({"type": "http", "method": "GET", "path": "/", "headers": [], "query_string": b""})
+        channel.send(Call(1, HTTP, "__call__", None, "", scope, b""))
+        eventually(lambda: len(listener.heard) == INITIAL_CREDIT)
+        engine.delete_backend("b", force=True)
