@@ -11,7 +11,10 @@ from harness import run_python
 
 def test_importing_is_light():
     heavy = "{'starlette', 'hypercorn', 'multiprocessing', 'uvloop', 'ray', 'numpy', 'fastapi'}"
-    code = f"import sys, engine; sys.stdout.write(' '.join(sorted({heavy} & set(sys.modules))))"
+    code = (
+        "import sys; before = set(sys.modules); import engine; engine.Engine;"
+        f"sys.stdout.write(' '.join(sorted({heavy} & (set(sys.modules) - before))))"
+    )
     assert run_python("-c", code) == ""
 
 

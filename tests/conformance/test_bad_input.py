@@ -303,3 +303,24 @@ def test_adapter_that_is_not_installed_says_what_to_install():
         pytest.skip("the adapter is installed here")
     with pytest.raises(errors.InvalidArgument, match=r"pip install.*\[ray\]"):
         Engine(backend="ray").shutdown()
+
+
+class Named:
+    def __init__(self, *values, **options):
+        pass
+
+    def many(self, *values, **options):
+        return "never"
+
+
+def test_the_argument_that_cannot_be_pickled_is_named(serve, engine):
+    lock = threading.Lock()
+    handle = serve(Named, route=None).handle.options(method_name="many")
+    with pytest.raises(errors.NotSerializable, match="the argument 1 cannot be pickled: a lock"):
+        handle.call(1, lock)
+    with pytest.raises(errors.NotSerializable, match=r"the argument 'key' cannot be pickled: \['a'\] is a lock"):
+        handle.call(key={"a": lock})
+    with pytest.raises(errors.NotSerializable, match="init argument 1 of backend 'new' cannot be pickled: a lock"):
+        engine.create_backend("new", Named, 0, lock)
+    with pytest.raises(errors.NotSerializable, match="init argument 'key' of backend 'new' cannot be pickled: a lock"):
+        engine.create_backend("new", Named, key=lock)
