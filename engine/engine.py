@@ -27,9 +27,6 @@ from .snapshot import EndpointEntry
 from .traffic import validate_proportion, validate_weights
 from .user_callable import accepts_batches, is_blocking
 
-if TYPE_CHECKING:
-    from .controller import Controller
-
 __all__ = ["Engine"]
 
 _VERBS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT")
@@ -125,7 +122,7 @@ class Engine:
             reconfigurable=isinstance(func_or_class, type) and callable(getattr(func_or_class, "reconfigure", None)),
         )
         plan.check(plan.config)
-        self._runner.run(self._controller().create_backend(plan))
+        self._control("create_backend", plan)
 
     def update_backend_config(self, tag: str, config: BackendConfig | Mapping[str, Any]) -> None:
         """Change fields of a backend's configuration; returns when every replica has taken the change.
@@ -134,7 +131,7 @@ class Engine:
             errors.InvalidArgument: The backend is unknown, or a field is wrong.
             BaseException: What ``reconfigure`` or a new replica's constructor raised.
         """
-        self._runner.run(self._controller().update_backend_config(tag, config))
+        self._control("update_backend_config", tag, config)
 
     def get_backend_config(self, tag: str) -> BackendConfig:
         """A backend's configuration as it rules now.
@@ -142,11 +139,13 @@ class Engine:
         Raises:
             errors.InvalidArgument: The backend is unknown.
         """
-        return self._runner.run(self._controller().get_backend_config(tag))
+        config: BackendConfig = self._control("get_backend_config", tag)
+        return config
 
     def list_backends(self) -> dict[str, BackendConfig]:
         """The configurations of all backends by tag."""
-        return self._runner.run(self._controller().list_backends())
+        configs: dict[str, BackendConfig] = self._control("list_backends")
+        return configs
 
     def delete_backend(self, tag: str, force: bool = False) -> None:
         """End a backend that no endpoint uses; its replicas finish what they hold first.
@@ -158,7 +157,7 @@ class Engine:
         Raises:
             errors.InvalidArgument: The backend is unknown, or an endpoint uses it.
         """
-        self._runner.run(self._controller().delete_backend(tag, force=force))
+        self._control("delete_backend", tag, force=force)
 
     # -- endpoints -----------------------------------------------------------------------------------------------------
 
@@ -186,7 +185,7 @@ class Engine:
 
             validate_route(route)
         entry = EndpointEntry(name, route, _checked_methods(methods), ((backend, 1.0),))
-        self._runner.run(self._controller().create_endpoint(entry))
+        self._control("create_endpoint", entry)
 
     def delete_endpoint(self, name: str) -> None:
         """Remove an endpoint and its route; calls in flight finish.
@@ -194,11 +193,11 @@ class Engine:
         Raises:
             errors.InvalidArgument: It is unknown.
         """
-        self._runner.run(self._controller().delete_endpoint(name))
+        self._control("delete_endpoint", name)
 
     def list_endpoints(self) -> dict[str, dict[str, Any]]:
         """Every endpoint by name: its ``route``, ``methods``, ``traffic`` and ``shadows``."""
-        entries = self._runner.run(self._controller().list_endpoints())
+        entries = self._control("list_endpoints")
         return {
             name: {
                 "route": entry.route,
@@ -220,7 +219,7 @@ class Engine:
             errors.InvalidArgument: The endpoint or a backend is unknown, or a weight is wrong.
         """
         self._check_open()
-        self._runner.run(self._controller().set_traffic(name, validate_weights(weights)))
+        self._control("set_traffic", name, validate_weights(weights))
 
     def shadow_traffic(self, name: str, tag: str, proportion: float) -> None:
         """Send copies of an endpoint's calls to a backend, off the callers' path; 0 ends it.
@@ -234,7 +233,7 @@ class Engine:
             errors.InvalidArgument: The endpoint or the backend is unknown, or the proportion is wrong.
         """
         self._check_open()
-        self._runner.run(self._controller().shadow_traffic(name, tag, validate_proportion(proportion)))
+        self._control("shadow_traffic", name, tag, validate_proportion(proportion))
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
@@ -281,7 +280,7 @@ class Engine:
     def http_url(self) -> str | None:
         """The base URL of the ingress, or None until the first endpoint with a route (and where there is none)."""
         self._check_open()
-        return self._runner.controller.http_url() if self._runner.started else None
+        return self._runner.http_url()
 
     @property
     def asgi(self) -> Any:
@@ -302,7 +301,8 @@ class Engine:
 
     def statistics(self) -> dict[str, Any]:
         """What runs and what this process's callers counted, by backend and by endpoint."""
-        return self._runner.run(self._controller().statistics())
+        counted: dict[str, Any] = self._control("statistics")
+        return counted
 
     def shutdown(self, timeout_s: float = 5.0) -> None:
         """Stop taking calls, let those in flight finish, end every worker and release everything (idempotent).
@@ -365,11 +365,12 @@ class Engine:
         if self._closed:
             raise EngineClosed("the engine was shut down: create a new one")
 
-    def _controller(self) -> Controller:
+    def _control(self, operation: str, *args: Any, **kwargs: Any) -> Any:
+        """Have the controller do something, and wait for it."""
         self._check_open()
         check_may_block("a control call of the engine")
         self._runner.wait_started()
-        return self._runner.controller
+        return self._runner.run(operation, *args, **kwargs)
 
     def _validate_server_options(self) -> None:
         if self._http.server_options:

@@ -7,8 +7,7 @@ to get ready: what the adapter starts takes longer than these imports, and runs 
 from __future__ import annotations
 
 import threading
-from collections.abc import Coroutine
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from .adapter import Adapter
 from .client import Client
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Runner"]
 
-_T = TypeVar("_T")
 _SHUTDOWN_MARGIN_S = 30.0
 
 
@@ -43,10 +41,10 @@ class Runner:
         )
         self._thread.start()
 
-    @property
-    def started(self) -> bool:
-        """Whether the adapter is ready."""
-        return self._ready.is_set() and self._failure is None
+    def http_url(self) -> str | None:
+        """The ingress's base URL, once it runs."""
+        started = self._ready.is_set() and self._failure is None
+        return self.controller.http_url() if started else None
 
     def wait_started(self) -> None:
         """Wait for the adapter; raises what kept it from starting."""
@@ -54,20 +52,26 @@ class Runner:
         if self._failure is not None:
             raise self._failure
 
-    def run(self, operation: Coroutine[Any, Any, _T]) -> _T:
-        """Run a coroutine on the controller's loop and wait for it.
+    def run(self, operation: str, *args: Any, **kwargs: Any) -> Any:
+        """Have the controller do something, on its loop, and wait for it.
+
+        Args:
+            operation: The name of one of the controller's coroutine methods.
+            args: Its arguments.
+            kwargs: Its arguments by name.
 
         Raises:
             errors.EngineClosed: The engine was shut down meanwhile.
+            BaseException: What the method raised.
         """
         import asyncio
         from concurrent.futures import CancelledError
 
         with self._lock:
             if self._closed or self._loop is None:
-                operation.close()
                 raise EngineClosed("the engine was shut down")
-            future = asyncio.run_coroutine_threadsafe(operation, self._loop)
+            doing = getattr(self.controller, operation)(*args, **kwargs)
+            future = asyncio.run_coroutine_threadsafe(doing, self._loop)
         try:
             return future.result()
         except CancelledError:
