@@ -7,6 +7,8 @@ mentions ``__main__``, goes to cloudpickle, which stores such things by value.
 
 from __future__ import annotations
 
+import functools
+import io
 import pickle
 import traceback
 from typing import Any, NamedTuple
@@ -54,13 +56,35 @@ def dumps_by_value(value: Any, what: str, error: type[EngineError] = NotSerializ
     Raises:
         EngineError: Of type ``error``: the value cannot be pickled; the message says which part.
     """
-    import cloudpickle
-
     try:
-        data: bytes = cloudpickle.dumps(value, 5)
+        return _by_value(value)
     except Exception as failure:
         raise error(f"{what} cannot be pickled: {explain_unpicklable(value, failure)}") from failure
-    return data
+
+
+def _by_value(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    _pickler()(buffer, 5).dump(value)
+    return buffer.getvalue()
+
+
+@functools.cache
+def _pickler() -> Any:
+    """cloudpickle's pickler, but keeping the file of code: 3.1.3 drops it, and tracebacks lose their source lines."""
+    from types import CodeType
+
+    import cloudpickle
+
+    reduce_code = cloudpickle.Pickler.dispatch_table[CodeType]
+
+    def reduce_with_file(code: CodeType) -> tuple[Any, ...]:
+        kind, arguments = reduce_code(code)
+        return kind, tuple(code.co_filename if argument == "<dynamic-code>" else argument for argument in arguments)
+
+    class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+        dispatch_table = cloudpickle.Pickler.dispatch_table.new_child({CodeType: reduce_with_file})
+
+    return Pickler
 
 
 def dumps_arguments(args: tuple[Any, ...], kwargs: dict[str, Any], what: str) -> bytes:
@@ -144,12 +168,10 @@ def _parts(value: Any) -> list[tuple[str, Any]]:
 
 
 def _picklable(value: Any) -> bool:
-    import cloudpickle
-
     if type(value) in _SIMPLE:
         return True
     try:
-        cloudpickle.dumps(value, 5)
+        _by_value(value)
     except Exception:
         return False
     return True
