@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .messages import Message
+
+if TYPE_CHECKING:
+    from .slot import Outgoing
 
 __all__ = [
     "Adapter",
@@ -20,6 +23,7 @@ __all__ = [
     "ChannelListener",
     "Listen",
     "Node",
+    "PlatformRefs",
     "Resources",
     "Service",
     "ServiceHost",
@@ -143,6 +147,46 @@ class Node:
     address: str
 
 
+class PlatformRefs(Protocol):
+    """Refs that are the platform's own, where it has some that its users know how to pass on and to wait for.
+
+    Calls that are started here take their way through the same routers as all others. Any thread may use it.
+    """
+
+    def is_ref(self, value: Any) -> bool:
+        """Whether this is a ref of the platform."""
+
+    def lift(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], list[Any]]:
+        """Take the refs out of a call's arguments; before the callee runs, their results take their places."""
+
+    def start(self, endpoint: str, outgoing: Outgoing, lifted: list[Any], timeout_s: float | None) -> Any:
+        """Start a call without waiting for it.
+
+        Args:
+            endpoint: Its name.
+            outgoing: The call; its ``deadline`` is not looked at.
+            lifted: The refs taken out of its arguments, waited for first.
+            timeout_s: Seconds until the call fails with `engine.errors.DeadlineExceeded`, or None.
+
+        Returns:
+            The platform's ref. Every error arrives through it.
+        """
+
+    def results(self, refs: list[Any], timeout_s: float | None) -> list[Any]:
+        """Wait for the results of refs.
+
+        Raises:
+            engine.errors.DeadlineExceeded: They did not come within ``timeout_s`` seconds; the calls go on.
+            BaseException: What a call raised, as its own type.
+        """
+
+    async def result(self, ref: Any) -> Any:
+        """As `results`, for one ref, without blocking the running asyncio or trio loop."""
+
+    def wait(self, refs: list[Any], num_returns: int, timeout_s: float | None) -> tuple[list[Any], list[Any]]:
+        """Wait until some have settled: those, at most ``num_returns``, and the others, in the order given."""
+
+
 class AdapterEvents(Protocol):
     """What an adapter reports to the controller, always on the event loop that `Adapter.start` ran on."""
 
@@ -169,6 +213,8 @@ class Adapter(Protocol):
     """Whether workers live in the engine's own process."""
     control_address: str
     """Where other processes reach the controller, valid after `start`."""
+    refs: PlatformRefs | None
+    """The platform's own refs, valid wherever `open_channel` is; None where refs are the engine's (`engine.ref`)."""
 
     async def start(self, engine_id: str, events: AdapterEvents) -> None:
         """Get ready to start workers."""

@@ -41,6 +41,7 @@ class Client:
         self.engine_id = engine_id
         self.pid = os.getpid()
         self.snapshot = RoutingSnapshot(version=-1)
+        self.refs = adapter.refs
         self._adapter = adapter
         self._lock = threading.Lock()  # guards the callers
         self._threads: Caller | None = None
@@ -105,7 +106,7 @@ class Client:
         caller = self._threads
         if caller is None or self.pid != os.getpid():
             with self._lock:
-                self._check_open()
+                self.check_open()
                 if self._threads is None:
                     self._threads = Caller(self._adapter, ThreadHome(), self._current)
                 caller = self._threads
@@ -120,7 +121,7 @@ class Client:
         if caller is None or self.pid != os.getpid():
             self._drop_closed_loops()
             with self._lock:
-                self._check_open()
+                self.check_open()
                 caller = self._loops[loop] = Caller(self._adapter, LoopHome(loop), self._current)
         return caller
 
@@ -182,7 +183,8 @@ class Client:
     def _current(self) -> RoutingSnapshot:
         return self.snapshot
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Raise `errors.EngineClosed` if no call can be made through it."""
         if self.pid != os.getpid():
             raise EngineClosed("this engine belongs to the process that this one was forked from; create one here")
         if self._closed:

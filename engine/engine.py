@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import Any, Literal, overload
 
 from .adapter import Adapter
 from .backend_plan import BackendPlan, pack_target
@@ -18,7 +18,6 @@ from .context import check_may_block
 from .errors import EndpointNotFound, EngineClosed, InvalidArgument
 from .handle import AsyncHandle, Handle, make_handle
 from .plugins import load_adapter
-from .ref import Ref
 from .ref import get as get_results
 from .ref import wait as wait_for
 from .runner import Runner
@@ -255,24 +254,24 @@ class Engine:
         handle = make_handle(self._id, self._adapter.name, self._adapter.control_address, name, sync=sync)
         return handle.bound_to(self._client)
 
-    def get(self, ref: Ref | Sequence[Ref], timeout: float | None = None) -> Any:
+    def get(self, ref: Any, timeout: float | None = None) -> Any:
         """The result of a ref, or the list of the results of several.
 
         Args:
-            ref: One ref or a list of them.
+            ref: One ref or a list of them, as ``remote()`` gave them.
             timeout: Seconds for all of them together, or None.
 
         Raises:
             errors.DeadlineExceeded: They did not come in time.
             BaseException: Whatever a call raised.
         """
-        return get_results(ref, timeout)
+        return get_results(ref, timeout, self._adapter.refs)
 
     def wait(
-        self, refs: Sequence[Ref], num_returns: int = 1, timeout: float | None = None
-    ) -> tuple[list[Ref], list[Ref]]:
+        self, refs: Sequence[Any], num_returns: int = 1, timeout: float | None = None
+    ) -> tuple[list[Any], list[Any]]:
         """Wait until some refs have settled: ``(ready, not_ready)``, at most ``num_returns`` of them in ``ready``."""
-        return wait_for(refs, num_returns, timeout)
+        return wait_for(refs, num_returns, timeout, self._adapter.refs)
 
     # -- HTTP ----------------------------------------------------------------------------------------------------------
 

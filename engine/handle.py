@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import pickle
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,8 @@ from .waiting import running_asyncio_loop
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+    from .adapter import PlatformRefs
 
 __all__ = ["AsyncHandle", "CallOptions", "Handle", "make_handle"]
 
@@ -143,6 +145,13 @@ class _BaseHandle:
             )
         return client
 
+    def _start_on_platform(
+        self, client: Client, refs: PlatformRefs, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        client.check_open()
+        args, kwargs, lifted = refs.lift(args, kwargs)
+        return refs.start(self._endpoint, self._outgoing(args, kwargs), lifted, self._options.timeout_s)
+
     def _outgoing(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outgoing:
         options = self._options
         if len(args) > 1 and options.method_name == "__call__":
@@ -174,16 +183,28 @@ def _enveloped(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(envelope_of(arg) if is_starlette_request(arg) else arg for arg in args)
 
 
-def _refs_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Ref]:
-    return [value for value in (*args, *kwargs.values()) if isinstance(value, Ref)]
+def _is_own_ref(value: Any) -> bool:
+    return isinstance(value, Ref)
+
+
+def _refs_in(args: tuple[Any, ...], kwargs: dict[str, Any], is_ref: Callable[[Any], bool] = _is_own_ref) -> list[Any]:
+    return [value for value in (*args, *kwargs.values()) if is_ref(value)]
+
+
+def _filled(
+    args: tuple[Any, ...], kwargs: dict[str, Any], is_ref: Callable[[Any], bool], results: Iterable[Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Replace refs by their results, which come in the order of `_refs_in`."""
+    coming = iter(results)
+    return (
+        tuple(next(coming) if is_ref(arg) else arg for arg in args),
+        {name: next(coming) if is_ref(value) else value for name, value in kwargs.items()},
+    )
 
 
 def _resolved(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Replace refs that are done by their results."""
-    return (
-        tuple(arg.result(0) if isinstance(arg, Ref) else arg for arg in args),
-        {name: value.result(0) if isinstance(value, Ref) else value for name, value in kwargs.items()},
-    )
+    """Replace the engine's own refs, which are done, by their results."""
+    return _filled(args, kwargs, _is_own_ref, (ref.result(0) for ref in _refs_in(args, kwargs)))
 
 
 class Handle(_BaseHandle):
@@ -200,7 +221,7 @@ class Handle(_BaseHandle):
         copy: Handle = self._with(changes)
         return copy
 
-    def remote(self, *args: Any, **kwargs: Any) -> Ref:
+    def remote(self, *args: Any, **kwargs: Any) -> Any:
         """Start a call without waiting for it.
 
         Args:
@@ -208,12 +229,16 @@ class Handle(_BaseHandle):
             kwargs: The query parameters, or a named method's keyword arguments.
 
         Returns:
-            A ref to the result; every error but a bad argument arrives through it.
+            A ref to the result: a `Ref`, or the platform's own (on Ray a ``ray.ObjectRef``). Every error but a bad
+            argument arrives through it.
 
         Raises:
             errors.NotSerializable: An argument cannot be pickled.
         """
-        caller = self._reach().thread_caller()
+        client = self._reach()
+        if client.refs is not None:
+            return self._start_on_platform(client, client.refs, *self._prepared(args, kwargs, None))
+        caller = client.thread_caller()
         ref = Ref(caller)
         ref.endpoint = self._endpoint
         pending = _refs_in(args, kwargs)
@@ -234,20 +259,25 @@ class Handle(_BaseHandle):
             BaseException: Whatever the backend raised.
         """
         check_may_block("a sync handle's call()")
-        caller = self._reach().thread_caller()
+        client = self._reach()
+        caller = client.thread_caller()
         if kwargs or len(args) != 1 or type(args[0]) not in _PLAIN:
-            args, kwargs = self._prepared(args, kwargs)
+            args, kwargs = self._prepared(args, kwargs, client.refs)
         slot = WaitSlot()
         caller.submit(self._endpoint, self._outgoing(args, kwargs), slot)
         return slot.wait(caller, self._options.timeout_s)
 
     @staticmethod
-    def _prepared(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _prepared(
+        args: tuple[Any, ...], kwargs: dict[str, Any], platform: PlatformRefs | None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         refs = _refs_in(args, kwargs)
         for ref in refs:
             ref.result()
         if refs:
             args, kwargs = _resolved(args, kwargs)
+        if platform is not None and (refs := _refs_in(args, kwargs, platform.is_ref)):
+            args, kwargs = _filled(args, kwargs, platform.is_ref, platform.results(refs, None))
         return (_enveloped(args) if _passes_request(args) else args), kwargs
 
     def _start(self, caller: Caller, ref: Ref, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -293,14 +323,19 @@ class AsyncHandle(_BaseHandle):
         copy: AsyncHandle = self._with(changes)
         return copy
 
-    async def remote(self, *args: Any, **kwargs: Any) -> Ref:
+    async def remote(self, *args: Any, **kwargs: Any) -> Any:
         """Start a call; the ref it gives is awaited in turn. As `Handle.remote`.
 
         The call starts when this coroutine is awaited.
         """
         client = self._reach()
+        if client.refs is not None:
+            return self._start_on_platform(client, client.refs, *await self._prepared(args, kwargs, None))
         caller = client.thread_caller() if running_asyncio_loop() is None else client.loop_caller()
-        args, kwargs = await self._prepared(args, kwargs)
+        args, kwargs = await self._prepared(args, kwargs, None)
+        return self._started(caller, args, kwargs)
+
+    def _started(self, caller: Caller, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ref:
         ref = Ref(caller)
         caller.submit(self._endpoint, self._outgoing(args, kwargs), ref)
         if self._options.timeout_s is not None:
@@ -310,11 +345,12 @@ class AsyncHandle(_BaseHandle):
     async def call(self, *args: Any, **kwargs: Any) -> Any:
         """Make a call and await its result. Cancelling the await gives the call up. As `Handle.call`."""
         loop = running_asyncio_loop()
+        client = self._reach()
         if kwargs or len(args) != 1 or type(args[0]) not in _PLAIN:
-            args, kwargs = await self._prepared(args, kwargs)
+            args, kwargs = await self._prepared(args, kwargs, client.refs)
         if loop is None:
-            return await self._call_by_ref(args, kwargs)
-        caller = self._reach().loop_caller()
+            return await self._call_by_ref(client.thread_caller(), args, kwargs)
+        caller = client.loop_caller()
         slot = _FutureSlot(loop.create_future())
         caller.submit(self._endpoint, self._outgoing(args, kwargs), slot)
         timeout = self._options.timeout_s
@@ -329,19 +365,25 @@ class AsyncHandle(_BaseHandle):
                 timer.cancel()
         return open_answer(answer)
 
-    async def _call_by_ref(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        ref = await self.remote(*args, **kwargs)
+    async def _call_by_ref(self, caller: Caller, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        ref = self._started(caller, args, kwargs)
         try:
             return await ref
         finally:
             ref.cancel()
 
-    async def _prepared(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    @staticmethod
+    async def _prepared(
+        args: tuple[Any, ...], kwargs: dict[str, Any], platform: PlatformRefs | None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         refs = _refs_in(args, kwargs)
         if refs:
             for ref in refs:
                 await ref
             args, kwargs = _resolved(args, kwargs)
+        if platform is not None and (refs := _refs_in(args, kwargs, platform.is_ref)):
+            results = [await platform.result(ref) for ref in refs]
+            args, kwargs = _filled(args, kwargs, platform.is_ref, results)
         if args and _passes_request(args):
             from .request import envelope_of_async, is_starlette_request
 

@@ -18,6 +18,8 @@ from .slot import Slot
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
+    from .adapter import PlatformRefs
+
 __all__ = ["Ref", "get", "open_answer", "wait"]
 
 
@@ -194,50 +196,74 @@ class Ref(Slot):
         return self._value
 
 
-def get(refs: Ref | Sequence[Ref], timeout: float | None = None) -> Any:
-    """The result of a ref, or the list of the results of several, within ``timeout`` seconds for all of them."""
+def get(refs: Any, timeout: float | None = None, platform: PlatformRefs | None = None) -> Any:
+    """The result of a ref, or the list of the results of several, within ``timeout`` seconds for all of them.
+
+    ``platform`` knows the refs that are not the engine's own.
+    """
     if isinstance(refs, Ref):
         return refs.result(timeout)
-    checked = _checked(refs)
+    single = platform is not None and platform.is_ref(refs)
+    checked = [refs] if single else _checked(refs, platform)
     deadline = None if timeout is None else time.monotonic() + timeout
-    return [ref.result(None if deadline is None else max(0.0, deadline - time.monotonic())) for ref in checked]
+    foreign = [ref for ref in checked if not isinstance(ref, Ref)]
+    if foreign:
+        assert platform is not None
+        check_may_block("waiting for a ref")
+        theirs = iter(platform.results(foreign, timeout))
+    results = [
+        ref.result(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        if isinstance(ref, Ref)
+        else next(theirs)
+        for ref in checked
+    ]
+    return results[0] if single else results
 
 
-def wait(refs: Sequence[Ref], num_returns: int = 1, timeout: float | None = None) -> tuple[list[Ref], list[Ref]]:
+def wait(
+    refs: Sequence[Any], num_returns: int = 1, timeout: float | None = None, platform: PlatformRefs | None = None
+) -> tuple[list[Any], list[Any]]:
     """Wait until ``num_returns`` of the refs have settled, or for ``timeout`` seconds.
 
     Returns:
         ``(ready, not_ready)``, each in the order given; ``ready`` has at most ``num_returns``.
     """
-    checked = _checked(refs)
+    checked = _checked(refs, platform)
     if not checked:
         raise InvalidArgument("refs must be a list of at least one ref")
     if isinstance(num_returns, bool) or not isinstance(num_returns, int) or not 1 <= num_returns <= len(checked):
         raise InvalidArgument(f"num_returns must be an integer from 1 to the {len(checked)} refs, not {num_returns!r}")
     if len(set(map(id, checked))) != len(checked):
         raise InvalidArgument("refs must all be different")
+    own = [ref for ref in checked if isinstance(ref, Ref)]
+    if not own:
+        assert platform is not None
+        check_may_block("waiting for a ref")
+        return platform.wait(checked, num_returns, timeout)
+    if len(own) < len(checked):
+        raise InvalidArgument("refs must all be of one engine: wait for those of each engine by a call of its own")
     missing = threading.Semaphore(0)
-    if sum(ref.done() for ref in checked) < num_returns:
-        for ref in checked:
+    if sum(ref.done() for ref in own) < num_returns:
+        for ref in own:
             if not ref.done():
                 ref._check_may_wait()
         deadline = None if timeout is None else time.monotonic() + timeout
-        for ref in checked:
+        for ref in own:
             ref.add_done_callback(lambda _: missing.release())
         for _ in range(num_returns):
             remaining = None if deadline is None else min(max(0.0, deadline - time.monotonic()), LONGEST_S)
             if not missing.acquire(timeout=remaining):
                 break
-    ready = [ref for ref in checked if ref.done()][:num_returns]
+    ready = [ref for ref in own if ref.done()][:num_returns]
     chosen = set(map(id, ready))
     return ready, [ref for ref in checked if id(ref) not in chosen]
 
 
-def _checked(refs: Any) -> list[Ref]:
+def _checked(refs: Any, platform: PlatformRefs | None) -> list[Any]:
     if isinstance(refs, Ref) or not isinstance(refs, Sequence):
         raise InvalidArgument(f"refs must be a list of refs, not {refs!r}")
     for position, ref in enumerate(refs):
-        if not isinstance(ref, Ref):
+        if not isinstance(ref, Ref) and not (platform is not None and platform.is_ref(ref)):
             raise InvalidArgument(f"refs[{position}] must be a ref as handle.remote() returns it, not {ref!r}")
     return list(refs)
 

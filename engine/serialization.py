@@ -70,7 +70,7 @@ def _by_value(value: Any) -> bytes:
 
 @functools.cache
 def _pickler() -> Any:
-    """cloudpickle's pickler, but keeping the file of code: 3.1.3 drops it, and tracebacks lose their source lines."""
+    """The pickler of cloudpickle, but keeping the file of code: 3.1.3 drops it, and tracebacks their source lines."""
     from types import CodeType
 
     import cloudpickle

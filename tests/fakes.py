@@ -190,6 +190,7 @@ class FakeAdapter:
 
     name: str = "fake"
     shares_process: bool = False
+    refs: Any = None
     control_address: str = "fake:controller"
     channels: list[FakeChannel] = field(default_factory=list)
     unreachable: set[str] = field(default_factory=set)  # replica ids

@@ -22,6 +22,7 @@ from engine.adapter import (
     ChannelListener,
     Listen,
     Node,
+    PlatformRefs,
     WorkerExit,
     WorkerSpec,
 )
@@ -42,6 +43,7 @@ class InlineAdapter:
 
     name = "inline"
     shares_process = True
+    refs: PlatformRefs | None = None
 
     def __init__(self) -> None:
         self.control_address = "inline:controller"

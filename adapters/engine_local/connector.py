@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from engine.adapter import AdapterEvents, Channel, ChannelListener, Listen, Node, WorkerSpec
+from engine.adapter import AdapterEvents, Channel, ChannelListener, Listen, Node, PlatformRefs, WorkerSpec
 from engine_wire import Poller, connect
 
 __all__ = ["LocalConnector"]
@@ -23,6 +23,7 @@ class LocalConnector:
 
     name = "local"
     shares_process = False
+    refs: PlatformRefs | None = None
 
     def __init__(self, control_address: str) -> None:
         self.control_address = control_address
