@@ -199,6 +199,9 @@ class AdapterEvents(Protocol):
     def peer_connected(self, channel: Channel) -> ChannelListener:
         """Somebody opened a channel to `Adapter.control_address`; returns who hears it."""
 
+    def nodes_changed(self) -> None:
+        """`Adapter.nodes` has others than before. Said only after `Adapter.watch_nodes`."""
+
 
 class Adapter(Protocol):
     """Where workers run.
@@ -213,8 +216,10 @@ class Adapter(Protocol):
     """Whether workers live in the engine's own process."""
     control_address: str
     """Where other processes reach the controller, valid after `start`."""
-    refs: PlatformRefs | None
-    """The platform's own refs, valid wherever `open_channel` is; None where refs are the engine's (`engine.ref`)."""
+
+    @property
+    def refs(self) -> PlatformRefs | None:
+        """The platform's own refs, valid wherever `open_channel` is; None where refs are the engine's (`engine.ref`)."""
 
     async def start(self, engine_id: str, events: AdapterEvents) -> None:
         """Get ready to start workers."""
@@ -223,7 +228,7 @@ class Adapter(Protocol):
         """Start a worker; returns as soon as its death would be reported.
 
         Raises:
-            engine.errors.ResourcesUnavailable: The resources are not free.
+            engine.errors.ResourcesUnavailable: The resources are not free, and waiting would not help.
             engine.errors.InvalidArgument: ``spec.listen`` cannot be bound.
         """
 
@@ -232,6 +237,13 @@ class Adapter(Protocol):
 
     def kill_worker(self, worker_id: str) -> None:
         """End a worker at once; `AdapterEvents.worker_exited` follows. Does nothing when it is gone."""
+
+    def unplaced(self, worker_id: str) -> str | None:
+        """Why a worker that was started has no place to run on yet: what it asked for and what there is.
+
+        Returns:
+            A phrase for people, or None when it has a place.
+        """
 
     def bound(self, listen: Listen) -> Listen:
         """The address that ``listen`` came to, with the real port.
@@ -242,6 +254,9 @@ class Adapter(Protocol):
 
     def nodes(self) -> tuple[Node, ...]:
         """The nodes workers can run on now; the first one is where the engine was created."""
+
+    def watch_nodes(self) -> None:
+        """Report from now on when nodes come and go (`AdapterEvents.nodes_changed`; idempotent)."""
 
     def open_channel(self, address: str, listener: ChannelListener, *, on_loop: bool) -> Channel:
         """Open a channel to a worker's address, or to a `control_address`.

@@ -99,6 +99,11 @@ class Client:
         """As `attach`, for a worker about to serve on the running loop."""
         return cls.attach(engine_id, adapter, control_address, ingress=ingress, worker_id=worker_id)
 
+    @property
+    def closed(self) -> bool:
+        """Whether no call can be made through it any more."""
+        return self._closed
+
     # -- callers ---------------------------------------------------------------------------------------------------
 
     def thread_caller(self) -> Caller:

@@ -91,6 +91,11 @@ class Controller:
         """See `engine.adapter.AdapterEvents.peer_connected`."""
         return self._publisher.connected(channel)
 
+    def nodes_changed(self) -> None:
+        """See `engine.adapter.AdapterEvents.nodes_changed`."""
+        if not self._closing:
+            self._spawn(self._ingresses.refill())
+
     # -- life ----------------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from .adapter import PlatformRefs
 
-__all__ = ["AsyncHandle", "CallOptions", "Handle", "make_handle"]
+__all__ = ["AsyncHandle", "CallOptions", "Handle", "answer_to", "make_handle"]
 
 _PLAIN = frozenset((type(None), bool, int, float, str, bytes, list, tuple, dict))
 """Types that are neither refs nor requests; what they hold does not matter."""
@@ -350,20 +350,8 @@ class AsyncHandle(_BaseHandle):
             args, kwargs = await self._prepared(args, kwargs, client.refs)
         if loop is None:
             return await self._call_by_ref(client.thread_caller(), args, kwargs)
-        caller = client.loop_caller()
-        slot = _FutureSlot(loop.create_future())
-        caller.submit(self._endpoint, self._outgoing(args, kwargs), slot)
-        timeout = self._options.timeout_s
-        timer = None if timeout is None else loop.call_later(timeout, _expire, slot, timeout)
-        try:
-            answer = await slot.future
-        except BaseException:
-            caller.cancel(slot)
-            raise
-        finally:
-            if timer is not None:
-                timer.cancel()
-        return open_answer(answer)
+        outgoing = self._outgoing(args, kwargs)
+        return open_answer(await answer_to(client.loop_caller(), self._endpoint, outgoing, self._options.timeout_s))
 
     async def _call_by_ref(self, caller: Caller, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         ref = self._started(caller, args, kwargs)
@@ -407,6 +395,34 @@ class _FutureSlot(Slot):
     def fail(self, error: EngineError) -> None:
         if not self.future.done() and not self.future.get_loop().is_closed():
             self.future.set_exception(error)
+
+
+async def answer_to(caller: Caller, endpoint: str, outgoing: Outgoing, timeout_s: float | None) -> Any:
+    """Make a call on the running asyncio loop and await its answer, unopened. Cancelling the await gives the call up.
+
+    Args:
+        caller: Of this loop.
+        endpoint: Its name.
+        outgoing: The call.
+        timeout_s: Seconds until it fails, or None.
+
+    Raises:
+        errors.EngineError: No answer will come.
+    """
+    import asyncio
+
+    loop = asyncio.get_running_loop()
+    slot = _FutureSlot(loop.create_future())
+    caller.submit(endpoint, outgoing, slot)
+    timer = None if timeout_s is None else loop.call_later(timeout_s, _expire, slot, timeout_s)
+    try:
+        return await slot.future
+    except BaseException:
+        caller.cancel(slot)
+        raise
+    finally:
+        if timer is not None:
+            timer.cancel()
 
 
 def _expire(slot: _FutureSlot, timeout_s: float) -> None:

@@ -49,6 +49,8 @@ class IngressFleet:
         """
         if self._http.serves:
             self._wanted = True
+            if self._http.location == "EveryNode":
+                self._adapter.watch_nodes()
             await self.refill()
 
     async def refill(self) -> None:

@@ -36,5 +36,4 @@ def load_plugin(group: str, name: str, field: str) -> Any:
             except ImportError as error:
                 raise InvalidArgument(f"{field}={name!r} is installed but cannot be imported: {error}") from error
     known = ", ".join(sorted(repr(entry.name) for entry in found)) or "none"
-    hint = '; install it with: pip install "mpengine[ray]"' if name == "ray" else ""
-    raise InvalidArgument(f"{field}={name!r} is not the name of an installed plug-in; there are: {known}{hint}")
+    raise InvalidArgument(f"{field}={name!r} is not the name of an installed plug-in; there are: {known}")

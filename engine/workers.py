@@ -15,7 +15,7 @@ from typing import Any
 
 from .adapter import Adapter, WorkerExit, WorkerSpec
 from .control import Drain, LogLine, Ready, Reconfigure, Reconfigured, StartFailed
-from .errors import BackendStartError, EngineClosed, EngineError
+from .errors import BackendStartError, EngineClosed, EngineError, ResourcesUnavailable
 from .serialization import unpack_exception
 
 __all__ = ["Life", "Worker", "Workers"]
@@ -104,6 +104,7 @@ class Workers:
 
         Raises:
             errors.BackendStartError: It died, or outlasted ``timeout_s``.
+            errors.ResourcesUnavailable: What it needs is not free, or was not for ``timeout_s``.
             BaseException: What its constructor raised.
         """
         if self._closed:
@@ -121,7 +122,12 @@ class Workers:
         try:
             await asyncio.wait_for(worker.ready.wait(), timeout_s)
         except (asyncio.TimeoutError, TimeoutError):
+            unplaced = self._adapter.unplaced(spec.worker_id)
             await self.kill(worker)
+            if unplaced is not None:
+                raise ResourcesUnavailable(
+                    f"{spec.name} found no place within start_timeout_s={timeout_s:g}: {unplaced}"
+                ) from None
             raise BackendStartError(
                 f"{spec.name} was not ready within start_timeout_s={timeout_s:g}; it was killed{_tail(worker)}"
             ) from None

@@ -221,11 +221,16 @@ class FakeAdapter:
         if self.on_kill is not None:
             self.on_kill(worker_id)
 
+    def unplaced(self, worker_id: str) -> str | None:
+        return None
+
     def bound(self, listen: Listen) -> Listen:
         return listen
 
     def nodes(self) -> tuple[Node, ...]:
         return (Node("here", "127.0.0.1"),)
+
+    def watch_nodes(self) -> None: ...
 
     def open_channel(self, address: str, listener: ChannelListener, *, on_loop: bool) -> FakeChannel:
         if address.removeprefix("fake:") in self.unreachable:

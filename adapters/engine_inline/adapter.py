@@ -84,6 +84,10 @@ class InlineAdapter:
             host.kill()
             self.worker_left(host, "was killed")
 
+    def unplaced(self, worker_id: str) -> str | None:
+        """See `engine.adapter.Adapter.unplaced`: whoever was started has a place."""
+        return None
+
     def bound(self, listen: Listen) -> Listen:
         """See `engine.adapter.Adapter.bound`."""
         return self._sockets.bound(listen)
@@ -91,6 +95,9 @@ class InlineAdapter:
     def nodes(self) -> tuple[Node, ...]:
         """See `engine.adapter.Adapter.nodes`."""
         return (Node(f"process-{os.getpid()}", "127.0.0.1"),)
+
+    def watch_nodes(self) -> None:
+        """See `engine.adapter.Adapter.watch_nodes`: there is one, for ever."""
 
     async def stop(self) -> None:
         """See `engine.adapter.Adapter.stop`."""

@@ -169,6 +169,10 @@ class LocalAdapter(LocalConnector):
         if worker.pid is None and self._running.loop.time() - worker.started_at > _STUCK_AFTER_S:
             self._give_up(worker)
 
+    def unplaced(self, worker_id: str) -> str | None:
+        """See `engine.adapter.Adapter.unplaced`: whoever was started has a place."""
+        return None
+
     def bound(self, listen: Listen) -> Listen:
         """See `engine.adapter.Adapter.bound`."""
         if self._running is None:
@@ -178,6 +182,9 @@ class LocalAdapter(LocalConnector):
     def nodes(self) -> tuple[Node, ...]:
         """See `engine.adapter.Adapter.nodes`."""
         return (_NODE,)
+
+    def watch_nodes(self) -> None:
+        """See `engine.adapter.Adapter.watch_nodes`: there is one, for ever."""
 
     async def stop(self) -> None:
         """See `engine.adapter.Adapter.stop`."""

@@ -57,11 +57,19 @@ class LocalConnector:
         """Not possible here."""
         raise _not_here()
 
+    def unplaced(self, worker_id: str) -> str | None:
+        """Not possible here."""
+        raise _not_here()
+
     def bound(self, listen: Listen) -> Listen:
         """Not possible here."""
         raise _not_here()
 
     def nodes(self) -> tuple[Node, ...]:
+        """Not possible here."""
+        raise _not_here()
+
+    def watch_nodes(self) -> None:
         """Not possible here."""
         raise _not_here()
 
