@@ -128,7 +128,7 @@ def poller(leaves_nothing: Footprint) -> Iterator[Poller]:
 @contextmanager
 def serving(kind: type[BlockingHost | LoopHost], service: Echo, where: str | socket.socket) -> Iterator[None]:
     """Run a service on a thread called "server"."""
-    host = kind(listen_unix(where) if isinstance(where, str) else where, service)
+    host = kind([listen_unix(where) if isinstance(where, str) else where], service)
     failures: list[BaseException] = []
 
     def run() -> None:
@@ -313,7 +313,7 @@ def test_failing_user_code_leaves_the_turn_where_it_belongs(path: str, poller: P
         work()
         raise LookupError("out")
 
-    host = BlockingHost(listen_unix(path), service)
+    host = BlockingHost([listen_unix(path)], service)
 
     def run() -> None:
         with pytest.raises(LookupError):
@@ -395,7 +395,8 @@ def test_an_acceptor_counts_and_closes_its_channels(path: str) -> None:
             accepted.append((channel, FakeListener()))
             return accepted[-1][1]
 
-        acceptor = Acceptor(listen_unix(path), accept, loop)
+        listening = listen_unix(path)
+        acceptor = Acceptor([listening], accept, loop)
         poller = Poller()
         callers = [FakeListener(), FakeListener()]
         channels = [connect(f"unix:{path}", caller, on_loop=True, poller=poller) for caller in callers]
@@ -407,7 +408,7 @@ def test_an_acceptor_counts_and_closes_its_channels(path: str) -> None:
         channels[0].close()
         await until(lambda: accepted[0][1].losses == 1)
         assert acceptor.open_channels() == 1
-        acceptor._on_connection()  # woken for a caller that another process was faster to accept
+        acceptor._on_connection(listening)  # woken for a caller that another process was faster to accept
         assert len(accepted) == 2
         acceptor.close()
         acceptor.close()
@@ -421,7 +422,7 @@ def test_an_acceptor_counts_and_closes_its_channels(path: str) -> None:
 
 
 def test_addresses_that_lead_nowhere(path: str, poller: Poller) -> None:
-    with pytest.raises(ChannelClosed, match="cannot reach 'inline:x': the scheme must be 'unix'"):
+    with pytest.raises(ChannelClosed, match="cannot reach 'inline:x': the scheme must be 'unix' or 'tcp'"):
         connect("inline:x", FakeListener(), on_loop=False, poller=poller)
     with pytest.raises(ChannelClosed, match=r"^nobody answers at .* \(No such file or directory\)$"):
         connect(f"unix:{path}", FakeListener(), on_loop=False, poller=poller)

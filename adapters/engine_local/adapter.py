@@ -116,7 +116,7 @@ class LocalAdapter(LocalConnector):
             self._launch(True, loop)  # first: it has the most to do
             directory = await EngineDirectory.create(temporary_directory(os.environ.get("TMPDIR")))
             try:
-                acceptor = Acceptor(listen_unix(str(directory.path / "c.sock")), events.peer_connected, loop)
+                acceptor = Acceptor([listen_unix(str(directory.path / "c.sock"))], events.peer_connected, loop)
             except BaseException:
                 directory.remove()
                 raise

@@ -97,7 +97,7 @@ class LocalHost:
         listening = listen_unix(self._path)
         try:
             self.tell(Ready(f"unix:{self._path}"))
-            (LoopHost if service.on_loop else BlockingHost)(listening, service).run()
+            (LoopHost if service.on_loop else BlockingHost)([listening], service).run()
         finally:
             listening.close()
 

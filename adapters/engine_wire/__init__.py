@@ -1,8 +1,10 @@
 """Channels over sockets, shared by the adapters whose workers are other processes."""
 
+from .addresses import listen_tcp, listen_unix, tcp_address
 from .channel import Driver, SocketChannel
+from .connecting import connect
 from .drivers import LoopDriver, Poller, Undriven
-from .hosts import Acceptor, BlockingHost, LoopHost, connect, listen_unix, new_event_loop
+from .hosts import Acceptor, BlockingHost, LoopHost, new_event_loop
 
 __all__ = [
     "Acceptor",
@@ -14,6 +16,8 @@ __all__ = [
     "SocketChannel",
     "Undriven",
     "connect",
+    "listen_tcp",
     "listen_unix",
     "new_event_loop",
+    "tcp_address",
 ]

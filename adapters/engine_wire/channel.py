@@ -7,6 +7,9 @@ a polling thread) or a thread inside `SocketChannel.drive`, which waits for its 
 on the way. Who writes: any thread, under `_write_lock`; what the kernel does not take at once is kept and written by
 the driver, or by the driving thread.
 
+A channel may begin with an opening (`engine_wire.connecting.Opening`), which whoever reads or writes moves on, under
+`_write_lock`. Until it is done messages are kept, and nothing that the peer sends is taken for one.
+
 When the peer dies, the reader delivers what was complete and then calls ``listener.lost`` once.
 """
 
@@ -18,12 +21,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from engine.adapter import ChannelClosed, ChannelListener
 from engine.messages import Call, End, Failure, Message, Reply
 
 from .protocol import GREETING, Decoder, ProtocolError, encode
+
+if TYPE_CHECKING:
+    from .connecting import Opening
 
 __all__ = ["Driver", "SocketChannel"]
 
@@ -59,11 +65,20 @@ class SocketChannel:
         sock: Connected; owned by the channel from now on.
         listener: Who hears it; may be set later, before `start`.
         driver: What reads it.
-        greet: Exchange greetings first. Off where the socket itself is proof of the peer, as in a socketpair.
+        greet: Exchange greetings first. Off where the socket itself is proof of the peer, as in a socketpair, and
+            where a handshake is.
+        opening: What must be done first on a socket that is not connected or whose peer is to prove who it is. It
+            says what to send before the first message, be it the greeting.
     """
 
     def __init__(
-        self, sock: socket.socket, listener: ChannelListener | None, driver: Driver, *, greet: bool = True
+        self,
+        sock: socket.socket,
+        listener: ChannelListener | None,
+        driver: Driver,
+        *,
+        greet: bool = True,
+        opening: Opening | None = None,
     ) -> None:
         sock.setblocking(True)
         self.sock = sock
@@ -72,14 +87,17 @@ class SocketChannel:
         self._driver = driver
         self._decoder = Decoder(greeting=greet)
         self._reading = threading.Lock()  # the reader role
-        self._write_lock = threading.Lock()  # guards the next three and the order of frames
+        self._write_lock = threading.Lock()  # guards the next four and the order of frames
+        self._opening = opening
         self._unsent: deque[memoryview] = deque()
+        if opening is not None:
+            self._unsent.append(memoryview(b""))  # the place of what goes first; and so `send` keeps what follows
         self._closed = False
         self._told = False
         self.armed = False  # whether the driver reads; only the driver's arm and disarm touch it
         self._poll_input: select.poll | None = None
         self._open_calls = 0  # calls sent and not answered: somebody must read while there are any
-        if greet:
+        if greet and opening is None:
             try:
                 sock.send(GREETING, _NOWAIT)
             except OSError:
@@ -87,6 +105,8 @@ class SocketChannel:
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "driven" if self._reading.locked() else "armed" if self.armed else "idle"
+        if self._opening is not None and not self._closed:
+            state += " opening"
         return f"<SocketChannel fd={self.fd} {state} open_calls={self._open_calls} unsent={len(self._unsent)}>"
 
     @property
@@ -96,8 +116,9 @@ class SocketChannel:
 
     @property
     def has_unsent(self) -> bool:
-        """Whether it keeps bytes that the kernel has not taken yet."""
-        return bool(self._unsent)
+        """Whether it keeps bytes that the kernel has not taken yet, and that it waits for nothing else to write."""
+        opening = self._opening
+        return bool(self._unsent) and (opening is None or opening.wants_write)
 
     # -- writing ---------------------------------------------------------------------------------------------------
 
@@ -126,6 +147,8 @@ class SocketChannel:
     def on_writable(self) -> bool:
         """Write what is kept; returns whether everything is out. A broken socket is left for the reader to find."""
         with self._write_lock:
+            if self._opening is not None and not self._open(self._opening):
+                return not self.has_unsent
             while self._unsent and not self._closed:
                 try:
                     sent = self.sock.send(self._unsent[0], _NOWAIT)
@@ -139,6 +162,14 @@ class SocketChannel:
                 else:
                     self._unsent[0] = self._unsent[0][sent:]
             return True
+
+    def _open(self, opening: Opening) -> bool:
+        first = None if self._closed else opening.advance()
+        if first is None:
+            return False
+        self._unsent[0] = memoryview(first)
+        self._opening = None
+        return True
 
     def flush_blocking(self) -> None:
         """Write what is kept, waiting for the peer to take it. For channels that no loop and no poller drives."""
@@ -178,7 +209,7 @@ class SocketChannel:
             raise
         finally:
             self._leave_role()
-            if self._open_calls and not self._closed:
+            if (self._open_calls or self._opening is not None) and not self._closed:
                 self._driver.arm(self)
         return True
 
@@ -187,7 +218,7 @@ class SocketChannel:
             remaining = None if deadline is None else deadline - time.monotonic()
             if remaining is not None and remaining <= 0:
                 return False
-            events = self._poll(select.POLLIN | (select.POLLOUT if self._unsent else 0), remaining)
+            events = self._poll(select.POLLIN | (select.POLLOUT if self._unsent and self.has_unsent else 0), remaining)
             if events & select.POLLOUT:
                 self.on_writable()
             if events & ~select.POLLOUT:
@@ -214,6 +245,9 @@ class SocketChannel:
                 self._leave_role()
 
     def _read(self, flags: int) -> None:
+        if self._opening is not None:
+            self._read_opening()
+            return
         try:
             if self._decoder.large is not None:
                 spare = self._decoder.spare
@@ -239,6 +273,14 @@ class SocketChannel:
             if type(message) in _TERMINAL:
                 self._open_calls -= 1
             listener.received(self, message)
+
+    def _read_opening(self) -> None:
+        written = self.on_writable()
+        opening = self._opening
+        if opening is not None and opening.failure is not None:
+            self._lose(opening.failure)
+        elif not written:
+            self._driver.flush(self)
 
     # -- closing ---------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,9 @@
 `BlockingHost` runs user code right between two reads of its sockets, on one thread: nothing is handed over. `LoopHost`
 runs an event loop. Both stop when the service says it is finished; channels that break are simply dropped, after the
 service heard of it.
+
+Each listens on any number of sockets. Given a secret, it shows a connection to nobody before the peer has proved that
+it knows it too (`engine_wire.lobby`).
 """
 
 from __future__ import annotations
@@ -10,67 +13,27 @@ from __future__ import annotations
 import selectors
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
-from engine.adapter import Channel, ChannelClosed, ChannelListener, Service
+from engine.adapter import Channel, ChannelListener, Service
 
+from .addresses import accept_from
 from .channel import SocketChannel
-from .drivers import LoopDriver, Poller
+from .drivers import LoopDriver
 
 if TYPE_CHECKING:
     import asyncio
 
-__all__ = ["Acceptor", "BlockingHost", "LoopHost", "connect", "listen_unix", "new_event_loop"]
+    from .lobby import Lobby, Watcher
 
-_BACKLOG = 512
+__all__ = ["Acceptor", "BlockingHost", "LoopHost", "new_event_loop"]
+
 _TICK_S = 0.01
 """How often the stand-in looks whether user code takes long. A call that is shorter costs no thread switch."""
 _QUIET_TICKS = 100
 _LONGEST_POLL_S = 86400.0  # a selector takes no more than 2**31 ms; whoever waits longer looks again
-
-
-def listen_unix(path: str) -> socket.socket:
-    """Bind and listen on a Unix socket."""
-    sock = socket.socket(socket.AF_UNIX)
-    try:
-        sock.bind(path)
-        sock.listen(_BACKLOG)
-    except OSError:
-        sock.close()
-        raise
-    return sock
-
-
-def connect(address: str, listener: ChannelListener, *, on_loop: bool, poller: Poller) -> SocketChannel:
-    """Open a channel to ``unix:PATH``.
-
-    Args:
-        address: As announced by a worker.
-        listener: Who hears it.
-        on_loop: Read on the asyncio loop running in this thread rather than by ``poller``.
-        poller: Reads the channels that no loop owns.
-
-    Raises:
-        engine.adapter.ChannelClosed: Nobody listens there.
-    """
-    scheme, _, path = address.partition(":")
-    if scheme != "unix":
-        raise ChannelClosed(f"cannot reach {address!r}: the scheme must be 'unix'")
-    sock = socket.socket(socket.AF_UNIX)
-    try:
-        sock.connect(path)
-        if on_loop:
-            import asyncio
-
-            channel = SocketChannel(sock, listener, LoopDriver(asyncio.get_running_loop()))
-            channel.watch()
-        else:
-            channel = SocketChannel(sock, listener, poller)
-    except OSError as error:
-        sock.close()
-        raise ChannelClosed(f"nobody answers at {path} ({error.strerror})") from error
-    return channel
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:
@@ -85,34 +48,56 @@ def new_event_loop() -> asyncio.AbstractEventLoop:
     return loop
 
 
+def _lobby(secret: bytes | None, admit: Callable[[socket.socket], None], watcher: Watcher) -> Lobby | None:
+    if secret is None:
+        return None
+    from .lobby import Lobby  # the local adapter has no use for the cost of its imports
+
+    return Lobby(secret, admit, watcher)
+
+
 class Acceptor:
     """Accepts connections on an asyncio loop until closed.
 
     Args:
         listening: Owned by the acceptor from now on.
-        accept: Says who hears a new channel.
+        accept: Says who hears a new channel; with a secret, once its peer has proved who it is.
         loop: Runs it.
+        secret: What peers must prove to know, and this side proves to them; at least 16 random bytes.
+
+    Raises:
+        ValueError: The secret is too short.
     """
 
     def __init__(
         self,
-        listening: socket.socket,
+        listening: Sequence[socket.socket],
         accept: Callable[[Channel], ChannelListener],
         loop: asyncio.AbstractEventLoop,
+        *,
+        secret: bytes | None = None,
     ) -> None:
-        listening.setblocking(False)
-        self._listening = listening
+        self._listening = tuple(listening)
         self._accept = accept
         self._loop = loop
         self._driver = LoopDriver(loop)
         self._channels: set[SocketChannel] = set()
-        loop.add_reader(listening.fileno(), self._on_connection)
+        self._lobby = _lobby(secret, self._admit, self)
+        self._timer: asyncio.TimerHandle | None = None  # of the lobby
+        for sock in self._listening:
+            sock.setblocking(False)
+            loop.add_reader(sock.fileno(), self._on_connection, sock)
 
     def close(self) -> None:
         """Stop accepting and close every channel (idempotent)."""
-        if self._listening.fileno() >= 0:
-            self._loop.remove_reader(self._listening.fileno())
-            self._listening.close()
+        for sock in self._listening:
+            if sock.fileno() >= 0:
+                self._loop.remove_reader(sock.fileno())
+                sock.close()
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._lobby is not None:
+            self._lobby.close()
         for channel in self._channels:
             channel.close()
         self._channels.clear()
@@ -122,31 +107,55 @@ class Acceptor:
         self._channels = {known for known in self._channels if not known.closed}
         return len(self._channels)
 
-    def _on_connection(self) -> None:
-        sock = _accept_one(self._listening)
-        if sock is None:
+    def _on_connection(self, listening: socket.socket) -> None:
+        accepted = accept_from(listening)
+        if accepted is None:
             return
-        channel = SocketChannel(sock, None, self._driver)
+        sock, peer = accepted
+        if self._lobby is None:
+            self._admit(sock)
+            return
+        self._lobby.enter(sock, peer)
+        if self._timer is None:
+            self._on_time()
+
+    def _admit(self, sock: socket.socket) -> None:
+        channel = SocketChannel(sock, None, self._driver, greet=self._lobby is None)
         channel.listener = self._accept(channel)
         self.open_channels()  # drops the closed ones
         self._channels.add(channel)
         channel.watch()
 
+    def _on_time(self) -> None:
+        assert self._lobby is not None
+        self._lobby.expire()
+        remaining_s = self._lobby.remaining_s()
+        self._timer = None if remaining_s is None else self._loop.call_later(remaining_s, self._on_time)
 
-def _accept_one(listening: socket.socket) -> socket.socket | None:
-    try:
-        sock, _ = listening.accept()
-    except OSError:
-        return None  # it went away again, or there is no descriptor left for it now
-    return sock
+    # -- the watcher of its lobby --------------------------------------------------------------------------------------
+
+    def watch(self, descriptor: int, callback: Callable[[], None]) -> None:
+        """See `engine_wire.lobby.Watcher.watch`."""
+        self._loop.add_reader(descriptor, callback)
+
+    def unwatch(self, descriptor: int) -> None:
+        """See `engine_wire.lobby.Watcher.unwatch`."""
+        self._loop.remove_reader(descriptor)
 
 
 class LoopHost:
-    """Runs a service that wants an event loop, on the calling thread."""
+    """Runs a service that wants an event loop, on the calling thread.
 
-    def __init__(self, listening: socket.socket, service: Service) -> None:
+    Args:
+        listening: Closed at the end.
+        service: That it runs.
+        secret: What callers must prove to know, and this side proves to them; at least 16 random bytes.
+    """
+
+    def __init__(self, listening: Sequence[socket.socket], service: Service, *, secret: bytes | None = None) -> None:
         self._listening = listening
         self._service = service
+        self._secret = secret
 
     def run(self) -> None:
         """Serve until the service is finished."""
@@ -167,7 +176,7 @@ class LoopHost:
 
         self._loop = loop
         self._changed = asyncio.Event()
-        self._acceptor = Acceptor(self._listening, lambda channel: self._service, loop)
+        self._acceptor = Acceptor(self._listening, lambda channel: self._service, loop, secret=self._secret)
         self._service.attach(self)
         try:
             while not self._service.finished():
@@ -200,14 +209,22 @@ class BlockingHost:
     While user code keeps that thread for longer than a tick, a second thread stands in for it and reads the sockets,
     so that a full replica refuses at once and hears cancellations. Only the holder of the turn (`_turn`) touches the
     sockets and the service; the service's thread gives it up for just as long as it runs user code.
+
+    Args:
+        listening: Closed at the end.
+        service: That it runs.
+        secret: What callers must prove to know, and this side proves to them; at least 16 random bytes.
+
+    Raises:
+        ValueError: The secret is too short.
     """
 
     drivable = False
 
-    def __init__(self, listening: socket.socket, service: Service) -> None:
-        listening.setblocking(False)
-        self._listening = listening
+    def __init__(self, listening: Sequence[socket.socket], service: Service, *, secret: bytes | None = None) -> None:
+        self._listening = tuple(listening)
         self._service = service
+        self._lobby = _lobby(secret, self._admit, self)
         self._selector = selectors.DefaultSelector()
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.setblocking(False)
@@ -224,7 +241,9 @@ class BlockingHost:
     def run(self) -> None:
         """Serve until the service is finished."""
         service = self._service
-        self._selector.register(self._listening, selectors.EVENT_READ, self._on_connection)
+        for sock in self._listening:
+            sock.setblocking(False)
+            self._selector.register(sock, selectors.EVENT_READ, partial(self._on_connection, sock))
         self._selector.register(self._wake_in, selectors.EVENT_READ, self._on_wake)
         self._turn.acquire()
         service.attach(self)
@@ -296,6 +315,8 @@ class BlockingHost:
 
     def poll(self, timeout_s: float | None) -> None:
         """Read what there is, waiting at most ``timeout_s`` seconds for the first of it."""
+        if self._lobby:  # there is one, and somebody waits in it
+            timeout_s = self._look_after(self._lobby, timeout_s)
         for key, events in self._selector.select(timeout_s and min(timeout_s, _LONGEST_POLL_S)):
             if isinstance(key.data, SocketChannel):
                 if events & selectors.EVENT_WRITE and key.data.on_writable():
@@ -326,12 +347,37 @@ class BlockingHost:
             channel.armed = False
             self._selector.unregister(channel.fd)
 
+    # -- the watcher of its lobby --------------------------------------------------------------------------------------
+
+    def watch(self, descriptor: int, callback: Callable[[], None]) -> None:
+        """See `engine_wire.lobby.Watcher.watch`."""
+        self._selector.register(descriptor, selectors.EVENT_READ, callback)
+
+    def unwatch(self, descriptor: int) -> None:
+        """See `engine_wire.lobby.Watcher.unwatch`."""
+        self._selector.unregister(descriptor)
+
     # -- inside ------------------------------------------------------------------------------------------------------
 
-    def _on_connection(self) -> None:
-        sock = _accept_one(self._listening)
-        if sock is not None:
-            SocketChannel(sock, self._service, self).watch()
+    def _on_connection(self, listening: socket.socket) -> None:
+        accepted = accept_from(listening)
+        if accepted is None:
+            return
+        sock, peer = accepted
+        if self._lobby is None:
+            self._admit(sock)
+        else:
+            self._lobby.enter(sock, peer)
+
+    def _admit(self, sock: socket.socket) -> None:
+        SocketChannel(sock, self._service, self, greet=self._lobby is None).watch()
+
+    def _look_after(self, lobby: Lobby, timeout_s: float | None) -> float | None:
+        lobby.expire()
+        remaining_s = lobby.remaining_s()
+        if remaining_s is None:
+            return timeout_s
+        return remaining_s if timeout_s is None else min(remaining_s, timeout_s)
 
     def _on_wake(self) -> None:
         self._wake_in.recv(4096)
@@ -339,9 +385,11 @@ class BlockingHost:
     def _close(self) -> None:
         self._closed = True
         self._bell.set()
+        if self._lobby is not None:
+            self._lobby.close()
         for key in list(self._selector.get_map().values()):
             if isinstance(key.data, SocketChannel):
                 key.data.close()
         self._selector.close()
-        for sock in (self._wake_in, self._wake_out, self._listening):
+        for sock in (self._wake_in, self._wake_out, *self._listening):
             sock.close()

@@ -16,7 +16,7 @@ import time
 from engine.errors import InvalidArgument
 from engine.messages import Call, Cancel, Control, Credit, End, Failure, Item, Message, Reply
 
-__all__ = ["GREETING", "MAX_FRAME_BYTES", "Decoder", "ProtocolError", "encode"]
+__all__ = ["GREETING", "MAX_FRAME_BYTES", "PROTOCOL_VERSION", "Decoder", "ProtocolError", "encode"]
 
 PROTOCOL_VERSION = 1
 MAX_FRAME_BYTES = 1 << 30

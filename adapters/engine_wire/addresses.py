@@ -1,0 +1,198 @@
+"""Addresses of channels, and the sockets behind them: ``unix:PATH``, ``unix:@NAME`` and ``tcp:HOST:PORT``.
+
+``unix:@NAME`` is a name in Linux's abstract namespace: nothing of it is on disk, it is gone with its last socket, and
+it has no permissions, so who listens there should ask for proof (`engine_wire.handshake`). ``HOST`` is a numeric
+address, ``[...]`` around one of IPv6: looking a name up can take seconds, which a caller must not be made to wait.
+
+When a TCP peer falls silent, because its host or the network between is gone, the kernel breaks the connection after
+`SILENCE_S` seconds, whether it was idle or had bytes under way; a shorter cut only delays them. Linux counts a peer as
+silent, too, that is alive but reads nothing for as long while more waits for it than its buffers hold.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from typing import Any
+
+from engine.adapter import ChannelClosed
+from engine.errors import InvalidArgument
+
+__all__ = ["SILENCE_S", "accept_from", "listen_tcp", "listen_unix", "open_socket", "tcp_address", "unanswered"]
+
+_BACKLOG = 512
+
+SILENCE_S = 11
+"""Long enough for a switch that restarts a link, short enough for a caller that waits."""
+_IDLE_S = 5
+_PROBE_S = 2
+_PROBES = 3
+assert _IDLE_S + _PROBES * _PROBE_S == SILENCE_S
+
+
+def listen_unix(path: str) -> socket.socket:
+    """Bind and listen on a Unix socket.
+
+    Args:
+        path: Of the socket, or ``@NAME`` for a name in Linux's abstract namespace.
+
+    Raises:
+        OSError: It is taken, or cannot be.
+    """
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        sock.bind(_unix_name(path))
+        sock.listen(_BACKLOG)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def listen_tcp(host: str, port: int = 0) -> socket.socket:
+    """Bind and listen on exactly this TCP address.
+
+    Args:
+        host: A numeric address of this machine. That of all networks must be asked for: ``0.0.0.0`` or ``::``.
+        port: 0 picks a free one.
+
+    Raises:
+        engine.errors.InvalidArgument: ``host`` is not a numeric address.
+        OSError: It is not one of this machine, or the port is taken.
+    """
+    try:
+        family, address = _resolve(host, port)
+    except OSError as error:
+        raise InvalidArgument(f"host must be a numeric address, not {host!r}") from error
+    sock = socket.socket(family)
+    try:
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        # A port whose last connections still linger can be taken again, but not one that somebody listens on.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        sock.listen(_BACKLOG)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def tcp_address(listening: socket.socket) -> str:
+    """The address of a listening TCP socket, for `engine_wire.connect`."""
+    return f"tcp:{_host_and_port(listening.getsockname())}"
+
+
+def open_socket(address: str) -> tuple[socket.socket, bool]:
+    """Make a socket and connect it, or for TCP begin to.
+
+    Returns:
+        The socket, and whether it is still connecting.
+
+    Raises:
+        engine.adapter.ChannelClosed: The address is none, or nobody listens there.
+    """
+    scheme, _, rest = address.partition(":")
+    if scheme == "unix":
+        family, target = socket.AF_UNIX, _unix_name(rest)
+    elif scheme == "tcp":
+        family, target = _tcp_target(address, rest)
+    else:
+        raise ChannelClosed(f"cannot reach {address!r}: the scheme must be 'unix' or 'tcp'")
+    sock: socket.socket | None = None
+    try:
+        sock = socket.socket(family)
+        if scheme == "tcp":
+            _tune(sock)
+            sock.setblocking(False)
+        sock.connect(target)
+    except BlockingIOError:
+        assert sock is not None
+        return sock, True
+    except OSError as error:
+        if sock is not None:
+            sock.close()
+        raise ChannelClosed(unanswered(address, error.strerror)) from error
+    return sock, False
+
+
+def unanswered(address: str, why: str | None) -> str:
+    """What a caller is told whom nobody answers."""
+    return f"nobody answers at {address.removeprefix('unix:')} ({why})"
+
+
+def accept_from(listening: socket.socket) -> tuple[socket.socket, str] | None:
+    """Accept one connection that waits.
+
+    Returns:
+        The connected socket and its peer, for people; or None when it went away again, another process was faster,
+        or there is no descriptor left for it now.
+    """
+    try:
+        sock, address = listening.accept()
+    except OSError:
+        return None
+    if sock.family == socket.AF_UNIX:
+        return sock, _process_behind(sock)
+    try:
+        _tune(sock)
+    except OSError:
+        pass  # it is gone already, as whoever reads will find
+    return sock, _host_and_port(address)
+
+
+def _unix_name(path: str) -> str | bytes:
+    return b"\0" + os.fsencode(path[1:]) if path.startswith("@") else path
+
+
+def _tcp_target(address: str, rest: str) -> tuple[socket.AddressFamily, Any]:
+    host, _, port = rest.rpartition(":")
+    if port.isascii() and port.isdecimal() and 0 < int(port) < 1 << 16:
+        try:
+            return _resolve(host.removeprefix("[").removesuffix("]"), int(port))
+        except OSError:
+            pass
+    raise ChannelClosed(f"cannot reach {address!r}: it must be tcp:HOST:PORT with a numeric address")
+
+
+def _resolve(host: str, port: int) -> tuple[socket.AddressFamily, Any]:
+    if not host:
+        raise OSError("an empty name would be every address of this machine")
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)[
+            0
+        ]
+    except UnicodeError as error:
+        raise OSError(str(error)) from error
+    return family, address
+
+
+def _host_and_port(address: Any) -> str:
+    host, port = address[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _process_behind(sock: socket.socket) -> str:
+    if hasattr(socket, "SO_PEERCRED"):
+        try:
+            return f"process {struct.unpack_from('i', sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]}"
+        except OSError:
+            pass  # it is gone already
+    return "a process of this machine"
+
+
+def _tune(sock: socket.socket) -> None:
+    """Send small messages at once, and notice a peer that fell silent."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (
+        ("TCP_KEEPIDLE", _IDLE_S),
+        ("TCP_KEEPALIVE", _IDLE_S),  # what macOS calls the former
+        ("TCP_KEEPINTVL", _PROBE_S),
+        ("TCP_KEEPCNT", _PROBES),
+        ("TCP_USER_TIMEOUT", SILENCE_S * 1000),  # keepalive says nothing while sent bytes wait for their receipt
+    ):
+        option = getattr(socket, name, None)
+        if option is not None:
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)

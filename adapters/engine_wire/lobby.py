@@ -1,0 +1,145 @@
+"""Where accepted connections wait until their peers have proved that they belong to this engine.
+
+Nothing of them is seen outside: a connection either proves itself within `PATIENCE_S` and is admitted, or it is
+dropped, which the log mentions once. At most `MAX_WAITING` wait at a time, and of each no more is read than the
+handshake wants. Of what came while the whole process was busy, nothing is held against the peer.
+
+Only the host whose lobby it is touches it, on the thread that reads its sockets. The host says when there is something
+to read and looks after the time: by `remaining_s` and `expire`.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from .handshake import HandshakeError, ServerHandshake, check_secret
+
+__all__ = ["MAX_WAITING", "PATIENCE_S", "Lobby", "Watcher"]
+
+MAX_WAITING = 64
+"""Enough for a burst of callers, since each waits for one round trip; few enough to leave descriptors for them."""
+PATIENCE_S = 5.0
+"""For the whole handshake. One round trip between hosts takes milliseconds."""
+
+_log = logging.getLogger("engine.wire")
+_NOWAIT = socket.MSG_DONTWAIT
+
+
+class Watcher(Protocol):
+    """What tells a lobby that there is something to read."""
+
+    def watch(self, descriptor: int, callback: Callable[[], None]) -> None:
+        """Call back whenever there is."""
+
+    def unwatch(self, descriptor: int) -> None:
+        """Stop doing so."""
+
+
+class Lobby:
+    """Holds connections until they are admitted or dropped.
+
+    Args:
+        secret: What the peers must know.
+        admit: Takes a connected socket whose peer has proved itself, and owns it from then on.
+        watcher: Says when there is something to read.
+
+    Raises:
+        ValueError: The secret is too short.
+    """
+
+    def __init__(self, secret: bytes, admit: Callable[[socket.socket], None], watcher: Watcher) -> None:
+        check_secret(secret)
+        self._secret = secret
+        self._admit = admit
+        self._watcher = watcher
+        self._waiting: dict[int, _Waiting] = {}  # by descriptor, the oldest first
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def enter(self, sock: socket.socket, peer: str) -> None:
+        """Take a connection in. ``peer`` is what the log calls it."""
+        if len(self._waiting) >= MAX_WAITING:
+            oldest = next(iter(self._waiting.values()))
+            self._drop(oldest, f"others came while it and {MAX_WAITING - 1} more had not proved who they are")
+        entry = _Waiting(sock, peer, ServerHandshake(self._secret))
+        self._waiting[entry.descriptor] = entry
+        self._watcher.watch(entry.descriptor, lambda: self._read(entry))
+
+    def remaining_s(self) -> float | None:
+        """Seconds until `expire` has something to do, or None if nobody waits."""
+        if not self._waiting:
+            return None
+        return max(0.0, min(entry.deadline for entry in self._waiting.values()) - time.monotonic())
+
+    def expire(self) -> None:
+        """Drop whoever took too long."""
+        now = time.monotonic()
+        for entry in [entry for entry in self._waiting.values() if entry.deadline <= now]:
+            self._read(entry)  # what it said in time while this process was busy counts
+            if self._waiting.get(entry.descriptor) is entry and entry.deadline <= now:
+                self._drop(entry, f"it did not prove within {PATIENCE_S:g} s that it belongs to this engine")
+
+    def close(self) -> None:
+        """Close all connections (idempotent)."""
+        while self._waiting:
+            self._remove(next(iter(self._waiting.values()))).close()
+
+    def _read(self, entry: _Waiting) -> None:
+        if self._waiting.get(entry.descriptor) is not entry:
+            return  # dropped a moment ago, with its readiness already noted
+        try:
+            data = entry.sock.recv(entry.handshake.wanted, _NOWAIT)
+            if data:
+                self._answer(entry, data)
+            else:
+                self._drop_lost(entry, "it left")
+        except BlockingIOError:
+            pass
+        except HandshakeError as error:
+            self._drop(entry, f"it could not prove that it belongs to this engine ({error})")
+        except OSError as error:
+            self._drop_lost(entry, f"the connection broke ({error.strerror})")
+        if entry.handshake.complete:
+            self._admit(self._remove(entry))
+
+    def _answer(self, entry: _Waiting, data: bytes) -> None:
+        entry.has_spoken = True
+        answer = entry.handshake.feed(data)
+        if not answer:
+            return
+        if entry.sock.send(answer, _NOWAIT) < len(answer):  # cannot be: nothing else was sent
+            raise HandshakeError("it takes no answer")
+        if time.monotonic() >= entry.deadline:
+            # It had greeted, and this process was too busy to answer: it could not know what to prove.
+            entry.deadline = time.monotonic() + PATIENCE_S
+
+    def _drop_lost(self, entry: _Waiting, how: str) -> None:
+        # A connection that goes without a word is a health check or a port scan, and everyday life.
+        level = logging.WARNING if entry.has_spoken else logging.DEBUG
+        self._drop(entry, f"{how} before it had proved that it belongs to this engine", level)
+
+    def _drop(self, entry: _Waiting, why: str, level: int = logging.WARNING) -> None:
+        _log.log(level, "dropped a connection from %s: %s", entry.peer, why)
+        self._remove(entry).close()
+
+    def _remove(self, entry: _Waiting) -> socket.socket:
+        del self._waiting[entry.descriptor]
+        self._watcher.unwatch(entry.descriptor)
+        return entry.sock
+
+
+class _Waiting:
+    """One connection in the lobby."""
+
+    def __init__(self, sock: socket.socket, peer: str, handshake: ServerHandshake) -> None:
+        self.sock = sock
+        self.descriptor = sock.fileno()
+        self.peer = peer
+        self.handshake = handshake
+        self.deadline = time.monotonic() + PATIENCE_S
+        self.has_spoken = False
