@@ -5,6 +5,7 @@ from .channel import Driver, SocketChannel
 from .connecting import connect
 from .drivers import LoopDriver, Poller, Undriven
 from .hosts import Acceptor, BlockingHost, LoopHost, new_event_loop
+from .worker_host import WireWorkerHost
 
 __all__ = [
     "Acceptor",
@@ -15,6 +16,7 @@ __all__ = [
     "Poller",
     "SocketChannel",
     "Undriven",
+    "WireWorkerHost",
     "connect",
     "listen_tcp",
     "listen_unix",

@@ -17,7 +17,7 @@ from engine.adapter import ChannelClosed, ChannelListener
 
 from .addresses import open_socket, unanswered
 from .channel import SocketChannel
-from .drivers import LoopDriver, Poller
+from .drivers import LoopDriver, Poller, Undriven
 from .protocol import GREETING
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ _UNPROVED = "the peer could not prove that it belongs to this engine"
 
 
 def connect(
-    address: str, listener: ChannelListener, *, on_loop: bool, poller: Poller, secret: bytes | None = None
+    address: str, listener: ChannelListener, *, on_loop: bool, poller: Poller | Undriven, secret: bytes | None = None
 ) -> SocketChannel:
     """Open a channel to ``unix:PATH``, ``unix:@NAME`` or ``tcp:HOST:PORT`` (see `engine_wire.addresses`).
 
@@ -38,7 +38,7 @@ def connect(
         address: As announced by a worker.
         listener: Who hears it.
         on_loop: Read on the asyncio loop running in this thread rather than by ``poller``.
-        poller: Reads the channels that no loop owns.
+        poller: Reads the channels that no loop owns; `Undriven` if one thread drives this one all its life.
         secret: What both ends know and prove to each other before the first message; at least 16 random bytes.
 
     Raises:
@@ -53,7 +53,7 @@ def connect(
     sock, connecting = open_socket(address)
     opening = Opening(sock, address, connecting, handshake) if connecting or handshake is not None else None
     try:
-        driver: LoopDriver | Poller = poller
+        driver: LoopDriver | Poller | Undriven = poller
         if on_loop:
             import asyncio
 
@@ -64,7 +64,7 @@ def connect(
             if opening.failure is not None and opening.connecting:
                 raise ChannelClosed(opening.failure)
             channel.watch()  # what is kept must leave though nobody drives or watches
-            if not written:
+            if not written and not isinstance(driver, Undriven):
                 driver.flush(channel)
         elif on_loop:
             channel.watch()
