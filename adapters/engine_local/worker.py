@@ -17,9 +17,10 @@ import sys
 import types
 from typing import TYPE_CHECKING, NoReturn
 
-from engine.control import LogLine, StartFailed
+from engine.control import StartFailed
 from engine.errors import BackendStartError
 from engine.serialization import pack_exception
+from engine_wire.logs import LogToEngine
 
 from .host import LocalHost
 from .process import flush_c_streams, name_process
@@ -86,7 +87,7 @@ def _settle(order: Spawn, host: LocalHost) -> None:
             forget()
     sys.modules["__main__"] = types.ModuleType("__main__")  # not the fork server's
     root = logging.getLogger()
-    root.handlers[:] = [_ToEngine(host)]
+    root.handlers[:] = [LogToEngine(host)]
     root.setLevel(order.log_level)
     _draw_new_seeds()
     if order.threads is not None:
@@ -147,21 +148,3 @@ def _leave(code: int) -> NoReturn:
         flush_c_streams()
     finally:
         os._exit(code)
-
-
-class _ToEngine(logging.Handler):
-    """Sends log records to the engine's process."""
-
-    def __init__(self, host: LocalHost) -> None:
-        super().__init__()
-        self._host = host
-
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            text = self.format(record)
-            if self._host.is_copy:
-                sys.stderr.write(f"{record.name}: {text}\n")
-            else:
-                self._host.tell(LogLine(record.levelno, record.name, text))
-        except Exception:
-            self.handleError(record)

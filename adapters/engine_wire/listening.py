@@ -1,4 +1,8 @@
-"""The public addresses of an engine: bound once in its process, inherited by every worker that shares them."""
+"""The public addresses of an engine.
+
+They are bound once in its process and inherited by every worker that shares them; or, where workers inherit nothing,
+bound by each worker.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from typing import Any
 from engine.adapter import Listen
 from engine.errors import InvalidArgument
 
-__all__ = ["ListeningSockets"]
+__all__ = ["ListeningSockets", "bind_shared"]
 
 
 class ListeningSockets:
@@ -42,7 +46,24 @@ class ListeningSockets:
             self._sockets.popitem()[1].close()
 
 
-def _bind(listen: Listen) -> socket.socket:
+def bind_shared(listen: Listen, *, alone: bool) -> socket.socket:
+    """Bind an address that other workers of the same engine bind, too; the kernel spreads connections over them.
+
+    Args:
+        listen: The address.
+        alone: Whether this worker is the first one there, so that nobody else may listen on the address.
+
+    Raises:
+        engine.errors.InvalidArgument: It cannot be bound.
+    """
+    if not alone:
+        return _bind(listen, shared=True)
+    with _bind(listen) as probe:
+        port = probe.getsockname()[1]
+    return _bind(dataclasses.replace(listen, port=port), shared=True)
+
+
+def _bind(listen: Listen, *, shared: bool = False) -> socket.socket:
     try:
         candidates = socket.getaddrinfo(listen.host, listen.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
@@ -53,7 +74,7 @@ def _bind(listen: Listen) -> socket.socket:
     failures: list[OSError] = []
     for family, kind, protocol, _, address in candidates:
         try:
-            return _listen(family, kind, protocol, address, listen.backlog)
+            return _listen(family, kind, protocol, address, listen.backlog, shared=shared)
         except OSError as error:
             failures.append(error)
     raise InvalidArgument(
@@ -62,11 +83,13 @@ def _bind(listen: Listen) -> socket.socket:
     ) from failures[0]
 
 
-def _listen(family: int, kind: int, protocol: int, address: Any, backlog: int) -> socket.socket:
+def _listen(family: int, kind: int, protocol: int, address: Any, backlog: int, *, shared: bool) -> socket.socket:
     sock = socket.socket(family, kind, protocol)
     try:
         # A port whose last connections still linger can be taken again, but not one that somebody listens on.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         sock.bind(address)
         sock.listen(backlog)
         sock.setblocking(False)

@@ -1,0 +1,31 @@
+"""The logging of a worker, sent to the engine's process."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from engine.control import LogLine
+
+from .worker_host import WireWorkerHost
+
+__all__ = ["LogToEngine"]
+
+
+class LogToEngine(logging.Handler):
+    """Sends log records to the engine's process, where they appear on the worker's logger."""
+
+    def __init__(self, host: WireWorkerHost) -> None:
+        super().__init__()
+        self._host = host
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See `logging.Handler.emit`."""
+        try:
+            text = self.format(record)
+            if self._host.is_copy:
+                sys.stderr.write(f"{record.name}: {text}\n")
+            else:
+                self._host.tell(LogLine(record.levelno, record.name, text))
+        except Exception:
+            self.handleError(record)
