@@ -219,7 +219,7 @@ class Adapter(Protocol):
 
     @property
     def refs(self) -> PlatformRefs | None:
-        """The platform's own refs, valid wherever `open_channel` is; None where refs are the engine's (`engine.ref`)."""
+        """The platform's own refs, valid wherever `open_channel` is; None where refs are the engine's own."""
 
     async def start(self, engine_id: str, events: AdapterEvents) -> None:
         """Get ready to start workers."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import harness
 import httpx
 import pytest
 from harness import Footprint, Gate
+from ray_cluster import RayCluster, why_not
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -25,6 +27,17 @@ def client() -> Iterator[httpx.Client]:
     """An HTTP client without connections of yesterday: engines come and go, their ports may come back."""
     with httpx.Client(timeout=30, limits=httpx.Limits(max_keepalive_connections=0)) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[RayCluster]:
+    """A Ray cluster for the whole run, which this process is connected to."""
+    reason = why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    with RayCluster() as cluster:
+        harness.disown(cluster.pid)
+        yield cluster
 
 
 @pytest.fixture

@@ -108,13 +108,21 @@ def _parents() -> dict[int, int]:
     return parents
 
 
+_disowned: set[int] = set()
+
+
+def disown(pid: int) -> None:
+    """Take a process and all that descends from it for no descendants of this one any more."""
+    _disowned.add(pid)
+
+
 def descendants(pid: int | None = None) -> set[int]:
     """The children of a process (this one by default), their children, and so on."""
     parents = _parents()
     found: set[int] = set()
     ring = {os.getpid() if pid is None else pid}
     while ring:
-        ring = {child for child, parent in parents.items() if parent in ring} - found
+        ring = {child for child, parent in parents.items() if parent in ring} - found - _disowned
         found |= ring
     return found
 
@@ -129,14 +137,25 @@ def is_running(pid: int) -> bool:
 
 
 def open_files() -> dict[int, str]:
-    """What this process has open, by descriptor."""
+    """What this process has open, by descriptor; without the TCP connections that Ray keeps once it is used."""
     found = {}
     for entry in os.listdir("/proc/self/fd"):
         try:
             found[int(entry)] = os.readlink(f"/proc/self/fd/{entry}")
         except OSError:
             continue
+    if "ray" in sys.modules:
+        tcp = _tcp_sockets()
+        found = {descriptor: target for descriptor, target in found.items() if target not in tcp}
     return found
+
+
+def _tcp_sockets() -> set[str]:
+    inodes = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:]:
+            inodes.add(f"socket:[{line.split()[9]}]")
+    return inodes
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "engine_local": frozenset({"engine", "engine_wire"}),
     "engine_inline": frozenset({"engine", "engine_wire"}),
     "engine_http": frozenset({"engine"}),
+    "engine_ray": frozenset({"engine", "engine_wire"}),
 }
 FORBIDDEN_IN_CORE = frozenset({"hypercorn", "uvicorn", "h2", "ray", "uvloop", "socket", "selectors", "multiprocessing"})
 SERVERS = frozenset({"create_server", "create_unix_server", "start_server", "start_unix_server", "Server"})
@@ -117,6 +118,12 @@ def test_the_inline_adapter_takes_only_the_addresses_from_the_wire(module: str) 
 def test_only_one_package_imports_hypercorn() -> None:
     importers = {top(module) for module in ALL_MODULES if "hypercorn" in map(top, imports_of(module))}
     assert importers == {"engine_http"}
+
+
+def test_only_one_package_imports_ray_and_only_when_it_must() -> None:
+    importers = {top(module) for module in ALL_MODULES if "ray" in map(top, imports_of(module))}
+    assert importers == {"engine_ray"}
+    assert not [module for module in ALL_MODULES if "ray" in map(top, imports_of(module, lazy=False))]
 
 
 def test_the_core_imports_itself_without_circles() -> None:

@@ -63,6 +63,8 @@ class Served:
 @pytest.fixture(scope="session", params=FACTORIES)
 def adapter(request: pytest.FixtureRequest) -> AdapterFactory:
     factory: AdapterFactory = request.param
+    if factory.cluster:
+        request.getfixturevalue("ray_cluster")
     return factory
 
 

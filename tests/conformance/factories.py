@@ -26,6 +26,7 @@ class AdapterFactory:
         options: Options of the instance that most tests share.
         processes: Replicas are processes of their own: they can die alone, and other processes can reach them.
         own_refs: Refs are the engine's own, with `result`; otherwise they are what the platform calls a ref.
+        cluster: It needs a Ray cluster to connect to.
     """
 
     name: str
@@ -33,6 +34,7 @@ class AdapterFactory:
     options: dict[str, Any]
     processes: bool
     own_refs: bool
+    cluster: bool = False
 
     def adapter_class(self) -> type[Any]:
         module, name = self.where
@@ -59,5 +61,8 @@ FACTORIES = [
             "local", ("engine_local", "LocalAdapter"), {"preload": _TEST_MODULES_IMPORT}, processes=True, own_refs=True
         ),
         id="local",
+    ),
+    pytest.param(
+        AdapterFactory("ray", ("engine_ray", "RayAdapter"), {}, processes=True, own_refs=False, cluster=True), id="ray"
     ),
 ]

@@ -143,8 +143,8 @@ def test_results_must_match_the_requests(serve, result, message):
     handle = serve(backend, route=None, config=FULL_OR_NEVER).handle
     for ref in [handle.remote("wrong") for _ in range(4)]:
         with pytest.raises(errors.BackendError, match=message):
-            ref.result(20)
-    assert [ref.result(20) for ref in [handle.remote("right") for _ in range(4)]] == [(4, "right")] * 4
+            ref.future().result(20)
+    assert [ref.future().result(20) for ref in [handle.remote("right") for _ in range(4)]] == [(4, "right")] * 4
 
 
 @pytest.mark.parametrize("kind", ["sync", "async"])
@@ -161,7 +161,7 @@ def test_an_error_reaches_every_caller_of_the_batch(serve, kind):
     handle = serve(backend, route=None, config=FULL_OR_NEVER).handle
     for ref in [handle.remote(number) for number in range(4)]:
         with pytest.raises(KeyError, match="batch"):
-            ref.result(20)
+            ref.future().result(20)
 
 
 def test_each_http_client_gets_its_own_kind_of_answer(serve):
@@ -204,7 +204,7 @@ def test_a_call_with_more_than_one_argument_is_refused_alone(serve):
         method_name="many"
     )
     good, two, named = handle.remote(1), handle.remote(1, 2), handle.remote(1, k=2)
-    assert good.result(20) == 2
+    assert good.future().result(20) == 2
     for bad in (two, named):
         with pytest.raises(errors.InvalidArgument, match="one argument"):
-            bad.result(20)
+            bad.future().result(20)

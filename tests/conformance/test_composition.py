@@ -26,7 +26,7 @@ class SyncFront:
 
     def by_ref(self, value):
         refs = [self.back.remote(value), self.back.remote(value + 1)]
-        return [ref.result(20) for ref in refs]
+        return [ref.future().result(20) for ref in refs]
 
 
 class AsyncFront:
@@ -89,7 +89,7 @@ def test_a_ref_of_one_backend_as_argument_of_another(serve):
     first, second = serve(double, route=None).handle, serve(triple, route=None).handle
 
     def both(request):
-        return second.remote(first.remote(request.data)).result(20)
+        return second.remote(first.remote(request.data)).future().result(20)
 
     assert serve(both, route=None).call(1) == 6
 
@@ -183,7 +183,9 @@ BLOCKING = {
 
 
 @pytest.mark.parametrize("way", BLOCKING)
-def test_a_sync_handle_would_block_an_async_backend(serve, gate, way):
+def test_a_sync_handle_would_block_an_async_backend(serve, adapter, gate, way):
+    if way == "result" and not adapter.own_refs:
+        pytest.skip("refs of this adapter are those of its platform")
     block = BLOCKING[way]
 
     def held(request):

@@ -79,6 +79,7 @@ def test_result(adapter, doubled, held, gate):
     if not adapter.own_refs:
         pytest.skip("refs of this adapter are those of its platform")
     assert doubled.remote(4).result() == 8
+    assert doubled.remote(4).result(float("inf")) == 8
     ref = held.remote(5)
     with pytest.raises(errors.DeadlineExceeded):
         ref.result(0.05)
@@ -185,7 +186,7 @@ def test_timeout_while_queued(serve, gate, journal):
     with pytest.raises(errors.DeadlineExceeded):
         handle.options(timeout_s=0.1).call("too late")
     gate.open()
-    first.result(20)
+    first.future().result(20)
     handle.call("next")
     assert journal.lines() == ["first", "next"], "a call nobody waits for any more must not run"
 
@@ -253,7 +254,7 @@ def test_calls_keep_their_order(serve, journal):
     handle = serve(lambda request: journal.add(request.data), route=None).handle
     refs = [handle.remote(number) for number in range(50)]
     for ref in refs:
-        ref.result(20)
+        ref.future().result(20)
     assert journal.lines() == [str(number) for number in range(50)]
 
 
@@ -262,12 +263,12 @@ async def test_blocking_calls_work_in_a_running_loop_of_the_main_program(engine,
     """As in a notebook cell: nothing but the caller waits on this loop."""
     assert doubled.call(4) == 8
     assert engine.get(doubled.remote(4)) == 8
-    assert doubled.remote(4).result(20) == 8
+    assert doubled.remote(4).future().result(20) == 8
 
 
 def test_long_timeouts_are_timeouts_like_any_other(serve, engine):
     served = serve(lambda request: request.data, route=None)
     month = 31 * 86400.0
     assert served.call(1, timeout_s=month) == 1
-    assert served.handle.options(timeout_s=month).remote(2).result(float("inf")) == 2
+    assert served.handle.options(timeout_s=month).remote(2).future().result(month) == 2
     assert engine.get([served.handle.remote(3)], timeout=float("inf")) == [3]

@@ -1,0 +1,22 @@
+"""Replicas as Ray actors on a cluster: `RayAdapter`. The only package that imports Ray.
+
+Ray places, names and restarts the workers; calls travel on the engine's own channels. The names are imported when they
+are first used: a worker that serves calls needs no adapter.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .adapter import RayAdapter
+
+__all__ = ["RayAdapter"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "RayAdapter":
+        from .adapter import RayAdapter
+
+        return RayAdapter
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

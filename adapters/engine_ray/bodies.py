@@ -1,0 +1,25 @@
+"""What the workers of this adapter tell it beyond `engine.control`: bodies of `engine.messages.Control`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+__all__ = ["Bound", "Hello", "Leaving"]
+
+
+class Hello(NamedTuple):
+    """Worker: this channel is my control channel."""
+
+    worker_id: str
+
+
+class Bound(NamedTuple):
+    """Worker: I listen on the public address that I was to serve, at this port."""
+
+    port: int
+
+
+class Leaving(NamedTuple):
+    """Worker: I am about to exit with this code."""
+
+    code: int

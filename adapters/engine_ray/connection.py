@@ -1,0 +1,140 @@
+"""This process's connection to Ray, which all of its engines share.
+
+A connection that the application made before is used and never touched. Otherwise the first engine connects, and the
+last one to leave disconnects, which also ends a cluster that was started for them. All of that happens on one thread
+that lives as long as the connection: the kernel ties the processes of a cluster started here to the thread that started
+them, and Ray installs a signal handler when it is started on the main thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from engine.errors import EngineError, InvalidArgument
+
+__all__ = ["join", "leave"]
+
+_NONE_RUNS = "Could not find any running Ray instance"
+"""How Ray says that there is no cluster, rather than one that it cannot connect to."""
+
+_lock = threading.Lock()  # guards the next two
+_keeper: _Keeper | None = None
+_users = 0
+
+
+def join(address: str | None, options: Mapping[str, Any]) -> bool:
+    """Be connected to Ray.
+
+    Args:
+        address: The cluster, or None for the one that runs here, or else a new one on this machine.
+        options: Further arguments of ``ray.init``.
+
+    Returns:
+        Whether `leave` has to be called in the end: false for a connection of the application's own.
+
+    Raises:
+        engine.errors.InvalidArgument: There is no such cluster, another one is connected, or an option is wrong.
+    """
+    global _keeper, _users
+    import ray
+
+    with _lock:
+        if _keeper is None and ray.is_initialized():
+            _check_same(address)
+            return False
+        if _keeper is None:
+            keeper = _Keeper(address, options)
+            keeper.connect()
+            _keeper = keeper
+        else:
+            _check_same(address)
+        _users += 1
+        return True
+
+
+def leave() -> None:
+    """Take one `join` back; the last one disconnects."""
+    global _keeper, _users
+    with _lock:
+        _users -= 1
+        if _users == 0 and _keeper is not None:
+            _keeper.disconnect()
+            _keeper = None
+
+
+def _check_same(address: str | None) -> None:
+    import ray
+
+    connected = ray.get_runtime_context().gcs_address
+    if address not in (None, "auto", "local", connected):
+        raise InvalidArgument(
+            f"address={address!r}: this process is connected to the Ray cluster at {connected!r}, and Ray allows one "
+            "cluster a process: use that one, or disconnect with ray.shutdown() first"
+        )
+
+
+class _Keeper:
+    """The thread that holds the connection."""
+
+    def __init__(self, address: str | None, options: Mapping[str, Any]) -> None:
+        self._address = address
+        self._options = {"log_to_driver": False, "configure_logging": False, **options}
+        self._connected = threading.Event()
+        self._over = threading.Event()
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="engine-ray", daemon=True)
+
+    def connect(self) -> None:
+        """Connect; returns when that is done."""
+        self._thread.start()
+        self._connected.wait()
+        if self._failure is not None:
+            self._thread.join()
+            raise self._failure
+
+    def disconnect(self) -> None:
+        """Disconnect; returns when that is done."""
+        self._over.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        import ray
+
+        try:
+            self._init()
+        except Exception as error:
+            self._failure = error
+        self._connected.set()
+        if self._failure is None:
+            self._over.wait()
+            ray.shutdown()
+
+    def _init(self) -> None:
+        import ray
+
+        logger = logging.getLogger("ray._private.worker")
+        logger.addFilter(_expected)
+        try:
+            ray.init(address=self._address or "auto", **self._options)
+        except ConnectionError as error:
+            if self._address is not None or _NONE_RUNS not in str(error):
+                raise InvalidArgument(
+                    f"address={self._address!r}: cannot connect to a Ray cluster there ({error}; "
+                    f"{error.__cause__ or error.__context__}). Is one running (ray start --head), by this version of "
+                    "Ray, and with the same authentication (RAY_AUTH_MODE)?"
+                ) from error
+            ray.init(address="local", **{"include_dashboard": False, **self._options})
+        except (TypeError, ValueError, RuntimeError) as error:
+            if isinstance(error, EngineError):
+                raise
+            raise InvalidArgument(f"RayAdapter: ray.init refused its arguments: {error}") from error
+        finally:
+            logger.removeFilter(_expected)
+
+
+def _expected(record: logging.LogRecord) -> bool:
+    """Pass all records but Ray's regret that it could not install a signal handler."""
+    return "SIGTERM handler is not set" not in record.getMessage()

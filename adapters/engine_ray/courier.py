@@ -1,0 +1,129 @@
+"""The courier: an actor that carries calls which want an object ref. Each engine has one, from the first of them on.
+
+It is a caller like any other: its own router places every call, and the calls travel on channels. No user code runs in
+it and it unpickles nothing but refs among arguments, so what happens to a replica never happens to it. Should it be
+killed all the same, the calls it held fail, and Ray starts it again for the next ones.
+
+It ends with the engine: when its channel to the controller is gone, the calls it holds fail with `EngineClosed`, and it
+leaves as soon as all of them are answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pickle
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from engine.client import Client
+from engine.errors import EngineError
+from engine.handle import answer_to
+from engine.messages import PYTHON, Reply
+from engine.serialization import dumps, pack_exception
+from engine.slot import Outgoing
+
+from .carried import CarriedError, Filled, carried
+from .connector import RayConnector
+
+__all__ = ["NAMESPACE", "Courier", "courier_name", "find_courier"]
+
+NAMESPACE = "mpengine"
+"""Of the actors that belong to engines: found by name, whatever the namespace of the process that looks for them."""
+_MAX_CALLS = 1_000_000
+"""Calls at a time: as many as an async replica holds. The queues of the routers bound them, not this."""
+_LOOK_S = 0.02
+_LAST_ANSWERS_S = 1.0
+"""What Ray may need to bring the last answers to their callers; the engine, if it shuts down in order, is faster."""
+
+
+class Courier:
+    """The actor. All of it runs on the actor's event loop.
+
+    Args:
+        engine_id: The engine.
+        control_address: Where its controller is reached.
+        secret: The engine's.
+    """
+
+    def __init__(self, engine_id: str, control_address: str, secret: bytes) -> None:
+        connector = RayConnector(control_address, secret)
+        self._held = 0
+        # As an ingress is, it is waited for when routes change: a call made after that must follow them.
+        self._client = Client.attach(engine_id, connector, control_address, ingress=True, worker_id="courier")
+        asyncio.get_running_loop().create_task(self._leave_with_engine())
+
+    async def carry(self, errand: bytes, lifted: Sequence[Any] = ()) -> Any:
+        """Make a call.
+
+        Args:
+            errand: A packed `Errand`: Ray takes far longer for several arguments than for one of plain bytes.
+            lifted: The refs among the call's arguments, waited for first.
+
+        Raises:
+            CarriedError: Whatever the call raised.
+        """
+        self._held += 1
+        try:
+            endpoint, method, head, payload, shard_key, timeout_s = pickle.loads(errand)
+            if lifted:
+                payload = dumps(Filled(payload, await _results_of(lifted)), "the argument")
+            deadline = None if timeout_s is None else time.monotonic() + timeout_s
+            outgoing = Outgoing(PYTHON, method, deadline, "", head, payload, shard_key)
+            answer = await answer_to(self._client.loop_caller(), endpoint, outgoing, timeout_s)
+        except EngineError as error:
+            raise CarriedError(pack_exception(error)) from None
+        finally:
+            self._held -= 1
+        if type(answer) is Reply:
+            return carried(answer.payload)
+        raise CarriedError(answer.payload)  # a failure: only HTTP calls are answered by streams
+
+    async def leave(self) -> None:
+        """Return once the engine is gone and every call was answered, so that the actor can be killed."""
+        await self._until_idle()
+
+    async def _leave_with_engine(self) -> None:
+        await self._until_idle()
+        await asyncio.sleep(_LAST_ANSWERS_S)
+        os._exit(0)
+
+    async def _until_idle(self) -> None:
+        while not self._client.closed or self._held:  # noqa: ASYNC110 - it is closed from another thread
+            await asyncio.sleep(_LOOK_S)
+
+
+async def _results_of(refs: Sequence[Any]) -> list[Any]:
+    from ray.exceptions import RayError, RayTaskError
+
+    try:
+        return [await ref for ref in refs]
+    except RayError as error:
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        raise CarriedError(pack_exception(cause)) from None
+
+
+def courier_name(engine_id: str) -> str:
+    """What the engine's courier is called in `NAMESPACE`."""
+    return f"engine-{engine_id}-courier"
+
+
+def find_courier(engine_id: str, control_address: str, secret: bytes) -> Any:
+    """The engine's courier, started if it is not there yet; returns without waiting for it."""
+    import ray
+
+    return (
+        ray.remote(Courier)
+        .options(
+            name=courier_name(engine_id),
+            namespace=NAMESPACE,
+            get_if_exists=True,
+            # Whoever happens to make the first call must not take it along when it leaves: it leaves with the engine.
+            lifetime="detached",
+            max_restarts=-1,
+            max_concurrency=_MAX_CALLS,
+            num_cpus=0,
+        )
+        .remote(engine_id, control_address, secret)
+    )

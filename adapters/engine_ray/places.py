@@ -1,0 +1,94 @@
+"""Where workers run and listen: options of actors, what is lacking, sockets of a node."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from engine.adapter import Resources, WorkerSpec
+from engine_wire import listen_tcp, listen_unix, tcp_address
+
+__all__ = ["listen_everywhere", "options_of", "shortage"]
+
+_OURS = frozenset(
+    {
+        "allow_out_of_order_execution",
+        "concurrency_groups",
+        "get_if_exists",
+        "lifetime",
+        "max_concurrency",
+        "max_pending_calls",
+        "max_restarts",
+        "max_task_retries",
+        "name",
+        "namespace",
+    }
+)
+"""Options of actors that would change how the engine itself names, calls and replaces its workers."""
+
+
+def options_of(spec: WorkerSpec, runtime_env: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The options of a worker's actor, and the names of those that were given and are not honoured.
+
+    Args:
+        spec: The worker.
+        runtime_env: What that of the spec is laid over.
+    """
+    needs = spec.resources
+    other = dict(needs.other)
+    given_env = dict(other.pop("runtime_env", {}))
+    ignored = sorted(_OURS & other.keys())
+    options = {name: value for name, value in other.items() if name not in _OURS}
+    # Ray's own default would ask for a whole processor to start on and none to run with: a full cluster would then
+    # take no replica, though it needs nothing in particular.
+    options["num_cpus"] = needs.num_cpus or 0
+    if needs.num_gpus:
+        options["num_gpus"] = needs.num_gpus
+    variables = {**runtime_env.get("env_vars", {}), **given_env.get("env_vars", {}), **needs.env_vars}
+    environment = {**runtime_env, **given_env, **({"env_vars": variables} if variables else {})}
+    if environment:
+        options["runtime_env"] = environment
+    if spec.node_id is not None:
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(spec.node_id, soft=False)
+    elif not options.keys() & {"scheduling_strategy", "placement_group", "label_selector"}:
+        options["scheduling_strategy"] = "SPREAD"
+    return options, ignored
+
+
+def shortage(asked: Resources) -> str:
+    """Say what a worker that has no place asked for and what the cluster has."""
+    import ray
+
+    wanted: dict[str, Any] = {"num_cpus": asked.num_cpus, "num_gpus": asked.num_gpus, **asked.other}
+    wanted = {name: value for name, value in wanted.items() if value}
+    total, free = ray.cluster_resources(), ray.available_resources()
+    names = [name for name in sorted(total) if not name.startswith("node:")]
+    has = ", ".join(f"{name} {free.get(name, 0):g} of {total[name]:g}" for name in names)
+    return f"it asked for {wanted or 'nothing in particular'}; the cluster has free: {has or 'nothing'}"
+
+
+def listen_everywhere(name: str) -> tuple[list[socket.socket], tuple[str, ...]]:
+    """Open the sockets of a party: a Unix socket without a name on disk (Linux), and TCP on its node's address.
+
+    Args:
+        name: Distinguishes it from others on this node.
+
+    Returns:
+        The sockets, and their addresses for `engine_wire.connect`.
+    """
+    import ray
+
+    listening = []
+    addresses = []
+    if sys.platform == "linux":
+        path = f"@{name}-{os.urandom(4).hex()}"
+        listening.append(listen_unix(path))
+        addresses.append(f"unix:{path}")
+    listening.append(listen_tcp(ray.util.get_node_ip_address()))
+    addresses.append(tcp_address(listening[-1]))
+    return listening, tuple(addresses)

@@ -1,0 +1,145 @@
+"""Calls as object refs: what ``handle.remote()`` gives on Ray, and waiting for it.
+
+An object ref can only come from a call to an actor. So calls that want one go to the engine's courier
+(`engine_ray.courier`), which sends them on over the engine's channels, where all rules for calls hold. The courier
+starts with the first such call of the engine, wherever it is made.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import threading
+from typing import TYPE_CHECKING, Any
+
+from engine.config import LONGEST_S
+from engine.errors import CallError, DeadlineExceeded, ReplicaDied, RetryLater
+from engine.waiting import running_asyncio_loop
+
+from .addresses import Address
+from .carried import Errand, Placeholder
+
+if TYPE_CHECKING:
+    from engine.slot import Outgoing
+
+    from .connector import RayConnector
+
+__all__ = ["RayRefs"]
+
+
+class RayRefs:
+    """See `engine.adapter.PlatformRefs`.
+
+    Args:
+        connector: Knows the engine, once a channel was opened with it.
+    """
+
+    def __init__(self, connector: RayConnector) -> None:
+        import ray
+
+        self._connector = connector
+        self._kind = ray.ObjectRef
+        self._lock = threading.Lock()  # guards `_courier` while it is made
+        self._courier: Any = None
+
+    def is_ref(self, value: Any) -> bool:
+        """See `engine.adapter.PlatformRefs.is_ref`."""
+        return isinstance(value, self._kind)
+
+    def lift(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], list[Any]]:
+        """See `engine.adapter.PlatformRefs.lift`."""
+        lifted = [value for value in (*args, *kwargs.values()) if self.is_ref(value)]
+        if not lifted:
+            return args, kwargs, lifted
+        places = iter(range(len(lifted)))
+
+        def lowered(value: Any) -> Any:
+            return Placeholder(next(places)) if self.is_ref(value) else value
+
+        return tuple(map(lowered, args)), {name: lowered(value) for name, value in kwargs.items()}, lifted
+
+    def start(self, endpoint: str, outgoing: Outgoing, lifted: list[Any], timeout_s: float | None) -> Any:
+        """See `engine.adapter.PlatformRefs.start`."""
+        courier = self._courier or self._find_courier()
+        errand = Errand(
+            endpoint, outgoing.method, outgoing.head, outgoing.payload, outgoing.shard_key, timeout_s
+        ).packed()
+        return courier.carry.remote(errand, lifted) if lifted else courier.carry.remote(errand)
+
+    def results(self, refs: list[Any], timeout_s: float | None) -> list[Any]:
+        """See `engine.adapter.PlatformRefs.results`."""
+        import ray
+
+        try:
+            results: list[Any] = ray.get(refs, timeout=_bounded(timeout_s))
+        except Exception as error:
+            raise self._translated(error, timeout_s) from _cause_of(error)
+        return results
+
+    async def result(self, ref: Any) -> Any:
+        """See `engine.adapter.PlatformRefs.result`."""
+        if running_asyncio_loop() is None:
+            from anyio import to_thread
+
+            return (await to_thread.run_sync(functools.partial(self.results, [ref], None)))[0]
+        try:
+            return await asyncio.wrap_future(ref.future())
+        except Exception as error:
+            raise self._translated(error, None) from _cause_of(error)
+
+    def wait(self, refs: list[Any], num_returns: int, timeout_s: float | None) -> tuple[list[Any], list[Any]]:
+        """See `engine.adapter.PlatformRefs.wait`."""
+        import ray
+
+        ready, _ = ray.wait(refs, num_returns=num_returns, timeout=_bounded(timeout_s), fetch_local=False)
+        chosen = set(ready)
+        return [ref for ref in refs if ref in chosen], [ref for ref in refs if ref not in chosen]
+
+    def close(self) -> Any:
+        """Forget the courier; returns its actor, if this process knows it."""
+        with self._lock:
+            courier, self._courier = self._courier, None
+        return courier
+
+    def _find_courier(self) -> Any:
+        with self._lock:
+            if self._courier is None:
+                from .courier import find_courier
+
+                control_address = self._connector.control_address
+                engine_id = Address.parse(control_address).engine_id
+                self._courier = find_courier(engine_id, control_address, self._connector.secret())
+            return self._courier
+
+    @staticmethod
+    def _translated(error: BaseException, timeout_s: float | None) -> BaseException:
+        from ray import exceptions
+
+        if isinstance(error, exceptions.RayTaskError):
+            cause: BaseException = error.cause
+            return cause
+        if isinstance(error, exceptions.GetTimeoutError):
+            return DeadlineExceeded(f"the results did not come within timeout={timeout_s:g} s; the calls go on")
+        if isinstance(error, exceptions.TaskCancelledError):
+            return CallError("the call was cancelled")
+        if isinstance(error, exceptions.RayActorError):
+            return ReplicaDied(
+                "the process that carried this call died, and the call may have run: repeat it only if that is safe "
+                f"({error})"
+            )
+        if isinstance(error, exceptions.RayError):
+            return RetryLater(f"Ray could not bring the result: {error}")
+        return error
+
+
+def _cause_of(error: BaseException) -> BaseException | None:
+    """What to raise a translated error from: the remote traceback of a user's error, or else Ray's own error."""
+    from ray import exceptions
+
+    if isinstance(error, exceptions.RayTaskError):
+        return error.cause.__cause__ if isinstance(error.cause, BaseException) else None
+    return error if isinstance(error, exceptions.RayError) else error.__cause__
+
+
+def _bounded(timeout_s: float | None) -> float | None:
+    return None if timeout_s is None else min(timeout_s, LONGEST_S)

@@ -1,0 +1,82 @@
+"""What an engine leaves with the cluster's control plane, for its own parties only.
+
+Rows of Ray's internal key-value store, in a namespace of their own: the engine's secret, for processes that were handed
+a handle and must prove that they belong to it, and for a detached engine where its controller is and what it manages.
+"""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any, NamedTuple
+
+__all__ = ["Entry", "Registry"]
+
+_NAMESPACE = b"mpengine"
+
+
+class Entry(NamedTuple):
+    """An engine.
+
+    Attributes:
+        secret: Proves that a party belongs to it.
+        job_id: The Ray job whose end is the engine's; empty for a detached engine.
+        control_address: Where the controller is now.
+    """
+
+    secret: bytes
+    job_id: str
+    control_address: str
+
+
+class Registry:
+    """One engine's rows. Every method is a round trip to the cluster's head of a millisecond or so."""
+
+    def __init__(self, engine_id: str) -> None:
+        self._entry = f"engine/{engine_id}".encode()
+        self._state = f"state/{engine_id}".encode()
+
+    def put(self, entry: Entry) -> None:
+        """Write the engine's entry."""
+        _put(self._entry, pickle.dumps(tuple(entry)))
+
+    def get(self) -> Entry | None:
+        """The engine's entry, or None when it is gone."""
+        data = _get(self._entry)
+        return None if data is None else Entry(*pickle.loads(data))
+
+    def save(self, state: bytes) -> None:
+        """Keep the controller's state."""
+        _put(self._state, state)
+
+    def load(self) -> bytes | None:
+        """The controller's state, if any was kept."""
+        return _get(self._state)
+
+    def remove(self) -> None:
+        """Remove all rows (idempotent)."""
+        for key in (self._entry, self._state):
+            _kv()._internal_kv_del(key, namespace=_NAMESPACE)
+
+    @staticmethod
+    def sweep(dead_jobs: set[str]) -> None:
+        """Remove what engines left whose job ended without a word."""
+        for key in _kv()._internal_kv_list(b"engine/", namespace=_NAMESPACE):
+            registry = Registry(bytes(key).decode().partition("/")[2])
+            entry = registry.get()
+            if entry is not None and entry.job_id in dead_jobs:
+                registry.remove()
+
+
+def _kv() -> Any:
+    from ray.experimental import internal_kv
+
+    return internal_kv
+
+
+def _put(key: bytes, value: bytes) -> None:
+    _kv()._internal_kv_put(key, value, overwrite=True, namespace=_NAMESPACE)
+
+
+def _get(key: bytes) -> bytes | None:
+    value: bytes | None = _kv()._internal_kv_get(key, namespace=_NAMESPACE)
+    return value
