@@ -431,6 +431,20 @@ def test_a_connection_that_breaks(setting: Setting) -> None:
     assert listener.reason == "the connection broke (Connection reset by peer)"
 
 
+@WATCHING
+def test_a_connection_that_breaks_behind_the_last_words(setting: Setting) -> None:
+    """A loop may tell of both at once and only once."""
+    listener = FakeListener()
+    channel, peer = setting.open(listener)
+    channel.send(call(1))
+    peer.say(reply(1, b"x" * 100_000), reply(2))
+    peer.sock.close()
+    setting.on_home(channel.watch)
+    assert listener.gone.wait(PATIENCE_S)
+    assert listener.heard == [reply(1, b"x" * 100_000), reply(2)]
+    assert listener.reason == "the connection broke (Connection reset by peer)"
+
+
 @EVERY
 def test_sending_to_a_dead_peer(setting: Setting) -> None:
     channel, peer = setting.open(FakeListener())

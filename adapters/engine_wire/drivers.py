@@ -7,9 +7,11 @@ process that threads (not loops) call through; it starts with the first channel 
 
 from __future__ import annotations
 
+import select
 import selectors
 import socket
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .channel import SocketChannel
@@ -27,12 +29,13 @@ class LoopDriver:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
+        self._is_uvloop = type(loop).__module__.startswith("uvloop")
 
     def arm(self, channel: SocketChannel) -> None:
         """See `engine_wire.channel.Driver.arm`."""
         if not channel.armed:
             channel.armed = True
-            self._loop.add_reader(channel.fd, channel.on_readable)
+            self._loop.add_reader(channel.fd, _to_the_end(channel) if self._is_uvloop else channel.on_readable)
 
     def disarm(self, channel: SocketChannel) -> None:
         """See `engine_wire.channel.Driver.disarm`."""
@@ -58,6 +61,22 @@ class LoopDriver:
     def _write_on(self, channel: SocketChannel) -> None:
         if channel.on_writable():
             self._loop.remove_writer(channel.fd)
+
+
+def _to_the_end(channel: SocketChannel) -> Callable[[], None]:
+    """What reads a channel on uvloop, which calls a reader only once more when the socket has an error.
+
+    The peer's last words come before the error, so one read would take them and nobody ever learn of the peer's death.
+    """
+    broken = select.poll()
+    broken.register(channel.fd, 0)  # errors and hang-ups are reported in any case
+
+    def read() -> None:
+        channel.on_readable()
+        while not channel.closed and broken.poll(0):
+            channel.on_readable()
+
+    return read
 
 
 class Undriven:

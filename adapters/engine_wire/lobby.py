@@ -90,22 +90,22 @@ class Lobby:
             self._remove(next(iter(self._waiting.values()))).close()
 
     def _read(self, entry: _Waiting) -> None:
-        if self._waiting.get(entry.descriptor) is not entry:
-            return  # dropped a moment ago, with its readiness already noted
-        try:
-            data = entry.sock.recv(entry.handshake.wanted, _NOWAIT)
-            if data:
-                self._answer(entry, data)
-            else:
-                self._drop_lost(entry, "it left")
-        except BlockingIOError:
-            pass
-        except HandshakeError as error:
-            self._drop(entry, f"it could not prove that it belongs to this engine ({error})")
-        except OSError as error:
-            self._drop_lost(entry, f"the connection broke ({error.strerror})")
-        if entry.handshake.complete:
-            self._admit(self._remove(entry))
+        # To the end of what there is: uvloop calls only once for the last words and the error that follows them.
+        while self._waiting.get(entry.descriptor) is entry:  # it may have been dropped with its readiness noted
+            try:
+                data = entry.sock.recv(entry.handshake.wanted, _NOWAIT)
+                if data:
+                    self._answer(entry, data)
+                else:
+                    self._drop_lost(entry, "it left")
+            except BlockingIOError:
+                return
+            except HandshakeError as error:
+                self._drop(entry, f"it could not prove that it belongs to this engine ({error})")
+            except OSError as error:
+                self._drop_lost(entry, f"the connection broke ({error.strerror})")
+            if entry.handshake.complete:
+                self._admit(self._remove(entry))
 
     def _answer(self, entry: _Waiting, data: bytes) -> None:
         entry.has_spoken = True
