@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from .messages import Message
 
 if TYPE_CHECKING:
+    from .config import HTTPOptions
     from .slot import Outgoing
 
 __all__ = [
@@ -24,9 +25,11 @@ __all__ = [
     "Listen",
     "Node",
     "PlatformRefs",
+    "RemoteController",
     "Resources",
     "Service",
     "ServiceHost",
+    "StateStore",
     "WorkerExit",
     "WorkerHost",
     "WorkerSpec",
@@ -187,6 +190,37 @@ class PlatformRefs(Protocol):
         """Wait until some have settled: those, at most ``num_returns``, and the others, in the order given."""
 
 
+class StateStore(Protocol):
+    """Where the state of a controller outlives the controller: rows of bytes under names."""
+
+    def save(self, name: str, state: bytes) -> None:
+        """Keep a row, in the place of the one of this name."""
+
+    def remove(self, name: str) -> None:
+        """Drop a row (idempotent)."""
+
+    def load(self) -> dict[str, bytes]:
+        """Every row."""
+
+
+class RemoteController(Protocol):
+    """The controller of a detached engine, as another process reaches it."""
+
+    engine_id: str
+    control_address: str
+
+    def run(self, operation: str, arguments: bytes) -> bytes:
+        """Pass on to `engine.detached.DetachedController.run`, and wait.
+
+        Raises:
+            engine.errors.EngineClosed: The engine was shut down.
+            engine.errors.RetryLater: The controller died meanwhile.
+        """
+
+    def leave(self, *, ended: bool) -> None:
+        """Release what reaching it took; remove the controller's process if the engine has ended."""
+
+
 class AdapterEvents(Protocol):
     """What an adapter reports to the controller, always on the event loop that `Adapter.start` ran on."""
 
@@ -221,6 +255,24 @@ class Adapter(Protocol):
     def refs(self) -> PlatformRefs | None:
         """The platform's own refs, valid wherever `open_channel` is; None where refs are the engine's own."""
 
+    @property
+    def store(self) -> StateStore | None:
+        """Where the controller in this process is to keep its state; None if its engine ends with the process."""
+
+    def detach(self, name: str, http: HTTPOptions | None) -> RemoteController:
+        """Reach the controller of a detached engine.
+
+        Args:
+            name: The engine's.
+            http: How a new engine is reached over HTTP; None to find one that is there.
+
+        Raises:
+            engine.errors.InvalidArgument: The name is taken, or unknown; or nothing outlives its creator here.
+        """
+
+    def returns(self, control_address: str) -> bool:
+        """Whether a controller that cannot be reached there will be again, at the same address."""
+
     async def start(self, engine_id: str, events: AdapterEvents) -> None:
         """Get ready to start workers."""
 
@@ -230,6 +282,12 @@ class Adapter(Protocol):
         Raises:
             engine.errors.ResourcesUnavailable: The resources are not free, and waiting would not help.
             engine.errors.InvalidArgument: ``spec.listen`` cannot be bound.
+        """
+
+    async def adopt_worker(self, spec: WorkerSpec) -> None:
+        """Watch a worker that a former controller of the engine started.
+
+        It says again what it said when it was ready; or its exit is reported. ``spec.payload`` is not needed.
         """
 
     def tell(self, worker_id: str, body: Any) -> None:

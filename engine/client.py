@@ -21,6 +21,8 @@ from .snapshot import RoutingSnapshot
 if TYPE_CHECKING:
     import asyncio
 
+    from .subscription import Subscription
+
 __all__ = ["Client"]
 
 _ATTACH_TIMEOUT_S = 10.0
@@ -47,6 +49,8 @@ class Client:
         self._threads: Caller | None = None
         self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Caller] = weakref.WeakKeyDictionary()
         self._closed = False
+        self._subscription: Subscription | None = None  # to a controller in another process
+        self._moved = threading.Condition()  # told whenever a snapshot came to rule
 
     def register(self) -> None:
         """Let `find` find it, now that a snapshot rules."""
@@ -64,33 +68,44 @@ class Client:
     def attach(
         cls, engine_id: str, adapter: Adapter, control_address: str, *, ingress: bool = False, worker_id: str = ""
     ) -> Client:
-        """The client of an engine that another process created; subscribes if there is none here yet.
+        """This process's client of an engine that another process created; subscribes if there is none here yet.
+
+        Raises:
+            errors.EngineClosed: The engine cannot be reached.
+        """
+        with _attaching:
+            known = cls.find(engine_id)
+            if known is not None:
+                return known
+            return cls.subscribe(engine_id, adapter, control_address, ingress=ingress, worker_id=worker_id)
+
+    @classmethod
+    def subscribe(
+        cls, engine_id: str, adapter: Adapter, control_address: str, *, ingress: bool = False, worker_id: str = ""
+    ) -> Client:
+        """A further client of such an engine, with a life of its own.
 
         Raises:
             errors.EngineClosed: The engine cannot be reached.
         """
         from .subscription import Subscription
 
-        with _attaching:
-            known = cls.find(engine_id)
-            if known is not None:
-                return known
-            client = cls(engine_id, adapter)
-            subscription = Subscription(client)
-            try:
-                channel = adapter.open_channel(control_address, subscription, on_loop=False)
-                subscription.begin(channel, ingress=ingress, worker_id=worker_id)
-            except ChannelClosed as error:
-                client.close()
-                raise EngineClosed(
-                    f"the engine of this handle was shut down, or cannot be reached from here: {error}"
-                ) from error
-            if not subscription.first.wait(_ATTACH_TIMEOUT_S) or client._closed:
-                channel.close()
-                client.close()
-                raise EngineClosed(f"the engine of this handle did not answer within {_ATTACH_TIMEOUT_S:g} s")
-            client.register()
-            return client
+        client = cls(engine_id, adapter)
+        subscription = client._subscription = Subscription(
+            client, adapter, control_address, ingress=ingress, worker_id=worker_id
+        )
+        try:
+            subscription.begin()
+        except ChannelClosed as error:
+            client.close()
+            raise EngineClosed(
+                f"the engine of this handle was shut down, or cannot be reached from here: {error}"
+            ) from error
+        if not subscription.first.wait(_ATTACH_TIMEOUT_S) or client._closed:
+            client.close()
+            raise EngineClosed(f"the engine of this handle did not answer within {_ATTACH_TIMEOUT_S:g} s")
+        client.register()
+        return client
 
     @classmethod
     async def connect(
@@ -144,6 +159,13 @@ class Client:
             threads.apply(snapshot)
         for loop, caller in loops:
             _on_loop(loop, caller.apply, snapshot)
+        with self._moved:
+            self._moved.notify_all()
+
+    def wait_applied(self, version: int, timeout_s: float) -> bool:
+        """Wait until a snapshot of at least this version rules; False if it takes too long."""
+        with self._moved:
+            return self._moved.wait_for(lambda: self.snapshot.version >= version or self._closed, timeout_s)
 
     def statistics(self) -> list[dict[str, Any]]:
         """What the callers of this process counted."""
@@ -171,6 +193,8 @@ class Client:
         with _lock:
             if _clients.get(self.engine_id) is self:
                 del _clients[self.engine_id]
+        if self._subscription is not None:
+            self._subscription.end()
         if threads is not None:
             threads.close(error)
         for loop, caller in loops:

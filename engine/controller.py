@@ -16,6 +16,7 @@ from typing import Any
 
 from .adapter import Adapter, Channel, ChannelListener, WorkerExit, WorkerSpec
 from .backend_plan import BackendPlan
+from .checkpoint import Checkpoint, KnownWorker, Picture
 from .client import Client
 from .config import BackendConfig, HTTPOptions
 from .errors import InvalidArgument
@@ -30,6 +31,7 @@ __all__ = ["Controller"]
 
 _logger = logging.getLogger("engine.controller")
 
+_ENTRY = "engine.replica_worker:main"
 _APPLIED_TIMEOUT_S = 5.0
 _FIRST_BACKOFF_S = 0.1
 _LONGEST_BACKOFF_S = 10.0
@@ -74,6 +76,7 @@ class Controller:
         self._workers = Workers(adapter, self._replace_worker)
         self._publisher = Publisher(client)
         self._ingresses = IngressFleet(engine_id, adapter, self._workers, http)
+        self._checkpoint = Checkpoint(adapter.store)
         self._background: set[asyncio.Task[None]] = set()
         self._closing = False
 
@@ -94,13 +97,38 @@ class Controller:
     def nodes_changed(self) -> None:
         """See `engine.adapter.AdapterEvents.nodes_changed`."""
         if not self._closing:
-            self._spawn(self._ingresses.refill())
+            self._spawn(self._refill_ingresses())
 
     # -- life ----------------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Get the adapter ready."""
+        """Get the adapter ready, and take over what a former controller left."""
         await self._adapter.start(self._engine_id, self)
+        left = self._checkpoint.load()
+        if left is not None:
+            await self._restore(*left)
+
+    async def _restore(self, picture: Picture, plans: dict[str, BackendPlan]) -> None:
+        self._publisher.resume(picture.version)
+        self._endpoints = dict(picture.endpoints)
+        restoring = []
+        for tag, plan in plans.items():
+            started, known = picture.replicas.get(tag, (0, ()))
+            backend = self._backends[tag] = _Backend(plan, started=started, live=True)
+            restoring.append(self._restore_replicas(backend, known))
+        if picture.ingresses is not None:
+            restoring.append(self._ingresses.restore(*picture.ingresses))
+        await asyncio.gather(*restoring)
+        self._publish()
+        for backend in self._backends.values():
+            self._refill(backend)
+        if picture.ingresses is not None:
+            self._spawn(self._refill_ingresses())
+
+    async def _restore_replicas(self, backend: _Backend, known: tuple[KnownWorker, ...]) -> None:
+        specs = [WorkerSpec(one.worker_id, one.name, _ENTRY, b"", resources=backend.plan.resources) for one in known]
+        workers = await asyncio.gather(*[self._workers.adopt(spec) for spec in specs])
+        backend.replicas = [worker for worker in workers if worker.life is Life.READY]
 
     async def shutdown(self, grace_s: float) -> None:
         """Stop taking calls, give those in flight ``grace_s`` seconds, end every worker."""
@@ -142,6 +170,7 @@ class Controller:
                 del self._backends[plan.tag]
                 raise
             backend.live = True
+            self._checkpoint.keep_backend(plan)
             self._publish()
             self._refill(backend)
 
@@ -169,8 +198,10 @@ class Controller:
                     await self._add_replicas(backend, -surplus)
                 except BaseException:
                     backend.plan = replace(backend.plan, config=replace(after, num_replicas=before.num_replicas))
+                    self._checkpoint.keep_backend(backend.plan)
                     self._publish()
                     raise
+            self._checkpoint.keep_backend(backend.plan)
             self._publish()
             self._refill(backend)
 
@@ -195,6 +226,7 @@ class Controller:
         async with backend.lock:
             if self._backends.get(tag) is backend:
                 del self._backends[tag]
+                self._checkpoint.drop_backend(tag)
                 await self._remove_replicas(backend, list(backend.replicas), force=force)
 
     async def get_backend_config(self, tag: str) -> BackendConfig:
@@ -280,8 +312,8 @@ class Controller:
         """The ingress's base URL, once it runs."""
         return self._ingresses.url()
 
-    async def statistics(self) -> dict[str, Any]:
-        """Replicas by backend, and what the callers of this process counted."""
+    async def statistics(self, counts: list[dict[str, Any]]) -> dict[str, Any]:
+        """Replicas by backend, and what the asking process's callers counted (`engine.client.Client.statistics`)."""
         backends = {
             tag: {
                 "replicas": {worker.spec.worker_id: worker.life.value for worker in backend.replicas},
@@ -292,7 +324,7 @@ class Controller:
             for tag, backend in self._backends.items()
         }
         endpoints: dict[str, dict[str, Any]] = {name: {"calls": 0} for name in self._endpoints}
-        for counted in self._client.statistics():
+        for counted in counts:
             for tag, numbers in counted["backends"].items():
                 for name, value in numbers.items():
                     if tag in backends:
@@ -329,7 +361,20 @@ class Controller:
                 backend.config.max_queued_requests,
                 expecting=backend.failed_starts < _HOPELESS_AFTER,
             )
+        if not self._closing:
+            self._checkpoint.keep(self._picture())
         return self._publisher.publish(dict(self._endpoints), backends)
+
+    def _picture(self) -> Picture:
+        replicas = {
+            tag: (
+                backend.started,
+                tuple(KnownWorker(worker.spec.worker_id, worker.spec.name, None) for worker in backend.replicas),
+            )
+            for tag, backend in self._backends.items()
+            if backend.live
+        }
+        return Picture(self._publisher.version, dict(self._endpoints), replicas, self._ingresses.known())
 
     async def _publish_and_wait(self) -> None:
         version = self._publish()
@@ -376,7 +421,7 @@ class Controller:
             WorkerSpec(
                 worker_id=replica_tag,
                 name=f"replica.{plan.tag}.{backend.started}",
-                entry="engine.replica_worker:main",
+                entry=_ENTRY,
                 payload=dumps(spec, f"config: user_config of backend {plan.tag!r}"),
                 resources=plan.resources,
             ),
@@ -421,11 +466,15 @@ class Controller:
                 return
         if self._ingresses.forget(worker):
             _logger.warning("%s %s; replacing it", worker.spec.name, worker.exit_reason)
-            self._spawn(self._ingresses.refill())
+            self._spawn(self._refill_ingresses())
 
     def _refill(self, backend: _Backend) -> None:
         if len(backend.replicas) < backend.config.num_replicas:
             self._spawn(self._replace_replicas(backend))
+
+    async def _refill_ingresses(self) -> None:
+        await self._ingresses.refill()
+        self._checkpoint.keep(self._picture())
 
     async def _replace_replicas(self, backend: _Backend) -> None:
         while True:

@@ -7,9 +7,9 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
-from .adapter import Adapter
+from .adapter import Adapter, RemoteController
 from .backend_plan import BackendPlan, pack_target
 from .client import Client
 from .config import BackendConfig, HTTPOptions, resources_of
@@ -26,6 +26,9 @@ from .snapshot import EndpointEntry
 from .traffic import validate_proportion, validate_weights
 from .user_callable import accepts_batches, is_blocking
 
+if TYPE_CHECKING:
+    from .remote_runner import RemoteRunner
+
 __all__ = ["Engine"]
 
 _VERBS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT")
@@ -35,16 +38,19 @@ class Engine:
     """Runs functions and classes as replicas, and routes calls to them.
 
     Every method may be called from any thread, blocks until what it asks for is done, and raises otherwise. Use it as a
-    context manager, or call `shutdown`; at interpreter exit it shuts down by itself.
+    context manager, or call `shutdown`; at interpreter exit it shuts down by itself. A detached engine goes on when its
+    creator leaves, in these ways or any other, and ends by `shutdown` alone.
 
     Args:
-        backend: Where replicas run: ``"local"`` (processes on this machine), ``"inline"`` (threads of this process,
-            for tests and debugging), the name of an installed plug-in, or an adapter instance.
+        backend: Where replicas run: ``"local"`` (processes on this machine), ``"ray"`` (actors on a Ray cluster),
+            ``"inline"`` (threads of this process, for tests and debugging), the name of an installed plug-in, or an
+            adapter instance.
         http_options: A dict or `HTTPOptions`; see there.
-        name: Names the engine in logs and reprs.
+        name: Names the engine in logs and reprs, and a detached one for `connect`.
+        detached: Let the engine outlive this process. Needs a name, and an adapter that can: on Ray.
 
     Raises:
-        errors.InvalidArgument: An option is wrong, or there is no such adapter.
+        errors.InvalidArgument: An option is wrong, there is no such adapter, or the name of a detached engine is taken.
     """
 
     def __init__(
@@ -53,24 +59,66 @@ class Engine:
         *,
         http_options: HTTPOptions | Mapping[str, Any] | None = None,
         name: str | None = None,
+        detached: bool = False,
     ) -> None:
         if name is not None and not isinstance(name, str):
             raise InvalidArgument(f"name must be a str or None, not {name!r}")
+        if not isinstance(detached, bool):
+            raise InvalidArgument(f"detached must be True or False, not {detached!r}")
+        if detached and not name:
+            raise InvalidArgument(f"detached=True needs a name to connect to later, not name={name!r}")
         self._http = HTTPOptions.of(http_options)
         self._validate_server_options()
-        adapter = load_adapter(backend) if isinstance(backend, str) else backend
-        if not hasattr(adapter, "start_worker"):
-            raise InvalidArgument(f"backend must be the name of an adapter or an adapter instance, not {backend!r}")
+        adapter = _adapter_of(backend)
+        if detached:
+            assert name is not None
+            self._attach(name, adapter, adapter.detach(name, self._http))
+            return
+        self._set_up(name, adapter, os.urandom(6).hex())
+        self._client = Client(self._id, adapter)
+        self._client.register()
+        self._runner: Runner | RemoteRunner = Runner(self._id, adapter, self._client, self._http)
+
+    @classmethod
+    def connect(cls, name: str, *, backend: str | Adapter = "ray") -> Engine:
+        """Take over a detached engine that is there, whoever created it.
+
+        Args:
+            name: What it was created with.
+            backend: The adapter it was created with.
+
+        Raises:
+            errors.InvalidArgument: There is no detached engine of this name, or the adapter has none.
+        """
+        _check_name(name, "name")
+        adapter = _adapter_of(backend)
+        engine = cls.__new__(cls)
+        runner = engine._attach(name, adapter, adapter.detach(name, None))
+        engine._http = runner.http_options()
+        return engine
+
+    def _attach(self, name: str, adapter: Adapter, controller: RemoteController) -> RemoteRunner:
+        from .remote_runner import RemoteRunner
+
+        self._set_up(name, adapter, controller.engine_id)
+        try:
+            self._client = Client.subscribe(self._id, adapter, controller.control_address)
+        except BaseException:
+            controller.leave(ended=False)
+            raise
+        self._detached = True
+        runner = self._runner = RemoteRunner(controller, self._client)
+        return runner
+
+    def _set_up(self, name: str | None, adapter: Adapter, engine_id: str) -> None:
         self.name = name
-        self._id = os.urandom(6).hex()
+        self._id = engine_id
         self._pid = os.getpid()
         self._adapter: Adapter = adapter
+        self._detached = False
         self._closed = False
         self._shutdown_lock = threading.RLock()  # a signal handler may shut down what is shutting down
         register_connector(self._id, adapter)
-        self._client = Client(self._id, adapter)
-        self._client.register()
-        self._runner = Runner(self._id, adapter, self._client, self._http)
         atexit.register(self._at_exit)
 
     def __repr__(self) -> str:
@@ -300,7 +348,7 @@ class Engine:
 
     def statistics(self) -> dict[str, Any]:
         """What runs and what this process's callers counted, by backend and by endpoint."""
-        counted: dict[str, Any] = self._control("statistics")
+        counted: dict[str, Any] = self._control("statistics", self._client.statistics())
         return counted
 
     def shutdown(self, timeout_s: float = 5.0) -> None:
@@ -309,6 +357,9 @@ class Engine:
         Args:
             timeout_s: Seconds that calls in flight get; then their workers are killed and the calls fail.
         """
+        self._close(lambda: self._runner.stop(timeout_s))
+
+    def _close(self, finish: Callable[[], None]) -> None:
         if self._pid != os.getpid():
             return  # a forked copy owns nothing
         with self._shutdown_lock:
@@ -316,10 +367,18 @@ class Engine:
                 return
             self._closed = True
             try:
-                self._runner.stop(timeout_s)
+                finish()
             finally:
                 unregister_connector(self._id)
                 atexit.unregister(self._at_exit)
+
+    def _leave(self, timeout_s: float) -> None:
+        """Shut down; or, if the engine is detached, let go of it."""
+        runner = self._runner
+        if isinstance(runner, Runner):
+            self.shutdown(timeout_s)
+        else:
+            self._close(runner.leave)
 
     def __enter__(self) -> Engine:
         """Start; errors of the adapter show here, and then nothing of the engine is left."""
@@ -333,8 +392,8 @@ class Engine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Shut down; at once if an exception is on its way."""
-        self.shutdown(0.0 if kind is not None else 5.0)
+        """Shut down, at once if an exception is on its way; a detached engine is only let go."""
+        self._leave(0.0 if kind is not None else 5.0)
 
     async def __aenter__(self) -> Engine:
         """Start without blocking the event loop."""
@@ -346,14 +405,14 @@ class Engine:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Shut down without blocking the event loop."""
+        """As `__exit__`, without blocking the event loop."""
         from anyio import CancelScope, to_thread
 
         with CancelScope(shield=True):
-            await to_thread.run_sync(self.shutdown, 0.0 if kind is not None else 5.0)
+            await to_thread.run_sync(self._leave, 0.0 if kind is not None else 5.0)
 
     def _at_exit(self) -> None:
-        self.shutdown(0.0)
+        self._leave(0.0)
 
     def _check_open(self) -> None:
         if self._pid != os.getpid():
@@ -378,6 +437,13 @@ class Engine:
             load_server("hypercorn").validate(self._http)
         if self._http.middlewares:
             dumps_by_value(list(self._http.middlewares), "http_options: middlewares")
+
+
+def _adapter_of(backend: Any) -> Adapter:
+    adapter: Adapter = load_adapter(backend) if isinstance(backend, str) else backend
+    if not hasattr(adapter, "start_worker"):
+        raise InvalidArgument(f"backend must be the name of an adapter or an adapter instance, not {backend!r}")
+    return adapter
 
 
 def _check_name(value: Any, field: str) -> None:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
 
 from .adapter import Adapter, Listen, WorkerSpec
+from .checkpoint import KnownWorker
 from .config import HTTPOptions
 from .ingress_server import load_server
 from .serialization import dumps_by_value
-
-if TYPE_CHECKING:
-    from .workers import Worker, Workers
+from .workers import Life, Worker, Workers
 
 __all__ = ["IngressFleet"]
 
 _START_TIMEOUT_S = 60.0
+_ENTRY = "engine.ingress_worker:main"
 _SERVER = "hypercorn"
 
 
@@ -68,6 +67,30 @@ class IngressFleet:
                     if isinstance(outcome, BaseException):
                         raise outcome
 
+    def known(self) -> tuple[int, tuple[KnownWorker, ...]] | None:
+        """For the checkpoint: see `engine.checkpoint.Picture.ingresses`."""
+        if not self._wanted:
+            return None
+        running = [
+            KnownWorker(worker.spec.worker_id, worker.spec.name, node_id)
+            for node_id, workers in self._running.items()
+            for worker in workers
+        ]
+        return self._count, tuple(running)
+
+    async def restore(self, count: int, known: tuple[KnownWorker, ...]) -> None:
+        """Take over the ingresses of a former controller."""
+        self._wanted = True
+        self._count = count
+        if self._http.location == "EveryNode":
+            self._adapter.watch_nodes()
+        specs = [
+            WorkerSpec(one.worker_id, one.name, _ENTRY, b"", node_id=one.node_id, listen=self._listen) for one in known
+        ]
+        for worker in await asyncio.gather(*[self._workers.adopt(spec) for spec in specs]):
+            if worker.life is Life.READY:
+                self._running.setdefault(str(worker.spec.node_id), []).append(worker)
+
     def forget(self, worker: Worker) -> bool:
         """A worker died; returns whether it was an ingress."""
         for running in self._running.values():
@@ -108,7 +131,7 @@ class IngressFleet:
             WorkerSpec(
                 worker_id=worker_id,
                 name=f"ingress.{self._count}",
-                entry="engine.ingress_worker:main",
+                entry=_ENTRY,
                 payload=dumps_by_value(spec, "http_options"),
                 preload=("engine.ingress_worker", *load_server(_SERVER).preload),
                 node_id=node_id,

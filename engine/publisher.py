@@ -32,6 +32,7 @@ class Publisher:
 
     def __init__(self, client: Client) -> None:
         self._client = client
+        self._base = 0  # the version that a former controller had come to
         self._snapshot = RoutingSnapshot()
         self._subscribers: dict[Channel, _Subscriber] = {}
         self._moved = asyncio.Event()  # replaced whenever a subscriber applied something or left
@@ -42,9 +43,18 @@ class Publisher:
         """What rules now."""
         return self._snapshot
 
+    @property
+    def version(self) -> int:
+        """Of what rules now."""
+        return max(self._base, self._snapshot.version)
+
+    def resume(self, version: int) -> None:
+        """Count on from the version that a former controller had come to. Its last picture rules until `publish`."""
+        self._base = version
+
     def publish(self, endpoints: dict[str, EndpointEntry], backends: dict[str, BackendEntry]) -> int:
         """Let this picture rule; returns its version."""
-        self._snapshot = RoutingSnapshot(self._snapshot.version + 1, endpoints, backends)
+        self._snapshot = RoutingSnapshot(self.version + 1, endpoints, backends)
         self._client.apply(self._snapshot)
         for channel, subscriber in list(self._subscribers.items()):
             if subscriber.subscribed:

@@ -1,11 +1,16 @@
-"""A caller's channel to the controller of an engine that another process created."""
+"""A caller's channel to the controller of an engine that another process created.
+
+When the controller is lost, its engine is, too: every call fails. Only the controller of a detached engine comes back;
+the last picture then rules until it does, and the channel is opened again by a thread that lives as long as that takes.
+"""
 
 from __future__ import annotations
 
 import threading
+import time
 from typing import TYPE_CHECKING
 
-from .adapter import Channel, ChannelClosed
+from .adapter import Adapter, Channel, ChannelClosed
 from .control import Applied, Publish, Subscribe
 from .errors import EngineClosed
 from .messages import Control, Message
@@ -15,26 +20,47 @@ if TYPE_CHECKING:
 
 __all__ = ["Subscription"]
 
+_RETRY_S = 0.2
+
 
 class Subscription:
     """Hears the controller, and lets each snapshot rule in this process's client.
+
+    Args:
+        client: Of this process.
+        adapter: Opens the channel.
+        control_address: Where the controller is.
+        ingress: Whether this caller is waited for when routes change.
+        worker_id: Of this caller, if it is a worker.
 
     Attributes:
         first: Set once the first snapshot rules, or the controller is lost.
     """
 
-    def __init__(self, client: Client) -> None:
+    def __init__(
+        self, client: Client, adapter: Adapter, control_address: str, *, ingress: bool, worker_id: str
+    ) -> None:
         self._client = client
+        self._adapter = adapter
+        self._control_address = control_address
+        self._request = Control(Subscribe(ingress, worker_id))
+        self._channel: Channel | None = None
         self.first = threading.Event()
 
-    def begin(self, channel: Channel, *, ingress: bool, worker_id: str) -> None:
+    def begin(self) -> None:
         """Ask for snapshots.
 
         Raises:
             ChannelClosed: The controller is gone.
         """
-        channel.send(Control(Subscribe(ingress, worker_id)))
+        channel = self._channel = self._adapter.open_channel(self._control_address, self, on_loop=False)
+        channel.send(self._request)
         channel.watch()
+
+    def end(self) -> None:
+        """Hang up."""
+        if self._channel is not None:
+            self._channel.close()
 
     def received(self, channel: Channel, message: Message) -> None:
         """See `engine.adapter.ChannelListener.received`."""
@@ -49,5 +75,23 @@ class Subscription:
 
     def lost(self, channel: Channel, reason: str) -> None:
         """See `engine.adapter.ChannelListener.lost`: without its controller there is no engine."""
+        if self.first.is_set() and not self._client.closed and self._adapter.returns(self._control_address):
+            threading.Thread(target=self._begin_again, args=(reason,), name="engine-subscribe", daemon=True).start()
+        else:
+            self._give_up(reason)
+
+    def _begin_again(self, reason: str) -> None:
+        while not self._client.closed:
+            time.sleep(_RETRY_S)
+            try:
+                self.begin()
+            except ChannelClosed:
+                if not self._adapter.returns(self._control_address):
+                    break
+            else:
+                return
+        self._give_up(reason)
+
+    def _give_up(self, reason: str) -> None:
         self._client.close(EngineClosed(f"the engine is gone: {reason}"))
         self.first.set()

@@ -141,6 +141,14 @@ class Workers:
             raise BackendStartError(f"{spec.name} {worker.exit_reason} as soon as it was ready{_tail(worker)}")
         return worker
 
+    async def adopt(self, spec: WorkerSpec) -> Worker:
+        """Take over a worker of a former controller; returns it once it has come back, or is certain not to."""
+        worker = self._by_id[spec.worker_id] = Worker(spec)
+        worker.watched = True
+        await self._adapter.adopt_worker(spec)
+        await worker.ready.wait()
+        return worker
+
     async def close(self) -> None:
         """Start no more workers, and kill those that are not ready yet: whoever waits for one is told why."""
         self._closed = True

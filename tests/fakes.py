@@ -191,6 +191,7 @@ class FakeAdapter:
     name: str = "fake"
     shares_process: bool = False
     refs: Any = None
+    store: Any = None
     control_address: str = "fake:controller"
     channels: list[FakeChannel] = field(default_factory=list)
     unreachable: set[str] = field(default_factory=set)  # replica ids
@@ -203,6 +204,15 @@ class FakeAdapter:
     on_kill: Callable[[str], None] | None = None
 
     async def start(self, engine_id: str, events: Any) -> None: ...
+
+    def returns(self, control_address: str) -> bool:
+        return False
+
+    def detach(self, name: str, http: Any) -> Any:
+        raise NotImplementedError
+
+    async def adopt_worker(self, spec: WorkerSpec) -> None:
+        raise NotImplementedError
 
     async def start_worker(self, spec: WorkerSpec) -> None:
         if self.refuses is not None:

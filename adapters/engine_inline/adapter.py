@@ -23,9 +23,13 @@ from engine.adapter import (
     Listen,
     Node,
     PlatformRefs,
+    RemoteController,
+    StateStore,
     WorkerExit,
     WorkerSpec,
 )
+from engine.config import HTTPOptions
+from engine.errors import InvalidArgument
 from engine_wire.listening import ListeningSockets
 
 from .channel import connect
@@ -44,6 +48,7 @@ class InlineAdapter:
     name = "inline"
     shares_process = True
     refs: PlatformRefs | None = None
+    store: StateStore | None = None
 
     def __init__(self) -> None:
         self.control_address = "inline:controller"
@@ -54,6 +59,13 @@ class InlineAdapter:
         self._events: AdapterEvents | None = None
 
     # -- workers -----------------------------------------------------------------------------------------------------
+
+    def detach(self, name: str, http: HTTPOptions | None) -> RemoteController:
+        """See `engine.adapter.Adapter.detach`: nothing here outlives its creator."""
+        raise InvalidArgument(
+            f"detached engine {name!r}: the inline adapter runs threads of this process; "
+            'one that outlives its creator needs backend="ray"'
+        )
 
     async def start(self, engine_id: str, events: AdapterEvents) -> None:
         """See `engine.adapter.Adapter.start`."""
@@ -70,6 +82,10 @@ class InlineAdapter:
         host = self._hosts[spec.worker_id] = InlineHost(spec, self, sockets)
         host.thread.start()
         self._threads = [thread for thread in self._threads if thread.is_alive()] + [host.thread]
+
+    async def adopt_worker(self, spec: WorkerSpec) -> None:
+        """See `engine.adapter.Adapter.adopt_worker`; there is no former controller."""
+        raise NotImplementedError
 
     def tell(self, worker_id: str, body: Any) -> None:
         """See `engine.adapter.Adapter.tell`."""
@@ -111,6 +127,10 @@ class InlineAdapter:
         self._sockets.close()
 
     # -- channels ----------------------------------------------------------------------------------------------------
+
+    def returns(self, control_address: str) -> bool:
+        """See `engine.adapter.Adapter.returns`: a controller here is its engine."""
+        return False
 
     def open_channel(self, address: str, listener: ChannelListener, *, on_loop: bool) -> Channel:
         """See `engine.adapter.Adapter.open_channel`."""

@@ -23,7 +23,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from engine.adapter import AdapterEvents, Listen, Node, WorkerExit, WorkerSpec
+from engine.adapter import AdapterEvents, Listen, Node, RemoteController, WorkerExit, WorkerSpec
+from engine.config import HTTPOptions
 from engine.errors import EngineClosed, EngineError, InvalidArgument, RemoteError, ResourcesUnavailable
 from engine.serialization import unpack_exception
 from engine_wire import Acceptor, listen_unix
@@ -99,6 +100,13 @@ class LocalAdapter(LocalConnector):
 
     # -- engine.adapter.Adapter --------------------------------------------------------------------------------------
 
+    def detach(self, name: str, http: HTTPOptions | None) -> RemoteController:
+        """See `engine.adapter.Adapter.detach`: nothing here outlives its creator."""
+        raise InvalidArgument(
+            f"detached engine {name!r}: the local adapter runs processes that end with this one; "
+            'one that outlives its creator needs backend="ray"'
+        )
+
     async def start(self, engine_id: str, events: AdapterEvents) -> None:
         """See `engine.adapter.Adapter.start`.
 
@@ -151,6 +159,10 @@ class LocalAdapter(LocalConnector):
             if isinstance(error, OSError):
                 raise _lacking(f"cannot start {spec.name}", error) from error
             raise
+
+    async def adopt_worker(self, spec: WorkerSpec) -> None:
+        """See `engine.adapter.Adapter.adopt_worker`; there is no former controller."""
+        raise NotImplementedError
 
     def tell(self, worker_id: str, body: Any) -> None:
         """See `engine.adapter.Adapter.tell`."""

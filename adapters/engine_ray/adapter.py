@@ -16,22 +16,33 @@ import contextlib
 import dataclasses
 import logging
 import os
-import sys
 from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
-from engine.adapter import AdapterEvents, Channel, ChannelListener, Listen, Node, WorkerExit, WorkerSpec
+from engine.adapter import (
+    AdapterEvents,
+    Channel,
+    ChannelClosed,
+    ChannelListener,
+    Listen,
+    Node,
+    RemoteController,
+    WorkerExit,
+    WorkerSpec,
+)
+from engine.config import HTTPOptions
+from engine.control import Drain
 from engine.errors import EngineClosed, InvalidArgument
 from engine.messages import Control, Message
-from engine_wire import Acceptor
+from engine_wire import Acceptor, SocketChannel
 
 from . import connection
 from .addresses import Address
 from .bodies import Hello
 from .connector import RayConnector
 from .courier import NAMESPACE, courier_name
-from .order import Order
+from .order import Order, Surroundings
 from .places import listen_everywhere, options_of, shortage
 from .registry import Entry, Registry
 from .watched import WatchedWorker, described_death
@@ -39,11 +50,15 @@ from .watched import WatchedWorker, described_death
 __all__ = ["RayAdapter"]
 
 _log = logging.getLogger("engine.ray")
-_SECRET_BYTES = 32
+SECRET_BYTES = 32
 _REASON_PATIENCE_S = 1.0
 """Ray knows of the end of an actor some 10 ms after its channel has ended."""
 _STOP_PATIENCE_S = 5.0
 _COURIER_PATIENCE_S = 3.0
+_RETURN_PATIENCE_S = 10.0
+"""Workers look for a new controller several times a second."""
+_ADOPTED_WITHIN_S = 5.0
+_DISMISSED_WITHIN_S = 20.0
 _NODES_EVERY_S = 1.0
 """How often to ask for the cluster's nodes, if somebody wants to know: Ray announces them to nobody but itself."""
 
@@ -51,7 +66,6 @@ _NODES_EVERY_S = 1.0
 class _Running(NamedTuple):
     """What `RayAdapter.start` took."""
 
-    engine_id: str
     events: AdapterEvents
     loop: asyncio.AbstractEventLoop
     acceptor: Acceptor
@@ -66,7 +80,8 @@ class RayAdapter(RayConnector):
         address: The cluster to connect to, as ``"host:port"``. By default the one this process is connected to; or else
             the one that runs on this machine or that ``RAY_ADDRESS`` names; or else a new one on this machine, which is
             stopped when the last engine of this process shuts down. Other clusters are left as they are.
-        namespace: Ray's namespace of this process, if it is the engine that connects it.
+        namespace: Ray's namespace of this process, if it is the engine that connects it; and of the names of detached
+            engines, which are found only by adapters with the same one.
         runtime_env: Of every worker; that of ``ray_actor_options`` is laid over it key by key.
         init_kwargs: Further arguments of ``ray.init``, if it is the engine that connects.
 
@@ -96,7 +111,9 @@ class RayAdapter(RayConnector):
             raise InvalidArgument(f"RayAdapter: runtime_env must be a dict or None, not {runtime_env!r}")
         self._address = address
         self._runtime_env = dict(runtime_env or {})
+        self._namespace = namespace
         self._init_kwargs = {**init_kwargs, **({"namespace": namespace} if namespace is not None else {})}
+        self.engine_id = ""
         # Only the loop that `start` ran on touches what follows.
         self._running: _Running | None = None
         self._workers: dict[str, WatchedWorker] = {}
@@ -107,6 +124,7 @@ class RayAdapter(RayConnector):
         self._node_watch: asyncio.Task[None] | None = None
         self._ports: dict[tuple[Listen, str], asyncio.Future[int]] = {}
         self._ignored: set[str] = set()  # options that the log has mentioned
+        self._strangers: dict[str, _Stranger] = {}  # workers that nobody has adopted yet
 
     # -- engine.adapter.Adapter --------------------------------------------------------------------------------------
 
@@ -122,14 +140,15 @@ class RayAdapter(RayConnector):
         loop = asyncio.get_running_loop()
         connected = await asyncio.to_thread(connection.join, self._address, self._init_kwargs)
         try:
-            self._secret = os.urandom(_SECRET_BYTES)
+            self.engine_id = engine_id
+            self._secret = await asyncio.to_thread(self._make_secret)
             listening, sockets = listen_everywhere(f"engine-{engine_id}")
             acceptor = Acceptor(listening, self._welcome, loop, secret=self._secret)
-            self.control_address = str(Address(engine_id, self.node_id(), sockets))
             registry = Registry(engine_id)
-            self._running = _Running(engine_id, events, loop, acceptor, registry, connected)
+            self._running = _Running(events, loop, acceptor, registry, connected)
             self._nodes = await asyncio.to_thread(self._look_for_nodes)
-            await asyncio.to_thread(self._register, registry)
+            address = str(Address(engine_id, self.node_id(), sockets))
+            self.control_address = await asyncio.to_thread(self._announce, registry, address)
         except BaseException:
             if self._running is not None:
                 await self.stop()
@@ -156,17 +175,15 @@ class RayAdapter(RayConnector):
         options, ignored = options_of(spec, self._runtime_env)
         self._mention_ignored(ignored)
         try:
-            actor = ray.remote(RayWorker).options(**options).remote()
+            actor = ray.remote(RayWorker).options(**options, **self._lasting(spec)).remote()
         except (TypeError, ValueError) as error:
             if port is not None:
                 port.cancel()
             raise InvalidArgument(f"ray_actor_options: Ray refused them: {error}") from error
-        worker = WatchedWorker(spec, actor, running.events.worker_said, self._on_lost)
+        worker = self._watch(running, spec, actor)
         worker.port = port
-        self._workers[spec.worker_id] = worker
-        self._deserted.clear()
         order = Order(
-            engine_id=running.engine_id,
+            engine_id=self.engine_id,
             worker_id=spec.worker_id,
             name=spec.name,
             entry=spec.entry,
@@ -175,13 +192,30 @@ class RayAdapter(RayConnector):
             secret=self.secret(),
             listen=listen,
             shared=listen is not None and port is None,
-            sys_path=[path for path in sys.path if isinstance(path, str)],
-            cwd=_working_directory(),
-            argv=list(getattr(sys, "argv", [""])),
-            log_level=logging.getLogger().getEffectiveLevel(),
+            surroundings=self._surroundings_now(),
         )
         ended = actor.run.remote(tuple(order)).future()
         ended.add_done_callback(lambda future: self._from_ray(self._on_ended, worker, future))
+
+    async def adopt_worker(self, spec: WorkerSpec) -> None:
+        """See `engine.adapter.Adapter.adopt_worker`."""
+        running = self._running
+        assert running is not None
+        actor = await asyncio.to_thread(self._former, spec)
+        worker = self._watch(running, spec, actor)
+        if spec.listen is not None and spec.node_id is not None:
+            worker.port = self._ports.setdefault((spec.listen, spec.node_id), running.loop.create_future())
+        stranger = self._strangers.pop(spec.worker_id, None)
+        if stranger is not None and not stranger.channel.closed:
+            self._introduce(worker, stranger.channel)
+            for message in stranger.heard:
+                worker.received(stranger.channel, message)
+        elif actor is None:
+            running.loop.call_soon(self._finish, worker, "died while the engine had no controller")
+        else:
+            worker.deadline = running.loop.call_later(
+                _RETURN_PATIENCE_S, self._finish, worker, "did not come back to the controller"
+            )
 
     def tell(self, worker_id: str, body: Any) -> None:
         """See `engine.adapter.Adapter.tell`."""
@@ -231,24 +265,65 @@ class RayAdapter(RayConnector):
         await asyncio.to_thread(self._clean_up, running)
         self.control_address = ""
 
-    # -- starting ----------------------------------------------------------------------------------------------------
+    def detach(self, name: str, http: HTTPOptions | None) -> RemoteController:
+        """See `engine.adapter.Adapter.detach`."""
+        from . import detached
 
-    def _register(self, registry: Registry) -> None:
+        if self._process:
+            raise InvalidArgument("this RayAdapter already serves an engine: give each engine one of its own")
+        self._process = os.getpid()
+        self._joined = connection.join(self._address, self._init_kwargs)
+        try:
+            if http is None:
+                return detached.find_controller(name, self._namespace, self)
+            return detached.create_controller(name, self._namespace, http, self._runtime_env, self)
+        except BaseException:
+            self.close()
+            raise
+
+    # -- what is different where the controller is an actor ------------------------------------------------------------
+
+    def _make_secret(self) -> bytes:
+        return os.urandom(SECRET_BYTES)
+
+    def _announce(self, registry: Registry, control_address: str) -> str:
+        """Leave word of the engine with the cluster; returns the address that its parties are told."""
         import ray
 
-        registry.put(Entry(self.secret(), ray.get_runtime_context().get_job_id(), self.control_address))
+        job_id = ray.get_runtime_context().get_job_id()
+        Registry.sweep(_ended_jobs())
+        registry.put(Entry(self.secret(), job_id, control_address))
+        return control_address
+
+    def _surroundings_now(self) -> Surroundings:
+        return Surroundings.here()
+
+    def _lasting(self, spec: WorkerSpec) -> dict[str, Any]:
+        """Options that let an actor live on without the controller's process."""
+        return {}
+
+    def _former(self, spec: WorkerSpec) -> Any:
+        """The actor of a worker that a former controller started, or None."""
+        raise NotImplementedError
+
+    # -- starting ----------------------------------------------------------------------------------------------------
+
+    def _watch(self, running: _Running, spec: WorkerSpec, actor: Any) -> WatchedWorker:
+        worker = WatchedWorker(spec, actor, running.events.worker_said, self._on_lost)
+        self._workers[spec.worker_id] = worker
+        self._deserted.clear()
+        return worker
 
     def _clean_up(self, running: _Running) -> None:
         """End the courier and leave Ray. Runs in a thread."""
         import ray
 
-        self.refs.close()
         with contextlib.suppress(ValueError):  # there is none
-            courier = ray.get_actor(courier_name(running.engine_id), namespace=NAMESPACE)
+            courier = ray.get_actor(courier_name(self.engine_id), namespace=NAMESPACE)
             with contextlib.suppress(Exception):  # it is gone, or takes too long: either way it has to go
                 ray.get(courier.leave.remote(), timeout=_COURIER_PATIENCE_S)
             _kill(courier)
-        running.registry.remove()
+        running.registry.clear()
         if running.connected:
             connection.leave()
 
@@ -297,7 +372,7 @@ class RayAdapter(RayConnector):
     def _welcome(self, channel: Channel) -> ChannelListener:
         return _Newcomer(self)
 
-    def introduced(self, channel: Any, first: Message) -> None:
+    def introduced(self, channel: SocketChannel, first: Message) -> None:
         """A party that connected has said its first word: it is a worker, or a caller that wants snapshots."""
         running = self._running
         body = first.body if isinstance(first, Control) else None
@@ -305,14 +380,30 @@ class RayAdapter(RayConnector):
             channel.close()
         elif isinstance(body, Hello):
             worker = self._workers.get(body.worker_id)
-            if worker is None:
+            if worker is not None:
+                self._introduce(worker, channel)
+            elif self.store is None:
                 channel.close()  # it was given up; closing its control channel ends it
             else:
-                channel.listener = worker
-                worker.connected(channel)
+                stranger = channel.listener = self._strangers[body.worker_id] = _Stranger(channel)
+                running.loop.call_later(_ADOPTED_WITHIN_S, self._dismiss, body.worker_id, stranger)
         else:
             channel.listener = running.events.peer_connected(channel)
             channel.listener.received(channel, first)
+
+    @staticmethod
+    def _introduce(worker: WatchedWorker, channel: SocketChannel) -> None:
+        channel.listener = worker
+        worker.connected(channel)
+
+    def _dismiss(self, worker_id: str, stranger: _Stranger) -> None:
+        """Let a worker go that a former controller started but never told the checkpoint of, or was ending."""
+        if self._strangers.get(worker_id) is stranger:
+            del self._strangers[worker_id]
+            try:
+                stranger.channel.send(Control(Drain(_DISMISSED_WITHIN_S)))
+            except ChannelClosed:
+                pass  # it has left
 
     # -- how workers end -----------------------------------------------------------------------------------------------
 
@@ -360,10 +451,29 @@ class _Newcomer:
 
     def received(self, channel: Channel, message: Message) -> None:
         """See `engine.adapter.ChannelListener.received`."""
-        self._adapter.introduced(channel, message)
+        assert isinstance(channel, SocketChannel)
+        if channel.listener is self:
+            self._adapter.introduced(channel, message)
+        elif channel.listener is not None:  # what came with the first word goes to whom that brought
+            channel.listener.received(channel, message)
 
     def lost(self, channel: Channel, reason: str) -> None:
         """See `engine.adapter.ChannelListener.lost`; nobody knew it."""
+
+
+class _Stranger:
+    """A worker of a former controller that nobody has asked for yet; keeps what it says."""
+
+    def __init__(self, channel: SocketChannel) -> None:
+        self.channel = channel
+        self.heard: list[Message] = []
+
+    def received(self, channel: Channel, message: Message) -> None:
+        """See `engine.adapter.ChannelListener.received`."""
+        self.heard.append(message)
+
+    def lost(self, channel: Channel, reason: str) -> None:
+        """See `engine.adapter.ChannelListener.lost`; should it be adopted yet, sending to it will tell."""
 
 
 def _kill(actor: Any) -> None:
@@ -373,8 +483,8 @@ def _kill(actor: Any) -> None:
         ray.kill(actor)
 
 
-def _working_directory() -> str | None:
-    try:
-        return os.getcwd()
-    except OSError:
-        return None  # it was removed
+def _ended_jobs() -> set[str]:
+    """The ids of Ray's jobs that are over."""
+    import ray
+
+    return {job["JobID"] for job in ray._private.state.jobs() if job["IsDead"]}

@@ -1,6 +1,7 @@
 """Addresses of parties on a cluster: which node they are on, and how they are reached from there and from elsewhere.
 
-``ray:ENGINE:NODE:SOCKETS`` with one or more addresses of `engine_wire` in SOCKETS, separated by ``|``. Pure functions.
+``ray:ENGINE:NODE:SOCKETS`` with one or more addresses of `engine_wire` in SOCKETS, separated by ``|``. The controller
+of a detached engine may move and so has a symbolic address: ``ray-engine:ENGINE``, to be looked up. Pure functions.
 """
 
 from __future__ import annotations
@@ -9,9 +10,25 @@ from typing import NamedTuple
 
 from engine.adapter import ChannelClosed
 
-__all__ = ["Address"]
+__all__ = ["Address", "engine_of", "is_symbolic", "symbolic"]
 
 _SCHEME = "ray"
+_SYMBOLIC = "ray-engine:"
+
+
+def symbolic(engine_id: str) -> str:
+    """The address of a controller that may move."""
+    return f"{_SYMBOLIC}{engine_id}"
+
+
+def is_symbolic(address: str) -> bool:
+    """Whether an address is of that kind."""
+    return address.startswith(_SYMBOLIC)
+
+
+def engine_of(address: str) -> str:
+    """The id of the engine that an address of either kind belongs to."""
+    return address.removeprefix(_SYMBOLIC) if is_symbolic(address) else Address.parse(address).engine_id
 
 
 class Address(NamedTuple):

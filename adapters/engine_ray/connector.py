@@ -1,28 +1,29 @@
 """What any process of the cluster needs to open channels to an engine's parties, and to start calls as object refs.
 
 A process that was handed the engine's secret uses it; any other one, say a Ray task that was passed a handle, looks it
-up in the cluster's control plane, for which it must be connected to Ray or is connected by the first channel.
+up in the cluster's control plane, for which it must be connected to Ray or is connected by the first channel. There it
+also finds where the controller of a detached engine is now.
 """
 
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from engine.adapter import AdapterEvents, Channel, ChannelClosed, ChannelListener, Listen, Node, WorkerSpec
-from engine_wire import Poller, connect
+from engine.adapter import Channel, ChannelClosed, ChannelListener
+from engine_wire import WireConnector, connect
 
 from . import connection
-from .addresses import Address
-from .registry import Registry
+from .addresses import Address, engine_of, is_symbolic
+from .registry import Entry, Registry
 
 if TYPE_CHECKING:
-    from .refs import RayRefs
+    from engine.adapter import PlatformRefs
 
 __all__ = ["RayConnector"]
 
 
-class RayConnector:
+class RayConnector(WireConnector):
     """An `engine.adapter.Adapter` that only opens channels.
 
     Args:
@@ -31,19 +32,17 @@ class RayConnector:
     """
 
     name = "ray"
-    shares_process = False
 
     def __init__(self, control_address: str = "", secret: bytes | None = None) -> None:
-        self.control_address = control_address
+        super().__init__(control_address)
         self._secret = secret
-        self._poller = Poller()
         self._node_id = ""
         self._joined = False  # whether this connector holds the process's connection to Ray
         self._lock = threading.Lock()  # guards the refs while they are made
-        self._refs: RayRefs | None = None
+        self._refs: PlatformRefs | None = None
 
     @property
-    def refs(self) -> RayRefs:
+    def refs(self) -> PlatformRefs | None:
         """See `engine.adapter.Adapter.refs`."""
         with self._lock:
             if self._refs is None:
@@ -54,17 +53,40 @@ class RayConnector:
 
     def open_channel(self, address: str, listener: ChannelListener, *, on_loop: bool) -> Channel:
         """See `engine.adapter.Adapter.open_channel`."""
+        party = self.locate(address)
+        return connect(
+            party.seen_from(self.node_id()), listener, on_loop=on_loop, poller=self._poller, secret=self.secret()
+        )
+
+    def locate(self, address: str) -> Address:
+        """Where a party is now.
+
+        Raises:
+            engine.adapter.ChannelClosed: Nobody is, as far as the cluster knows.
+        """
+        if is_symbolic(address):
+            entry = self._look_up(engine_of(address))
+            self.control_address = self.control_address or address
+            self._secret = entry.secret
+            return Address.parse(entry.control_address)
         party = Address.parse(address)
         if self._secret is None:
-            self._find_secret(party)
-        return connect(
-            party.seen_from(self.node_id()), listener, on_loop=on_loop, poller=self._poller, secret=self._secret
-        )
+            self._secret = self._look_up(party.engine_id).secret
+            self.control_address = self.control_address or address
+        return party
+
+    def returns(self, control_address: str) -> bool:
+        """See `engine.adapter.Adapter.returns`: true of a detached engine until it is shut down."""
+        if not is_symbolic(control_address):
+            return False
+        try:
+            return Registry(engine_of(control_address)).get() is not None
+        except Exception:  # the cluster is gone, or this process has left it
+            return False
 
     def close(self) -> None:
         """See `engine.adapter.Adapter.close`."""
-        poller, self._poller = self._poller, Poller()
-        poller.close()
+        super().close()
         if self._joined:
             self._joined = False
             connection.leave()
@@ -82,49 +104,10 @@ class RayConnector:
         assert self._secret is not None
         return self._secret
 
-    def _find_secret(self, party: Address) -> None:
-        self._joined = connection.join(None, {}) or self._joined
-        entry = Registry(party.engine_id).get()
+    def _look_up(self, engine_id: str) -> Entry:
+        if not self._joined:
+            self._joined = connection.join(None, {})
+        entry = Registry(engine_id).get()
         if entry is None:
             raise ChannelClosed("the cluster that this process is connected to knows of no such engine")
-        self._secret = entry.secret
-
-    async def start(self, engine_id: str, events: AdapterEvents) -> None:
-        """Not possible here."""
-        raise _not_here()
-
-    async def start_worker(self, spec: WorkerSpec) -> None:
-        """Not possible here."""
-        raise _not_here()
-
-    def tell(self, worker_id: str, body: Any) -> None:
-        """Not possible here."""
-        raise _not_here()
-
-    def kill_worker(self, worker_id: str) -> None:
-        """Not possible here."""
-        raise _not_here()
-
-    def unplaced(self, worker_id: str) -> str | None:
-        """Not possible here."""
-        raise _not_here()
-
-    def bound(self, listen: Listen) -> Listen:
-        """Not possible here."""
-        raise _not_here()
-
-    def nodes(self) -> tuple[Node, ...]:
-        """Not possible here."""
-        raise _not_here()
-
-    def watch_nodes(self) -> None:
-        """Not possible here."""
-        raise _not_here()
-
-    async def stop(self) -> None:
-        """Not possible here."""
-        raise _not_here()
-
-
-def _not_here() -> RuntimeError:
-    return RuntimeError("a connector only opens channels: workers are started by the process that created the engine")
+        return entry

@@ -2,15 +2,18 @@
 
 Opens the worker's channel to the controller, read by a thread of its own, and the sockets on which it is called: a Unix
 socket for callers on its node and TCP on the node's address for all others. When the controller is lost, the engine is
-gone, and the process ends at once.
+gone, and the process ends at once; unless the engine is detached: then the worker goes on, and looks for the next
+controller until there is one, or the engine was shut down.
 """
 
 from __future__ import annotations
 
 import os
+import time
 from typing import Any
 
 from engine.adapter import Adapter, ChannelClosed, ChannelListener, Service
+from engine.control import Ready
 from engine.errors import EngineClosed
 from engine_wire import SocketChannel, Undriven, WireWorkerHost, connect
 from engine_wire.listening import bind_shared
@@ -22,6 +25,9 @@ from .order import Order
 from .places import listen_everywhere
 
 __all__ = ["RayHost"]
+
+_RETRY_S = 0.2
+_leave_process = os._exit  # user code's calls are heard of (`engine_ray.worker`); this one is none
 
 
 class RayHost(WireWorkerHost):
@@ -38,16 +44,23 @@ class RayHost(WireWorkerHost):
 
     def __init__(self, order: Order) -> None:
         self._order = order
+        self._standing: dict[type, Any] = {}  # what every controller must know
         self._connector = RayConnector(order.control_address, order.secret)
         super().__init__(order.worker_id, self._reach_controller)
         self.tell(Hello(order.worker_id))
 
     def _reach_controller(self, listener: ChannelListener) -> SocketChannel:
-        address = Address.parse(self._order.control_address).seen_from(self._connector.node_id())
         try:
+            address = self._connector.locate(self._order.control_address).seen_from(self._connector.node_id())
             return connect(address, listener, on_loop=False, poller=Undriven(), secret=self._order.secret)
         except ChannelClosed as error:
             raise EngineClosed(f"the engine that started this worker is gone: {error}") from error
+
+    def tell(self, body: Any) -> None:
+        """See `engine.adapter.WorkerHost.tell`."""
+        if isinstance(body, (Ready, Bound)):
+            self._standing[type(body)] = body
+        super().tell(body)
 
     # -- engine.adapter.WorkerHost -----------------------------------------------------------------------------------
 
@@ -81,5 +94,23 @@ class RayHost(WireWorkerHost):
         self.tell(Leaving(code))
 
     def control_lost(self, reason: str) -> None:
-        """The engine is gone."""
-        os._exit(1)
+        """The engine is gone, or has lost its controller: `_read`, which called this, goes on with that."""
+
+    def _read(self) -> None:
+        while True:
+            super()._read()  # until the controller is lost
+            if not self._rejoin():
+                _leave_process(1)
+
+    def _rejoin(self) -> bool:
+        """Find the next controller; false if there will be none."""
+        while self._connector.returns(self._order.control_address):
+            time.sleep(_RETRY_S)
+            try:
+                self._channel = self._reach_controller(self)
+            except EngineClosed:
+                continue
+            for body in (Hello(self.worker_id), *self._standing.values()):
+                self.tell(body)
+            return True
+        return False

@@ -2,11 +2,40 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import sys
 from typing import NamedTuple
 
 from engine.adapter import Listen
 
-__all__ = ["Order"]
+__all__ = ["Order", "Surroundings"]
+
+
+class Surroundings(NamedTuple):
+    """What a worker takes on of the process of the application.
+
+    Attributes:
+        sys_path: What the worker's node has of it is appended to the worker's own.
+        cwd: The working directory, taken on where the worker's node has it; None to stay.
+        argv: ``sys.argv``.
+        log_level: Of the root logger.
+    """
+
+    sys_path: list[str]
+    cwd: str | None
+    argv: list[str]
+    log_level: int
+
+    @classmethod
+    def here(cls) -> Surroundings:
+        """Those of this process, now."""
+        try:
+            cwd: str | None = os.getcwd()
+        except OSError:
+            cwd = None  # it was removed
+        paths = [path for path in sys.path if isinstance(path, str)]
+        return cls(paths, cwd, list(getattr(sys, "argv", [""])), logging.getLogger().getEffectiveLevel())
 
 
 class Order(NamedTuple):
@@ -22,10 +51,7 @@ class Order(NamedTuple):
         secret: Proves that the worker belongs to the engine.
         listen: The public address to serve, with the real port where that is known already.
         shared: Whether other workers of this engine listen there already.
-        sys_path: The engine's; what this node has of it is appended to the worker's own.
-        cwd: The engine's working directory, taken on where this node has it; None to stay.
-        argv: The engine's ``sys.argv``.
-        log_level: Of the root logger.
+        surroundings: Of the application.
     """
 
     engine_id: str
@@ -37,7 +63,4 @@ class Order(NamedTuple):
     secret: bytes
     listen: Listen | None
     shared: bool
-    sys_path: list[str]
-    cwd: str | None
-    argv: list[str]
-    log_level: int
+    surroundings: Surroundings

@@ -16,7 +16,7 @@ from engine.config import LONGEST_S
 from engine.errors import CallError, DeadlineExceeded, ReplicaDied, RetryLater
 from engine.waiting import running_asyncio_loop
 
-from .addresses import Address
+from .addresses import engine_of
 from .carried import Errand, Placeholder
 
 if TYPE_CHECKING:
@@ -95,20 +95,13 @@ class RayRefs:
         chosen = set(ready)
         return [ref for ref in refs if ref in chosen], [ref for ref in refs if ref not in chosen]
 
-    def close(self) -> Any:
-        """Forget the courier; returns its actor, if this process knows it."""
-        with self._lock:
-            courier, self._courier = self._courier, None
-        return courier
-
     def _find_courier(self) -> Any:
         with self._lock:
             if self._courier is None:
                 from .courier import find_courier
 
                 control_address = self._connector.control_address
-                engine_id = Address.parse(control_address).engine_id
-                self._courier = find_courier(engine_id, control_address, self._connector.secret())
+                self._courier = find_courier(engine_of(control_address), control_address, self._connector.secret())
             return self._courier
 
     @staticmethod

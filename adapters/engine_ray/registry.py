@@ -33,7 +33,7 @@ class Registry:
 
     def __init__(self, engine_id: str) -> None:
         self._entry = f"engine/{engine_id}".encode()
-        self._state = f"state/{engine_id}".encode()
+        self._rows = f"state/{engine_id}/"
 
     def put(self, entry: Entry) -> None:
         """Write the engine's entry."""
@@ -44,27 +44,36 @@ class Registry:
         data = _get(self._entry)
         return None if data is None else Entry(*pickle.loads(data))
 
-    def save(self, state: bytes) -> None:
-        """Keep the controller's state."""
-        _put(self._state, state)
+    def clear(self) -> None:
+        """Remove everything of the engine (idempotent)."""
+        _del(self._entry)
+        for name in self.load():
+            self.remove(name)
 
-    def load(self) -> bytes | None:
-        """The controller's state, if any was kept."""
-        return _get(self._state)
+    # -- engine.adapter.StateStore -----------------------------------------------------------------------------------
 
-    def remove(self) -> None:
-        """Remove all rows (idempotent)."""
-        for key in (self._entry, self._state):
-            _kv()._internal_kv_del(key, namespace=_NAMESPACE)
+    def save(self, name: str, state: bytes) -> None:
+        """See `engine.adapter.StateStore.save`."""
+        _put((self._rows + name).encode(), state)
+
+    def remove(self, name: str) -> None:
+        """See `engine.adapter.StateStore.remove`."""
+        _del((self._rows + name).encode())
+
+    def load(self) -> dict[str, bytes]:
+        """See `engine.adapter.StateStore.load`."""
+        keys = _list(self._rows.encode())
+        rows = {key.decode().removeprefix(self._rows): _get(key) for key in keys}
+        return {name: row for name, row in rows.items() if row is not None}
 
     @staticmethod
     def sweep(dead_jobs: set[str]) -> None:
         """Remove what engines left whose job ended without a word."""
-        for key in _kv()._internal_kv_list(b"engine/", namespace=_NAMESPACE):
-            registry = Registry(bytes(key).decode().partition("/")[2])
+        for key in _list(b"engine/"):
+            registry = Registry(key.decode().partition("/")[2])
             entry = registry.get()
             if entry is not None and entry.job_id in dead_jobs:
-                registry.remove()
+                registry.clear()
 
 
 def _kv() -> Any:
@@ -80,3 +89,11 @@ def _put(key: bytes, value: bytes) -> None:
 def _get(key: bytes) -> bytes | None:
     value: bytes | None = _kv()._internal_kv_get(key, namespace=_NAMESPACE)
     return value
+
+
+def _del(key: bytes) -> None:
+    _kv()._internal_kv_del(key, namespace=_NAMESPACE)
+
+
+def _list(prefix: bytes) -> list[bytes]:
+    return [bytes(key) for key in _kv()._internal_kv_list(prefix, namespace=_NAMESPACE)]

@@ -57,9 +57,13 @@ class WatchedWorker:
     def connected(self, channel: Channel) -> None:
         """It has opened its control channel."""
         self.placed = True
+        if self.deadline is not None:
+            self.deadline.cancel()
+            self.deadline = None
         self._channel = channel
-        while self._untold:
-            self.tell(self._untold.popleft())
+        untold, self._untold = self._untold, deque()
+        for body in untold:
+            self.tell(body)
 
     def tell(self, body: Any) -> None:
         """Send a control body, now or once it has connected; does nothing when it is gone."""

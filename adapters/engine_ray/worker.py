@@ -80,15 +80,16 @@ def _tell_exits(host: RayHost) -> None:
 
 def _settle(order: Order, host: RayHost) -> list[LineWriter]:
     """Take on what the application's process has, and tie logging and standard streams to the engine."""
-    sys.argv[:] = order.argv
-    sys.path += [path for path in order.sys_path if path not in sys.path and os.path.exists(path)]
-    if order.cwd is not None:
+    paths, cwd, argv, log_level = order.surroundings
+    sys.argv[:] = argv
+    sys.path += [path for path in paths if path not in sys.path and os.path.exists(path)]
+    if cwd is not None:
         with contextlib.suppress(OSError):  # this node has no such directory
-            os.chdir(order.cwd)
+            os.chdir(cwd)
     out = LineWriter(sys.stdout, lambda line: host.tell(LogLine(logging.INFO, "stdout", line)))
     err = LineWriter(sys.stderr, lambda line: host.tell(LogLine(logging.WARNING, "stderr", line)))
     sys.stdout, sys.stderr = out, err
     root = logging.getLogger()
     root.handlers[:] = [LogToEngine(host)]
-    root.setLevel(order.log_level)
+    root.setLevel(log_level)
     return [out, err]

@@ -3,6 +3,7 @@
 from .addresses import listen_tcp, listen_unix, tcp_address
 from .channel import Driver, SocketChannel
 from .connecting import connect
+from .connector import WireConnector
 from .drivers import LoopDriver, Poller, Undriven
 from .hosts import Acceptor, BlockingHost, LoopHost, new_event_loop
 from .worker_host import WireWorkerHost
@@ -16,6 +17,7 @@ __all__ = [
     "Poller",
     "SocketChannel",
     "Undriven",
+    "WireConnector",
     "WireWorkerHost",
     "connect",
     "listen_tcp",

@@ -1,0 +1,217 @@
+"""Engines that outlive their creator: the controller as a named actor, which Ray starts again when it dies.
+
+The actor holds the core's `engine.detached.DetachedController` with an adapter of its own (`DetachedAdapter`), whose
+workers are detached, too. What the controller manages is kept in the cluster's control plane before anybody is told
+that it is done; a controller that was started again reads it, waits for its workers to come back to it, and replaces
+those that don't. Meanwhile calls go on: callers keep the last picture and their own channels to the replicas.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+from collections.abc import Mapping
+from typing import Any
+
+from engine.adapter import RemoteController, WorkerSpec
+from engine.config import HTTPOptions
+from engine.detached import DetachedController
+from engine.errors import EngineClosed, InvalidArgument, RetryLater
+
+from .adapter import SECRET_BYTES, RayAdapter
+from .addresses import symbolic
+from .order import Surroundings
+from .registry import Entry, Registry
+
+__all__ = ["ControllerActor", "RayController", "create_controller", "find_controller"]
+
+NAMESPACE = "mpengine"
+"""Of detached engines whose adapter names no other."""
+_THREADS = 100
+"""Operations at a time; most of them wait for something."""
+
+
+class DetachedAdapter(RayAdapter):
+    """The adapter of a controller that is an actor.
+
+    Args:
+        engine_id: The engine.
+        runtime_env: Of every worker.
+        surroundings: Of the process that created the engine.
+    """
+
+    def __init__(self, engine_id: str, runtime_env: Mapping[str, Any], surroundings: Surroundings) -> None:
+        super().__init__(runtime_env=runtime_env)
+        self._registry = Registry(engine_id)
+        self._surroundings = surroundings
+        self.store = self._registry
+
+    def _make_secret(self) -> bytes:
+        left = self._registry.get()
+        return os.urandom(SECRET_BYTES) if left is None else left.secret
+
+    def _announce(self, registry: Registry, control_address: str) -> str:
+        registry.put(Entry(self.secret(), "", control_address))
+        return symbolic(self.engine_id)
+
+    def _surroundings_now(self) -> Surroundings:
+        return self._surroundings
+
+    def _lasting(self, spec: WorkerSpec) -> dict[str, Any]:
+        return {"name": self._actor_name(spec.worker_id), "namespace": NAMESPACE, "lifetime": "detached"}
+
+    def _former(self, spec: WorkerSpec) -> Any:
+        import ray
+
+        with contextlib.suppress(ValueError):  # it has died
+            return ray.get_actor(self._actor_name(spec.worker_id), namespace=NAMESPACE)
+        return None
+
+    def _actor_name(self, worker_id: str) -> str:
+        return f"engine-{self.engine_id}-{worker_id}"
+
+
+class ControllerActor:
+    """The actor. Any number of its methods run at a time, each on a thread.
+
+    Args:
+        engine_id: The engine.
+        http: Pickled `engine.config.HTTPOptions`.
+        runtime_env: Of every worker.
+        surroundings: Of the process that created the engine.
+    """
+
+    def __init__(self, engine_id: str, http: bytes, runtime_env: dict[str, Any], surroundings: tuple[Any, ...]) -> None:
+        adapter = DetachedAdapter(engine_id, runtime_env, Surroundings(*surroundings))
+        self._engine_id = engine_id
+        self._controller = DetachedController(engine_id, adapter, pickle.loads(http))
+
+    def identify(self) -> str:
+        """The engine's id, once the controller is ready.
+
+        Raises:
+            BaseException: What kept it from becoming ready.
+        """
+        self._controller.wait_started()
+        return self._engine_id
+
+    def run(self, operation: str, arguments: bytes) -> bytes:
+        """See `engine.detached.DetachedController.run`."""
+        return self._controller.run(operation, arguments)
+
+
+class RayController:
+    """See `engine.adapter.RemoteController`.
+
+    Args:
+        actor: Ray's handle of the controller.
+        engine_id: The engine.
+        adapter: Of this process, to be closed in the end.
+    """
+
+    def __init__(self, actor: Any, engine_id: str, adapter: RayAdapter) -> None:
+        self._actor = actor
+        self._adapter = adapter
+        self.engine_id = engine_id
+        self.control_address = symbolic(engine_id)
+
+    def run(self, operation: str, arguments: bytes) -> bytes:
+        """See `engine.adapter.RemoteController.run`."""
+        import ray
+        from ray import exceptions
+
+        try:
+            outcome: bytes = ray.get(self._actor.run.remote(operation, arguments))
+        except exceptions.RayActorError as error:
+            if Registry(self.engine_id).get() is None:
+                raise EngineClosed("the engine was shut down") from error
+            raise RetryLater(
+                f"the controller of the engine died while it was at {operation!r}, and may have done it: see what "
+                "there is (list_backends, list_endpoints), then repeat it if need be"
+            ) from error
+        return outcome
+
+    def leave(self, *, ended: bool) -> None:
+        """See `engine.adapter.RemoteController.leave`."""
+        import ray
+
+        if ended:
+            with contextlib.suppress(Exception):  # it is gone already
+                ray.kill(self._actor)
+        self._adapter.close()
+
+
+def create_controller(
+    name: str, namespace: str | None, http: HTTPOptions, runtime_env: dict[str, Any], adapter: RayAdapter
+) -> RemoteController:
+    """Start the controller of a new detached engine; returns when it is ready.
+
+    Raises:
+        engine.errors.InvalidArgument: The name is taken.
+    """
+    import ray
+
+    from engine.serialization import dumps_by_value
+
+    engine_id = os.urandom(6).hex()
+    options: dict[str, Any] = {"runtime_env": runtime_env} if runtime_env else {}
+    try:
+        actor = (
+            ray.remote(ControllerActor)
+            .options(
+                name=_actor_name(name),
+                namespace=namespace or NAMESPACE,
+                lifetime="detached",
+                max_restarts=-1,
+                max_concurrency=_THREADS,
+                num_cpus=0,
+                **options,
+            )
+            .remote(engine_id, dumps_by_value(http, "http_options"), runtime_env, tuple(Surroundings.here()))
+        )
+    except ValueError as error:
+        raise InvalidArgument(
+            f"name={name!r}: there is a detached engine of this name already; take it over with "
+            f"Engine.connect({name!r}), or shut it down first"
+        ) from error
+    try:
+        ray.get(actor.identify.remote())
+    except BaseException:
+        ray.kill(actor)
+        raise
+    return RayController(actor, engine_id, adapter)
+
+
+def find_controller(name: str, namespace: str | None, adapter: RayAdapter) -> RemoteController:
+    """Reach the controller of a detached engine.
+
+    Raises:
+        engine.errors.InvalidArgument: There is none of this name.
+    """
+    import ray
+
+    try:
+        actor = ray.get_actor(_actor_name(name), namespace=namespace or NAMESPACE)
+    except ValueError as error:
+        known = ", ".join(repr(other) for other in _names(namespace or NAMESPACE)) or "none"
+        raise InvalidArgument(f"there is no detached engine {name!r} on this cluster; there are: {known}") from error
+    return RayController(actor, ray.get(actor.identify.remote()), adapter)
+
+
+_PREFIX = "engine-controller-"
+
+
+def _actor_name(name: str) -> str:
+    return f"{_PREFIX}{name}"
+
+
+def _names(namespace: str) -> list[str]:
+    import ray
+
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    return sorted(
+        actor["name"].removeprefix(_PREFIX)
+        for actor in actors
+        if actor["namespace"] == namespace and actor["name"].startswith(_PREFIX)
+    )
