@@ -19,8 +19,18 @@ _SMALL_BYTES = 4096
 
 
 class Errand(NamedTuple):
-    """A call on its way to the courier; the fields are those of `engine.slot.Outgoing`, and seconds until it fails."""
+    """A call on its way to the courier.
 
+    Attributes:
+        source: Who made it.
+        number: Of all that this source made, from 0 on.
+        timeout_s: Seconds until it fails, or None.
+
+    The others are those of `engine.slot.Outgoing`.
+    """
+
+    source: str
+    number: int
     endpoint: str
     method: str
     head: bytes

@@ -26,6 +26,7 @@ from engine.slot import Outgoing
 
 from .carried import CarriedError, Filled, carried
 from .connector import RayConnector
+from .turns import Turns
 
 __all__ = ["NAMESPACE", "Courier", "courier_name", "find_courier"]
 
@@ -50,6 +51,7 @@ class Courier:
     def __init__(self, engine_id: str, control_address: str, secret: bytes) -> None:
         connector = RayConnector(control_address, secret)
         self._held = 0
+        self._turns = Turns()
         # As an ingress is, it is waited for when routes change: a call made after that must follow them.
         self._client = Client.attach(engine_id, connector, control_address, ingress=True, worker_id="courier")
         asyncio.get_running_loop().create_task(self._leave_with_engine())
@@ -66,7 +68,8 @@ class Courier:
         """
         self._held += 1
         try:
-            endpoint, method, head, payload, shard_key, timeout_s = pickle.loads(errand)
+            source, number, endpoint, method, head, payload, shard_key, timeout_s = pickle.loads(errand)
+            await self._turns.take(source, number)
             if lifted:
                 payload = dumps(Filled(payload, await _results_of(lifted)), "the argument")
             deadline = None if timeout_s is None else time.monotonic() + timeout_s

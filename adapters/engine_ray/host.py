@@ -83,7 +83,7 @@ class RayHost(WireWorkerHost):
     def serve(self, service: Service) -> None:
         """See `engine.adapter.WorkerHost.serve`."""
         order = self._order
-        listening, sockets = listen_everywhere(f"engine-{order.engine_id}-{order.name}")
+        listening, sockets = listen_everywhere(f"engine-{order.engine_id}")
         address = str(Address(order.engine_id, self._connector.node_id(), sockets))
         self.serve_on(listening, address, service, secret=order.secret)
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import itertools
+import os
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +41,8 @@ class RayRefs:
 
         self._connector = connector
         self._kind = ray.ObjectRef
+        self._source = os.urandom(6).hex()
+        self._numbers = itertools.count()
         self._lock = threading.Lock()  # guards `_courier` while it is made
         self._courier: Any = None
 
@@ -62,7 +66,14 @@ class RayRefs:
         """See `engine.adapter.PlatformRefs.start`."""
         courier = self._courier or self._find_courier()
         errand = Errand(
-            endpoint, outgoing.method, outgoing.head, outgoing.payload, outgoing.shard_key, timeout_s
+            self._source,
+            next(self._numbers),
+            endpoint,
+            outgoing.method,
+            outgoing.head,
+            outgoing.payload,
+            outgoing.shard_key,
+            timeout_s,
         ).packed()
         return courier.carry.remote(errand, lifted) if lifted else courier.carry.remote(errand)
 

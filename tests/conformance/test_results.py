@@ -184,8 +184,10 @@ def test_decimal_does_not_lose_digits(serve):
     assert "0.10000000000000000001" in serve(lambda request: decimal.Decimal("0.10000000000000000001")).http().text
 
 
-def test_a_callback_that_raises_harms_nobody_else(serve, engine, gate):
+def test_a_callback_that_raises_harms_nobody_else(serve, engine, adapter, gate):
     """It runs in the thread that brings everybody's answers."""
+    if not adapter.own_refs:
+        pytest.skip("refs of this adapter are those of its platform")
 
     def backend(request):
         gate.pass_through()
