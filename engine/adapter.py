@@ -53,6 +53,10 @@ class ChannelListener(Protocol):
 class Channel(Protocol):
     """An ordered, multiplexed, two-way message stream."""
 
+    @property
+    def opened(self) -> bool:
+        """Whether the peer can have received anything. Messages of a channel that was lost before are unsent."""
+
     def send(self, message: Message) -> None:
         """Queue a message for the peer, from any thread, without blocking.
 
@@ -303,11 +307,11 @@ class Adapter(Protocol):
             A phrase for people, or None when it has a place.
         """
 
-    def bound(self, listen: Listen) -> Listen:
-        """The address that ``listen`` came to, with the real port.
+    def bound(self, listen: Listen, node_id: str) -> Listen:
+        """The address that ``listen`` came to on a node, with the real port.
 
         Raises:
-            KeyError: No worker was started with it.
+            KeyError: No worker was started there with it.
         """
 
     def nodes(self) -> tuple[Node, ...]:

@@ -212,7 +212,10 @@ class Caller:
             slot.deliver(message)  # type: ignore[arg-type]
 
     def lost(self, channel: Channel, reason: str) -> None:
-        """See `engine.adapter.ChannelListener.lost`: the replica's calls fail, its place stays blocked for a while."""
+        """See `engine.adapter.ChannelListener.lost`: the replica's calls fail, its place stays blocked for a while.
+
+        Calls that it cannot have received are routed again.
+        """
         with self._lock:
             target = self._channels.pop(channel, None)
             if target is None:
@@ -227,6 +230,10 @@ class Caller:
             target.in_flight -= len(dead)
             self._schedule_retry(target.replica_set, _UNREACHABLE_S)
         channel.close()
+        if not channel.opened:
+            for slot in reversed(dead):  # so that each gets back to its place before those that came later
+                self._requeue(slot, target)
+            return
         fate = "it was ended on purpose" if target.gone else "it is being replaced"
         for slot in dead:
             if slot.outgoing is not None:

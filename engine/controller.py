@@ -332,7 +332,7 @@ class Controller:
             for name, numbers in counted["endpoints"].items():
                 if name in endpoints:
                     endpoints[name]["calls"] += numbers["calls"]
-        return {"backends": backends, "endpoints": endpoints}
+        return {"backends": backends, "endpoints": endpoints, "ingresses": self._ingresses.describe()}
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
@@ -473,7 +473,15 @@ class Controller:
             self._spawn(self._replace_replicas(backend))
 
     async def _refill_ingresses(self) -> None:
-        await self._ingresses.refill()
+        delay = _FIRST_BACKOFF_S
+        while True:
+            try:
+                await self._ingresses.refill()
+                break
+            except Exception as error:
+                _logger.error("an ingress could not be started: %r", error)
+            await asyncio.sleep(delay)
+            delay = min(_LONGEST_BACKOFF_S, 2 * delay)
         self._checkpoint.keep(self._picture())
 
     async def _replace_replicas(self, backend: _Backend) -> None:

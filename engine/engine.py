@@ -347,7 +347,7 @@ class Engine:
     # -- life ----------------------------------------------------------------------------------------------------------
 
     def statistics(self) -> dict[str, Any]:
-        """What runs and what this process's callers counted, by backend and by endpoint."""
+        """What runs: replicas by backend, ingresses with their URLs; and what this process's callers counted."""
         counted: dict[str, Any] = self._control("statistics", self._client.statistics())
         return counted
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from .adapter import Adapter, Listen, WorkerSpec
+from .adapter import Adapter, Listen, Node, WorkerSpec
 from .checkpoint import KnownWorker
 from .config import HTTPOptions
 from .ingress_server import load_server
@@ -57,15 +57,30 @@ class IngressFleet:
         if not self._wanted:
             return
         async with self._lock:
-            nodes = self._adapter.nodes()
-            for node in nodes if self._http.location == "EveryNode" else nodes[:1]:
-                missing = self._http.workers - len(self._running.setdefault(node.node_id, []))
-                outcomes = await asyncio.gather(
-                    *[self._start(node.node_id) for _ in range(missing)], return_exceptions=True
-                )
-                for outcome in outcomes:
-                    if isinstance(outcome, BaseException):
-                        raise outcome
+            places = [
+                node.node_id
+                for node in self._wanted_nodes()
+                for _ in range(self._http.workers - len(self._running.setdefault(node.node_id, [])))
+            ]
+            outcomes = await asyncio.gather(*[self._start(node_id) for node_id in places], return_exceptions=True)
+            there = {node.node_id for node in self._wanted_nodes()}
+            for node_id, outcome in zip(places, outcomes, strict=True):
+                if isinstance(outcome, BaseException) and node_id in there:  # else the node left meanwhile
+                    raise outcome
+
+    def _wanted_nodes(self) -> tuple[Node, ...]:
+        nodes = self._adapter.nodes()
+        return nodes if self._http.location == "EveryNode" else nodes[:1]
+
+    def describe(self) -> dict[str, dict[str, str]]:
+        """The ingresses that serve, by worker id: the address of the ``node`` and the base ``url``."""
+        nodes = {node.node_id: node for node in self._adapter.nodes()}
+        return {
+            worker.spec.worker_id: {"node": nodes[node_id].address, "url": self._url_on(nodes[node_id])}
+            for node_id, workers in self._running.items()
+            for worker in workers
+            if node_id in nodes
+        }
 
     def known(self) -> tuple[int, tuple[KnownWorker, ...]] | None:
         """For the checkpoint: see `engine.checkpoint.Picture.ingresses`."""
@@ -107,11 +122,15 @@ class IngressFleet:
         await asyncio.gather(*[self._workers.drain(worker, grace_s) for worker in workers])
 
     def url(self) -> str | None:
-        """The base URL, once an ingress runs."""
-        if not any(self._running.values()):
-            return None
-        bound = self._adapter.bound(self._listen)
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(bound.host, bound.host)
+        """The base URL on the node where the engine was created, once an ingress runs there."""
+        head = self._adapter.nodes()[0]
+        return self._url_on(head) if self._running.get(head.node_id) else None
+
+    def _url_on(self, node: Node) -> str:
+        bound = self._adapter.bound(self._listen, node.node_id)
+        host = bound.host
+        if host in ("0.0.0.0", "::"):  # what to bind, but not what to connect to
+            host = "::1" if host == "::" and node.address == "127.0.0.1" else node.address
         scheme = "https" if self._http.server_options.get("certfile") else "http"
         return f"{scheme}://{f'[{host}]' if ':' in host else host}:{bound.port}"
 

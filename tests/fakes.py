@@ -94,6 +94,7 @@ class FakeChannel:
         self.on_loop = on_loop
         self.sent: list[Any] = []
         self.watched = 0
+        self.opened = True
         self.closed = False
         self.raises: Exception | None = None  # what the next `send` raises
         self.on_send: Callable[[Any], None] | None = None
@@ -234,7 +235,7 @@ class FakeAdapter:
     def unplaced(self, worker_id: str) -> str | None:
         return None
 
-    def bound(self, listen: Listen) -> Listen:
+    def bound(self, listen: Listen, node_id: str) -> Listen:
         return listen
 
     def nodes(self) -> tuple[Node, ...]:

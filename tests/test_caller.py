@@ -295,6 +295,21 @@ def test_calls_die_with_their_replica(two: World) -> None:
     assert two.counted() == IDLE
 
 
+def test_calls_on_a_connection_that_never_stood_go_elsewhere(two: World) -> None:
+    """As when a replica's host is gone: nothing was sent, so nothing can have run."""
+    slots = [two.submit("a"), two.submit("b")]
+    (name,) = two.names("r1")
+    two.channel("r1").opened = False
+    two.channel("r1").break_off("nobody answers")
+    assert [slot.settled for slot in slots] == [0, 0]
+    assert two.counted() == {**IDLE, "queued": 1, "in_flight": 1}
+    two.reply("r2")
+    assert two.names("r2")[1:] == [name]
+    two.reply("r2")
+    assert [slot.settled for slot in slots] == [1, 1]
+    assert two.counted() == IDLE
+
+
 def test_a_channel_is_lost_once(world: World) -> None:
     slot = world.submit("a")
     channel = world.channel("r1")

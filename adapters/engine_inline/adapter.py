@@ -104,7 +104,7 @@ class InlineAdapter:
         """See `engine.adapter.Adapter.unplaced`: whoever was started has a place."""
         return None
 
-    def bound(self, listen: Listen) -> Listen:
+    def bound(self, listen: Listen, node_id: str) -> Listen:
         """See `engine.adapter.Adapter.bound`."""
         return self._sockets.bound(listen)
 

@@ -96,6 +96,8 @@ class Mailbox:
 class InlineChannel:
     """One end of a pair. ``deliver`` runs a function where this end's listener wants to be called."""
 
+    opened = True
+
     def __init__(self, listener: ChannelListener, deliver: Callable[[Callable[[], object]], None]) -> None:
         self.peer: InlineChannel
         self.closed = False

@@ -185,7 +185,7 @@ class LocalAdapter(LocalConnector):
         """See `engine.adapter.Adapter.unplaced`: whoever was started has a place."""
         return None
 
-    def bound(self, listen: Listen) -> Listen:
+    def bound(self, listen: Listen, node_id: str) -> Listen:
         """See `engine.adapter.Adapter.bound`."""
         if self._running is None:
             raise KeyError(listen)

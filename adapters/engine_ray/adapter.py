@@ -235,9 +235,9 @@ class RayAdapter(RayConnector):
         worker = self._workers.get(worker_id)
         return None if worker is None or worker.placed else shortage(worker.spec.resources)
 
-    def bound(self, listen: Listen) -> Listen:
-        """See `engine.adapter.Adapter.bound`: the address on the node where the engine was created."""
-        return dataclasses.replace(listen, port=self._ports[listen, self._nodes[0].node_id].result())
+    def bound(self, listen: Listen, node_id: str) -> Listen:
+        """See `engine.adapter.Adapter.bound`."""
+        return dataclasses.replace(listen, port=self._ports[listen, node_id].result())
 
     def nodes(self) -> tuple[Node, ...]:
         """See `engine.adapter.Adapter.nodes`."""

@@ -151,6 +151,7 @@ def create_controller(
         engine.errors.InvalidArgument: The name is taken.
     """
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from engine.serialization import dumps_by_value
 
@@ -166,6 +167,8 @@ def create_controller(
                 max_restarts=-1,
                 max_concurrency=_THREADS,
                 num_cpus=0,
+                # Here as long as there is a here: "HeadOnly" means this node, also after the controller's death.
+                scheduling_strategy=NodeAffinitySchedulingStrategy(adapter.node_id(), soft=True),
                 **options,
             )
             .remote(engine_id, dumps_by_value(http, "http_options"), runtime_env, tuple(Surroundings.here()))

@@ -60,16 +60,42 @@ def options_of(spec: WorkerSpec, runtime_env: Mapping[str, Any]) -> tuple[dict[s
     return options, ignored
 
 
-def shortage(asked: Resources) -> str:
-    """Say what a worker that has no place asked for and what the cluster has."""
+def shortage(asked: Resources) -> str | None:
+    """Say what a worker that has not started yet asked for and what the cluster has.
+
+    Returns:
+        None if some node has what it asked for, so that it lacks nothing but time.
+    """
     import ray
 
-    wanted: dict[str, Any] = {"num_cpus": asked.num_cpus, "num_gpus": asked.num_gpus, **asked.other}
-    wanted = {name: value for name, value in wanted.items() if value}
-    total, free = ray.cluster_resources(), ray.available_resources()
-    names = [name for name in sorted(total) if not name.startswith("node:")]
-    has = ", ".join(f"{name} {free.get(name, 0):g} of {total[name]:g}" for name in names)
-    return f"it asked for {wanted or 'nothing in particular'}; the cluster has free: {has or 'nothing'}"
+    amounts = {"CPU": asked.num_cpus or 0, "GPU": asked.num_gpus, **asked.other.get("resources", {})}
+    amounts["memory"] = asked.other.get("memory", 0)
+    wanted = {name: amount for name, amount in amounts.items() if amount}
+    chosen = {name: asked.other[name] for name in _CHOOSING if asked.other.get(name)}
+    free = ray._private.state.available_resources_per_node()
+    if not chosen and any(
+        all(node.get(name, 0) >= amount for name, amount in wanted.items()) for node in free.values()
+    ):
+        return None
+    has = "; ".join(_described(node, free.get(node["NodeID"], {})) for node in ray.nodes() if node["Alive"])
+    return f"it asked for {_listed(wanted | chosen)}; the cluster has free: {has or 'nothing'}"
+
+
+_CHOOSING = ("accelerator_type", "label_selector", "placement_group", "scheduling_strategy")
+"""Options that choose among nodes by more than amounts."""
+
+
+def _described(node: Mapping[str, Any], free: Mapping[str, float]) -> str:
+    amounts = [
+        f"{name} {free.get(name, 0):g} of {total:g}"
+        for name, total in sorted(node["Resources"].items())
+        if not name.startswith("node:")
+    ]
+    return f"on {node['NodeManagerAddress']} {', '.join(amounts)}"
+
+
+def _listed(amounts: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {amount}" for name, amount in amounts.items())
 
 
 def listen_everywhere(name: str) -> tuple[list[socket.socket], tuple[str, ...]]:

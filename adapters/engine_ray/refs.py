@@ -102,9 +102,11 @@ class RayRefs:
         """See `engine.adapter.PlatformRefs.wait`."""
         import ray
 
-        ready, _ = ray.wait(refs, num_returns=num_returns, timeout=_bounded(timeout_s), fetch_local=False)
-        chosen = set(ready)
-        return [ref for ref in refs if ref in chosen], [ref for ref in refs if ref not in chosen]
+        ray.wait(refs, num_returns=num_returns, timeout=_bounded(timeout_s), fetch_local=False)
+        # Of several that are ready Ray returns any; the first ones are wanted.
+        ready = set(ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)[0])
+        chosen = [ref for ref in refs if ref in ready][:num_returns]
+        return chosen, [ref for ref in refs if ref not in chosen]
 
     def _find_courier(self) -> Any:
         with self._lock:

@@ -5,8 +5,8 @@ it has no permissions, so who listens there should ask for proof (`engine_wire.h
 address, ``[...]`` around one of IPv6: looking a name up can take seconds, which a caller must not be made to wait.
 
 When a TCP peer falls silent, because its host or the network between is gone, the kernel breaks the connection after
-`SILENCE_S` seconds, whether it was idle or had bytes under way; a shorter cut only delays them. Linux counts a peer as
-silent, too, that is alive but reads nothing for as long while more waits for it than its buffers hold.
+`SILENCE_S` seconds if it was idle, after `UNACKNOWLEDGED_S` if bytes were under way; a shorter cut only delays them.
+Linux takes a peer for silent, too, that is alive but reads nothing while more waits for it than its buffers hold.
 """
 
 from __future__ import annotations
@@ -19,7 +19,16 @@ from typing import Any
 from engine.adapter import ChannelClosed
 from engine.errors import InvalidArgument
 
-__all__ = ["SILENCE_S", "accept_from", "listen_tcp", "listen_unix", "open_socket", "tcp_address", "unanswered"]
+__all__ = [
+    "SILENCE_S",
+    "UNACKNOWLEDGED_S",
+    "accept_from",
+    "listen_tcp",
+    "listen_unix",
+    "open_socket",
+    "tcp_address",
+    "unanswered",
+]
 
 _BACKLOG = 512
 
@@ -29,6 +38,10 @@ _IDLE_S = 5
 _PROBE_S = 2
 _PROBES = 3
 assert _IDLE_S + _PROBES * _PROBE_S == SILENCE_S
+UNACKNOWLEDGED_S = 30
+"""The same while bytes are under way. Longer, because a peer whose code keeps it from reading looks no different."""
+_SYN_RETRIES = 2
+"""Of a connection that nobody answers, after 1 and 3 s: after 7 s it has failed."""
 
 
 def listen_unix(path: str) -> socket.socket:
@@ -191,7 +204,9 @@ def _tune(sock: socket.socket) -> None:
         ("TCP_KEEPALIVE", _IDLE_S),  # what macOS calls the former
         ("TCP_KEEPINTVL", _PROBE_S),
         ("TCP_KEEPCNT", _PROBES),
-        ("TCP_USER_TIMEOUT", SILENCE_S * 1000),  # keepalive says nothing while sent bytes wait for their receipt
+        # Keepalive says nothing while sent bytes wait for their receipt.
+        ("TCP_USER_TIMEOUT", UNACKNOWLEDGED_S * 1000),
+        ("TCP_SYNCNT", _SYN_RETRIES),
     ):
         option = getattr(socket, name, None)
         if option is not None:

@@ -115,6 +115,11 @@ class SocketChannel:
         return self._closed
 
     @property
+    def opened(self) -> bool:
+        """See `engine.adapter.Channel.opened`."""
+        return self._opening is None
+
+    @property
     def has_unsent(self) -> bool:
         """Whether it keeps bytes that the kernel has not taken yet, and that it waits for nothing else to write."""
         opening = self._opening

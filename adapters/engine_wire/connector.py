@@ -67,7 +67,7 @@ class WireConnector:
         """Not possible here."""
         _not_here()
 
-    def bound(self, listen: Listen) -> Listen:
+    def bound(self, listen: Listen, node_id: str) -> Listen:
         """Not possible here."""
         _not_here()
 
