@@ -46,6 +46,26 @@ def pss_mb(pids: list[int]) -> float:
     return total_kb / 1024
 
 
+def title(pid: int) -> str:
+    """What the process calls itself: its command line, or what it put in its place; empty if it ended."""
+    try:
+        return (PROC / str(pid) / "cmdline").read_bytes().rstrip(b"\0").replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def cpu_s(pids: list[int]) -> dict[int, float]:
+    """Processor time of each process so far, in seconds; those that ended meanwhile are left out."""
+    taken = {}
+    for pid in pids:
+        try:
+            fields = (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        taken[pid] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return taken
+
+
 def open_fds() -> int:
     """Open file descriptors of this process; the one that reads the list is left out."""
     return len(os.listdir("/proc/self/fd")) - 1

