@@ -147,8 +147,8 @@ class RayAdapter(RayConnector):
             registry = Registry(engine_id)
             self._running = _Running(events, loop, acceptor, registry, connected)
             self._nodes = await asyncio.to_thread(self._look_for_nodes)
-            address = str(Address(engine_id, self.node_id(), sockets))
-            self.control_address = await asyncio.to_thread(self._announce, registry, address)
+            address = Address(engine_id, self.node_id(), (*sockets, f"gcs:{connected_cluster()}"))
+            self.control_address = await asyncio.to_thread(self._announce, registry, str(address))
         except BaseException:
             if self._running is not None:
                 await self.stop()
@@ -481,6 +481,13 @@ def _kill(actor: Any) -> None:
 
     with contextlib.suppress(Exception):  # it is gone, or Ray is
         ray.kill(actor)
+
+
+def connected_cluster() -> str:
+    """``"host:port"`` of the head of the cluster that this process is connected to."""
+    import ray
+
+    return str(ray.get_runtime_context().gcs_address)
 
 
 def _ended_jobs() -> set[str]:

@@ -25,12 +25,13 @@ _keeper: _Keeper | None = None
 _users = 0
 
 
-def join(address: str | None, options: Mapping[str, Any]) -> bool:
+def join(address: str | None, options: Mapping[str, Any], *, start: bool = True) -> bool:
     """Be connected to Ray.
 
     Args:
         address: The cluster, or None for the one that runs here, or else a new one on this machine.
         options: Further arguments of ``ray.init``.
+        start: Start a cluster on this machine if no address is given and none runs.
 
     Returns:
         Whether `leave` has to be called in the end: false for a connection of the application's own.
@@ -46,7 +47,7 @@ def join(address: str | None, options: Mapping[str, Any]) -> bool:
             _check_same(address)
             return False
         if _keeper is None:
-            keeper = _Keeper(address, options)
+            keeper = _Keeper(address, options, start=start)
             keeper.connect()
             _keeper = keeper
         else:
@@ -79,8 +80,9 @@ def _check_same(address: str | None) -> None:
 class _Keeper:
     """The thread that holds the connection."""
 
-    def __init__(self, address: str | None, options: Mapping[str, Any]) -> None:
+    def __init__(self, address: str | None, options: Mapping[str, Any], *, start: bool) -> None:
         self._address = address
+        self._may_start = start and address is None
         self._options = {"log_to_driver": False, "configure_logging": False, **options}
         self._connected = threading.Event()
         self._over = threading.Event()
@@ -120,7 +122,7 @@ class _Keeper:
         try:
             ray.init(address=self._address or "auto", **self._options)
         except ConnectionError as error:
-            if self._address is not None or _NONE_RUNS not in str(error):
+            if not self._may_start or _NONE_RUNS not in str(error):
                 raise InvalidArgument(
                     f"address={self._address!r}: cannot connect to a Ray cluster there ({error}; "
                     f"{error.__cause__ or error.__context__}). Is one running (ray start --head), by this version of "

@@ -11,10 +11,11 @@ import threading
 from typing import TYPE_CHECKING
 
 from engine.adapter import Channel, ChannelClosed, ChannelListener
+from engine.errors import InvalidArgument
 from engine_wire import WireConnector, connect
 
 from . import connection
-from .addresses import Address, engine_of, is_symbolic
+from .addresses import Address, cluster_of, engine_of, is_symbolic
 from .registry import Entry, Registry
 
 if TYPE_CHECKING:
@@ -65,13 +66,13 @@ class RayConnector(WireConnector):
             engine.adapter.ChannelClosed: Nobody is, as far as the cluster knows.
         """
         if is_symbolic(address):
-            entry = self._look_up(engine_of(address))
+            entry = self._look_up(address)
             self.control_address = self.control_address or address
             self._secret = entry.secret
             return Address.parse(entry.control_address)
         party = Address.parse(address)
         if self._secret is None:
-            self._secret = self._look_up(party.engine_id).secret
+            self._secret = self._look_up(address).secret
             self.control_address = self.control_address or address
         return party
 
@@ -104,10 +105,13 @@ class RayConnector(WireConnector):
         assert self._secret is not None
         return self._secret
 
-    def _look_up(self, engine_id: str) -> Entry:
-        if not self._joined:
-            self._joined = connection.join(None, {})
-        entry = Registry(engine_id).get()
+    def _look_up(self, address: str) -> Entry:
+        try:
+            if not self._joined:
+                self._joined = connection.join(cluster_of(address), {}, start=False)
+            entry = Registry(engine_of(address)).get()
+        except InvalidArgument as error:
+            raise ChannelClosed(str(error)) from error
         if entry is None:
-            raise ChannelClosed("the cluster that this process is connected to knows of no such engine")
+            raise ChannelClosed("its cluster knows of no such engine any more")
         return entry

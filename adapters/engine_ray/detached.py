@@ -19,7 +19,7 @@ from engine.config import HTTPOptions
 from engine.detached import DetachedController
 from engine.errors import EngineClosed, InvalidArgument, RetryLater
 
-from .adapter import SECRET_BYTES, RayAdapter
+from .adapter import SECRET_BYTES, RayAdapter, connected_cluster
 from .addresses import symbolic
 from .order import Surroundings
 from .registry import Entry, Registry
@@ -53,7 +53,7 @@ class DetachedAdapter(RayAdapter):
 
     def _announce(self, registry: Registry, control_address: str) -> str:
         registry.put(Entry(self.secret(), "", control_address))
-        return symbolic(self.engine_id)
+        return symbolic(self.engine_id, connected_cluster())
 
     def _surroundings_now(self) -> Surroundings:
         return self._surroundings
@@ -114,7 +114,7 @@ class RayController:
         self._actor = actor
         self._adapter = adapter
         self.engine_id = engine_id
-        self.control_address = symbolic(engine_id)
+        self.control_address = symbolic(engine_id, connected_cluster())
 
     def run(self, operation: str, arguments: bytes) -> bytes:
         """See `engine.adapter.RemoteController.run`."""
