@@ -42,6 +42,11 @@ def join(address: str | None, options: Mapping[str, Any], *, start: bool = True)
     global _keeper, _users
     import ray
 
+    if ray.util.client.ray.is_connected():
+        raise InvalidArgument(
+            "this process is connected to Ray through a client server (ray://), which channels cannot pass: "
+            "run the application on a node of the cluster"
+        )
     with _lock:
         if _keeper is None and ray.is_initialized():
             _check_same(address)
