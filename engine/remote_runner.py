@@ -7,7 +7,7 @@ from typing import Any
 from .adapter import RemoteController
 from .client import Client
 from .config import HTTPOptions
-from .errors import RetryLater
+from .errors import EngineClosed, RetryLater
 from .serialization import dumps, loads, unpack_exception
 
 __all__ = ["RemoteRunner"]
@@ -80,6 +80,8 @@ class RemoteRunner:
         """Shut the engine down."""
         try:
             self.run("stop", grace_s)
+        except EngineClosed:
+            pass  # somebody else was faster
         finally:
             self.leave(ended=True)
 

@@ -81,12 +81,12 @@ class Runner:
             raise
 
     def stop(self, grace_s: float) -> None:
-        """Shut the controller down and end the thread."""
+        """Shut the controller down and end the thread (idempotent)."""
         import asyncio
 
         self._ready.wait()
         loop = self._loop
-        if loop is None:
+        if loop is None or self._closed:
             self._thread.join()
             return
         try:
