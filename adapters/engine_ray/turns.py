@@ -36,12 +36,18 @@ class Turns:
     async def _await_turn(self, source: str, number: int) -> None:
         loop = asyncio.get_running_loop()
         turn = self._waiting[source, number] = loop.create_future()
-        timer = loop.call_later(_PATIENCE_S, _release, turn)
+        timer = loop.call_later(_PATIENCE_S, self._release_up_to, source, number)
         try:
             await turn
         finally:
             timer.cancel()
             del self._waiting[source, number]
+
+    def _release_up_to(self, source: str, number: int) -> None:
+        """Let this call go, and before it those that came later though they were made earlier."""
+        for other, earlier in sorted(self._waiting):
+            if other == source and earlier <= number:
+                _release(self._waiting[other, earlier])
 
 
 def _release(turn: asyncio.Future[None]) -> None:
