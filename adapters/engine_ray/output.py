@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,7 @@ class LineWriter(io.TextIOBase):
         super().__init__()
         self._stream = stream
         self._on_line = on_line
+        self._lock = threading.RLock()  # guards `_tail`; a signal handler may print, too
         self._tail = ""
 
     @property
@@ -46,11 +48,12 @@ class LineWriter(io.TextIOBase):
     def write(self, text: str) -> int:
         """See `io.TextIOBase.write`."""
         self._stream.write(text)
-        *lines, tail = (self._tail + text).split("\n")
-        if len(tail) > _MAX_LINE:
-            lines.append(tail)
-            tail = ""
-        self._tail = tail
+        with self._lock:
+            *lines, tail = (self._tail + text).split("\n")
+            if len(tail) > _MAX_LINE:
+                lines.append(tail)
+                tail = ""
+            self._tail = tail
         for line in lines:
             self._on_line(line.removesuffix("\r"))
         return len(text)
@@ -61,6 +64,7 @@ class LineWriter(io.TextIOBase):
 
     def finish(self) -> None:
         """Pass on a last line that has no newline."""
-        tail, self._tail = self._tail, ""
+        with self._lock:
+            tail, self._tail = self._tail, ""
         if tail:
             self._on_line(tail)
