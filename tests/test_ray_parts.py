@@ -1,0 +1,734 @@
+"""The parts of the Ray adapter, without a cluster: each behaves as the others and Ray expect of it."""
+
+from __future__ import annotations
+
+import asyncio
+import copyreg
+import io
+import pickle
+import sys
+import threading
+from collections import Counter, OrderedDict
+from datetime import date
+from typing import Any, NamedTuple
+
+import pytest
+from fakes import FakeChannel
+from ray_cluster import why_not
+
+from engine.adapter import ChannelClosed, Resources, WorkerSpec
+from engine.control import Drain, Ready
+from engine.errors import InvalidArgument, RemoteTraceback
+from engine.messages import Control, Credit
+from engine.serialization import dumps, pack_exception
+
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+if why_not() is None:
+    from engine_ray import RayAdapter, connector, registry, turns, watched
+    from engine_ray.addresses import Address, engine_of, is_symbolic, symbolic
+    from engine_ray.bodies import Bound, Leaving
+    from engine_ray.carried import CarriedError, CarriedResult, Errand, Filled, Placeholder, carried
+    from engine_ray.connector import RayConnector
+    from engine_ray.output import LineWriter
+    from engine_ray.places import options_of, shortage
+    from engine_ray.registry import Entry, Registry
+    from engine_ray.turns import Turns
+    from engine_ray.watched import WatchedWorker, described_death
+
+
+# -- addresses -------------------------------------------------------------------------------------------------------
+
+UNIX, TCP = "unix:@engine-e-1", "tcp:10.0.0.5:4000"
+
+
+def test_an_address_survives_being_written() -> None:
+    address = Address("e", "node", (UNIX, "tcp:[fe80::1]:4000"))
+    assert str(address) == "ray:e:node:unix:@engine-e-1|tcp:[fe80::1]:4000"
+    assert Address.parse(str(address)) == address
+    assert engine_of(str(address)) == "e"
+
+
+@pytest.mark.parametrize("text", ["", "ray:", "ray:e:node", "ray:e:node:", "tcp:e:node:unix:@x", "ray-engine:e"])
+def test_what_is_no_address(text: str) -> None:
+    with pytest.raises(ChannelClosed, match="is not the address of a party on Ray"):
+        Address.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("sockets", "here", "elsewhere"),
+    [((UNIX, TCP), UNIX, TCP), ((TCP, UNIX), UNIX, TCP), ((TCP,), TCP, TCP)],
+)
+def test_which_socket_is_connected_to(sockets: tuple[str, ...], here: str, elsewhere: str) -> None:
+    address = Address("e", "node", sockets)
+    assert address.seen_from("node") == here
+    assert address.seen_from("other") == elsewhere
+
+
+def test_symbolic_addresses() -> None:
+    address = symbolic("e")
+    assert is_symbolic(address)
+    assert engine_of(address) == "e"
+    assert not is_symbolic(str(Address("e", "node", (TCP,))))
+
+
+# -- turns -----------------------------------------------------------------------------------------------------------
+
+
+class Queue:
+    """Calls that take their turns, and the order in which they got them."""
+
+    def __init__(self) -> None:
+        self.turns = Turns()
+        self.went: list[tuple[str, int]] = []
+
+    def arrive(self, source: str, number: int) -> asyncio.Task[None]:
+        return asyncio.get_running_loop().create_task(self._take(source, number))
+
+    async def _take(self, source: str, number: int) -> None:
+        await self.turns.take(source, number)
+        self.went.append((source, number))
+
+
+async def ended(*tasks: asyncio.Task[None]) -> None:
+    await asyncio.wait_for(asyncio.gather(*tasks), 10)
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "_PATIENCE_S", 1000.0)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "_PATIENCE_S", 0.01)
+
+
+@pytest.mark.parametrize("arrivals", [(0, 1, 2, 3), (3, 2, 1, 0), (1, 0, 3, 2), (2, 3, 0, 1)])
+def test_calls_go_in_the_order_of_their_numbers(patient: None, arrivals: tuple[int, ...]) -> None:
+    async def main() -> None:
+        queue = Queue()
+        await ended(*[queue.arrive("s", number) for number in arrivals])
+        assert queue.went == [("s", 0), ("s", 1), ("s", 2), ("s", 3)]
+        assert not queue.turns._waiting
+
+    asyncio.run(main())
+
+
+def test_a_call_whose_turn_it_is_does_not_suspend(patient: None) -> None:
+    async def main() -> None:
+        turns = Turns()
+        for number in range(3):
+            with pytest.raises(StopIteration):  # it ran to its end at the first step
+                turns.take("s", number).send(None)
+
+    asyncio.run(main())
+
+
+def test_sources_do_not_wait_for_each_other(patient: None) -> None:
+    async def main() -> None:
+        queue = Queue()
+        stuck = queue.arrive("slow", 1)
+        await ended(queue.arrive("s", 0), queue.arrive("other", 0))
+        assert queue.went == [("s", 0), ("other", 0)]
+        await ended(queue.arrive("slow", 0), stuck)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("arrivals", [(2, 3, 4), (4, 3, 2), (3, 4, 2)])
+def test_a_number_that_never_comes_is_not_waited_for_long(impatient: None, arrivals: tuple[int, ...]) -> None:
+    """As after the courier was started again: it does not know of the calls that its predecessor took."""
+
+    async def main() -> None:
+        queue = Queue()
+        await ended(queue.arrive("s", 0), *[queue.arrive("s", number) for number in arrivals])
+        assert queue.went == [("s", 0), ("s", 2), ("s", 3), ("s", 4)]
+        await ended(queue.arrive("s", 1))  # late, but not lost: nobody waits for it, nor it for anybody
+        assert queue.went[-1] == ("s", 1)
+        assert not queue.turns._waiting
+
+    asyncio.run(main())
+
+
+def test_several_gaps(impatient: None) -> None:
+    async def main() -> None:
+        queue = Queue()
+        await ended(*[queue.arrive("s", number) for number in (9, 7, 5, 3)])
+        assert queue.went == [("s", number) for number in (3, 5, 7, 9)]
+
+    asyncio.run(main())
+
+
+def test_a_call_that_is_cancelled_while_it_waits(patient: None) -> None:
+    async def main() -> None:
+        queue = Queue()
+        waiting = queue.arrive("s", 1)
+        await asyncio.sleep(0)
+        assert queue.turns._waiting
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        assert not queue.turns._waiting
+        await ended(queue.arrive("s", 0))
+
+    asyncio.run(main())
+
+
+# -- carried ---------------------------------------------------------------------------------------------------------
+
+
+class Point(NamedTuple):
+    x: int
+    y: int
+
+
+executed: list[str] = []
+
+
+class Trap:
+    """Does something when it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return executed.append, ("unpickled",)
+
+
+def packed(value: Any) -> bytes:
+    return dumps(value, "the result")
+
+
+PLAIN = [
+    None,
+    True,
+    3,
+    2.5,
+    "text",
+    b"bytes",
+    [1, [2]],
+    (1, (2,)),
+    {"a": {"b": [None]}},
+    {1, 2},
+    frozenset({1}),
+    1 << 99,
+]
+NOT_PLAIN = [Point(1, 2), date(2020, 1, 2), 1j, OrderedDict(a=1), int, [1, {"deep": Point(3, 4)}], "x" * 5000]
+
+
+@pytest.mark.parametrize("value", PLAIN, ids=repr)
+def test_plain_results_are_opened(value: Any) -> None:
+    result = carried(packed(value))
+    assert type(result) is type(value)
+    assert result == value
+
+
+@pytest.mark.parametrize("value", NOT_PLAIN, ids=lambda value: type(value).__name__)
+def test_other_results_are_carried_as_they_are(value: Any) -> None:
+    result = carried(packed(value))
+    assert type(result) is CarriedResult
+    assert pickle.loads(pickle.dumps(result)) == value
+    assert pickle.loads(pickle.dumps(result, 5)) == value
+
+
+EXTENSION = 0x7ABC
+
+_IMPORTS = {
+    "by a global": b"cno_such_module\nthing\n.",
+    "by a stack global": pickle.dumps(Trap(), 5),
+    "by an old instance": b"(ino_such_module\nthing\n.",
+    "by a call": b"cbuiltins\nexec\n(S'raise SystemExit'\ntR.",
+    "by an extension": b"\x80\x02\x83" + EXTENSION.to_bytes(2, "little") + b".",
+    "by a persistent id": b"Pthing\n.",
+    "after something plain": pickle.dumps([1, 2, Trap()], 2),
+}
+
+
+@pytest.mark.parametrize("payload", _IMPORTS.values(), ids=_IMPORTS)
+def test_nothing_is_imported_or_run_to_see_whether_a_result_is_plain(
+    payload: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copyreg.add_extension(__name__, "Trap", EXTENSION)
+    try:
+        before = set(sys.modules)
+        monkeypatch.setattr("builtins.__import__", None)
+        result = carried(payload)
+        monkeypatch.undo()
+        assert type(result) is CarriedResult
+        assert set(sys.modules) == before
+        assert not executed
+    finally:
+        copyreg.remove_extension(__name__, "Trap", EXTENSION)
+
+
+class Broken(Exception):
+    """Carries an attribute of its own."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+def raised(error: BaseException) -> BaseException:
+    try:
+        raise error
+    except BaseException as same:
+        return same
+
+
+def test_an_error_arrives_as_itself_with_its_remote_traceback_as_cause() -> None:
+    carried_error = CarriedError(pack_exception(raised(Broken(7))))
+    assert "Broken: 7" in str(carried_error)
+    assert "raised in a replica" in str(carried_error)
+    arrived = pickle.loads(pickle.dumps(carried_error))
+    assert type(arrived) is Broken
+    assert arrived.code == 7
+    assert isinstance(arrived.__cause__, RemoteTraceback)
+    assert "in raised" in arrived.__cause__.text
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "values", "filled"),
+    [
+        ((Placeholder(0),), {}, ["a"], (("a",), {})),
+        ((1, Placeholder(1), Placeholder(0)), {}, ["a", "b"], ((1, "b", "a"), {})),
+        ((), {"x": Placeholder(0), "y": 2}, ["a"], ((), {"x": "a", "y": 2})),
+        ((Placeholder(0),), {"x": Placeholder(1)}, [Point(1, 2), None], ((Point(1, 2),), {"x": None})),
+        (([Placeholder(0)],), {}, ["a"], (([Placeholder(0)],), {})),  # as in a Ray task: only whole arguments
+        (((0,),), {}, ["a"], (((0,),), {})),  # equal to a placeholder, and none
+    ],
+)
+def test_refs_among_arguments_are_filled_in(
+    args: tuple[Any, ...], kwargs: dict[str, Any], values: list[Any], filled: Any
+) -> None:
+    arrived = pickle.loads(packed(Filled(packed((args, kwargs)), values)))
+    assert arrived == filled
+
+
+def test_the_courier_need_not_know_what_is_in_the_arguments() -> None:
+    payload = b"cno_such_module\nthing\n."
+    assert pickle.loads(packed(Filled(packed(((payload,), {})), []))) == ((payload,), {})
+    with pytest.raises(ModuleNotFoundError):  # only whoever unpickles the arguments
+        pickle.loads(packed(Filled(payload, [])))
+
+
+def test_an_errand_survives_being_packed() -> None:
+    errand = Errand("source", 3, "e", "method", b"head", b"payload", None, 1.5)
+    assert Errand(*pickle.loads(errand.packed())) == errand
+
+
+# -- places ----------------------------------------------------------------------------------------------------------
+
+
+def spec_of(*, node_id: str | None = None, **resources: Any) -> WorkerSpec:
+    return WorkerSpec("w#1", "replica.w.1", "nowhere:main", b"", resources=Resources(**resources), node_id=node_id)
+
+
+@pytest.mark.parametrize(
+    ("resources", "options"),
+    [
+        ({}, {"num_cpus": 0}),
+        ({"num_cpus": 2.0}, {"num_cpus": 2.0}),
+        ({"num_gpus": 0.25}, {"num_cpus": 0, "num_gpus": 0.25}),
+        ({"other": {"resources": {"tpu": 1}}}, {"num_cpus": 0, "resources": {"tpu": 1}}),
+        ({"other": {"memory": 1 << 20}}, {"num_cpus": 0, "memory": 1 << 20}),
+        ({"env_vars": {"A": "1"}}, {"num_cpus": 0, "runtime_env": {"env_vars": {"A": "1"}}}),
+    ],
+)
+def test_what_an_actor_is_asked_for(resources: dict[str, Any], options: dict[str, Any]) -> None:
+    assert options_of(spec_of(**resources), {}) == ({**options, "scheduling_strategy": "SPREAD"}, [])
+
+
+def test_runtime_envs_are_merged_key_by_key() -> None:
+    engine_wide = {"pip": ["a"], "working_dir": "/w", "env_vars": {"A": "engine", "B": "engine"}}
+    spec = spec_of(
+        other={"runtime_env": {"pip": ["b"], "py_modules": ["m"]}}, env_vars={"B": "replica", "C": "replica"}
+    )
+    options, _ = options_of(spec, engine_wide)
+    assert options["runtime_env"] == {
+        "pip": ["b"],
+        "working_dir": "/w",
+        "py_modules": ["m"],
+        "env_vars": {"A": "engine", "B": "replica", "C": "replica"},
+    }
+    assert engine_wide["env_vars"] == {"A": "engine", "B": "engine"}  # the next worker's, too
+    assert spec.resources.other == {"runtime_env": {"pip": ["b"], "py_modules": ["m"]}}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"scheduling_strategy": "DEFAULT"}, {"placement_group": object()}, {"label_selector": {"zone": "a"}}],
+    ids=lambda given: next(iter(given)),
+)
+def test_where_to_schedule_is_the_users_choice(given: dict[str, Any]) -> None:
+    options, ignored = options_of(spec_of(other=given), {})
+    assert options == {"num_cpus": 0, **given}
+    assert ignored == []
+
+
+def test_a_worker_of_a_node_is_placed_there_and_nowhere_else() -> None:
+    options, _ = options_of(spec_of(node_id="ab" * 28, other={"scheduling_strategy": "DEFAULT"}), {})
+    strategy = options["scheduling_strategy"]
+    assert (strategy.node_id, strategy.soft) == ("ab" * 28, False)
+
+
+def test_options_that_the_engine_decides_on_are_ignored_by_name() -> None:
+    other = {"name": "mine", "max_restarts": 3, "lifetime": "detached", "max_concurrency": 5, "memory": 1}
+    options, ignored = options_of(spec_of(other=other), {})
+    assert options == {"num_cpus": 0, "memory": 1, "scheduling_strategy": "SPREAD"}
+    assert ignored == ["lifetime", "max_concurrency", "max_restarts", "name"]
+
+
+TOTAL = {"CPU": 8.0, "tpu": 2.0, "node:10.0.0.5": 1.0, "node:__internal_head__": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("asked", "total", "free", "text"),
+    [
+        (
+            Resources(num_gpus=1.0),
+            TOTAL,
+            {"CPU": 2.5},
+            "it asked for {'num_gpus': 1.0}; the cluster has free: CPU 2.5 of 8, tpu 0 of 2",
+        ),
+        (
+            Resources(num_cpus=4.0, other={"resources": {"tpu": 3}}),
+            TOTAL,
+            TOTAL,
+            "it asked for {'num_cpus': 4.0, 'resources': {'tpu': 3}}; the cluster has free: CPU 8 of 8, tpu 2 of 2",
+        ),
+        (Resources(), {}, {}, "it asked for nothing in particular; the cluster has free: nothing"),
+    ],
+)
+def test_what_is_said_of_a_shortage(
+    monkeypatch: pytest.MonkeyPatch, asked: Resources, total: Any, free: Any, text: str
+) -> None:
+    monkeypatch.setattr("ray.cluster_resources", lambda: total)
+    monkeypatch.setattr("ray.available_resources", lambda: free)
+    assert shortage(asked) == text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"address": 6379}, "address must be a str or None, not 6379"),
+        ({"address": ""}, "address must be a str or None, not ''"),
+        ({"namespace": b"n"}, "namespace must be a str or None, not b'n'"),
+        ({"runtime_env": ["pip"]}, "runtime_env must be a dict or None, not \\['pip'\\]"),
+        ({"address": "ray://10.0.0.5:10001"}, "run the application on a node of the cluster"),
+    ],
+)
+def test_wrong_options_of_the_adapter(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidArgument, match=message):
+        RayAdapter(**options)
+
+
+def test_without_ray_the_adapter_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine_ray.adapter.find_spec", lambda name: None)
+    with pytest.raises(InvalidArgument, match=r'pip install "mpengine\[ray\]"'):
+        RayAdapter()
+
+
+# -- output ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("written", "lines", "last"),
+    [
+        (["one\n"], ["one"], []),
+        (["o", "n", "e", "\n"], ["one"], []),
+        (["one\ntwo\nthree"], ["one", "two"], ["three"]),
+        (["one\r\n", "two\r", "\n"], ["one", "two"], []),
+        (["\n", "\n"], ["", ""], []),
+        ([""], [], []),
+        (["x" * 70_000], ["x" * 70_000], []),  # does not wait for a newline that may never come
+        (["x" * 40_000, "x" * 40_000, "\n"], ["x" * 80_000, ""], []),
+    ],
+)
+def test_what_is_written_arrives_line_by_line(written: list[str], lines: list[str], last: list[str]) -> None:
+    heard: list[str] = []
+    stream = io.StringIO(newline="")
+    writer = LineWriter(stream, heard.append)
+    for text in written:
+        assert writer.write(text) == len(text)
+    assert heard == lines
+    writer.finish()
+    writer.finish()
+    assert heard == lines + last
+    assert stream.getvalue() == "".join(written)
+
+
+def test_the_writer_stands_in_for_the_stream(tmp_path: Any) -> None:
+    heard: list[str] = []
+    with (tmp_path / "out").open("w", encoding="latin-1") as stream:
+        writer = LineWriter(stream, heard.append)
+        print("printed", 1, file=writer, flush=True)
+        assert (tmp_path / "out").read_text() == "printed 1\n"
+        assert (writer.encoding, writer.fileno()) == ("latin-1", stream.fileno())
+        assert (writer.writable(), writer.isatty()) == (True, False)
+    assert heard == ["printed 1"]
+
+
+def test_threads_that_write_at_a_time_lose_no_line() -> None:
+    heard: list[str] = []
+    writer = LineWriter(io.StringIO(), heard.append)
+    begin = threading.Barrier(4)
+
+    def write(name: str) -> None:
+        begin.wait()
+        for _ in range(3000):
+            print(name, file=writer)
+
+    threads = [threading.Thread(target=write, args=(name,)) for name in "abcd"]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    writer.finish()
+    assert Counter("".join(heard)) == dict.fromkeys("abcd", 3000)  # how they are spread over lines is left to chance
+
+
+# -- watched workers -------------------------------------------------------------------------------------------------
+
+_SIGNS = {
+    "The actor is dead because it was killed by `ray.kill`.": "was killed by ray.kill",
+    "The actor exited because exit_actor() is called.": "exited",
+    "The actor died because its node has died.": "died with its node",
+    "node was terminated: autoscaler": "died with its node",
+    "The worker process died unexpectedly: connection error code 2": "died (killed by a signal, out of memory",
+    "something\n  new": "died (something new)",
+}
+
+
+@pytest.mark.parametrize(("text", "phrase"), _SIGNS.items())
+def test_what_ray_says_of_a_death_in_other_words(text: str, phrase: str) -> None:
+    assert described_death(Exception(text)).startswith(phrase)
+
+
+def test_deaths_with_a_type_of_their_own() -> None:
+    from ray.exceptions import RayTaskError, RuntimeEnvSetupError
+
+    assert described_death(None) == "exited"
+    assert "runtime_env could not be set up" in described_death(RuntimeEnvSetupError("no pip here"))
+    assert "no pip here" in described_death(RuntimeEnvSetupError("no pip here"))
+    failed = RayTaskError("run", "traceback", Broken(3))
+    assert described_death(failed) == "failed: Broken(3)"
+
+
+class Watch:
+    """A watched worker, and what was heard of it."""
+
+    def __init__(self) -> None:
+        self.said: list[Any] = []
+        self.losses = 0
+        self.worker = WatchedWorker(spec_of(), None, lambda worker_id, body: self.said.append(body), self._lost)
+        self.channel = FakeChannel("worker", self.worker)
+
+    def _lost(self, worker: Any) -> None:
+        self.losses += 1
+
+
+def test_what_a_worker_is_told_before_it_has_connected_is_kept() -> None:
+    watch = Watch()
+    watch.worker.tell("first")
+    watch.worker.tell("second")
+    assert not watch.worker.placed
+    watch.worker.connected(watch.channel)
+    assert watch.worker.placed
+    watch.worker.tell(Drain(1.0))
+    assert watch.channel.sent == [Control("first"), Control("second"), Control(Drain(1.0))]
+    watch.channel.close()
+    watch.worker.tell("too late")
+
+
+def test_a_deadline_ends_when_the_worker_connects() -> None:
+    async def main() -> None:
+        watch = Watch()
+        deadline = watch.worker.deadline = asyncio.get_running_loop().call_later(1000, lambda: None)
+        watch.worker.connected(watch.channel)
+        assert deadline.cancelled()
+        assert watch.worker.deadline is None
+
+    asyncio.run(main())
+
+
+def test_what_a_worker_says() -> None:
+    async def main() -> None:
+        watch = Watch()
+        watch.worker.port = asyncio.get_running_loop().create_future()
+        watch.worker.connected(watch.channel)
+        for message in (
+            Control(Ready("a")),
+            Control(Bound(4000)),
+            Control(Bound(1)),
+            Control(Leaving(3)),
+            Credit(1, 1),
+        ):
+            watch.channel.answer(message)
+        assert watch.said == [Ready("a")]
+        assert watch.worker.port.result() == 4000
+        assert watch.worker.exit_code == 3
+        watch.channel.break_off()
+        assert watch.losses == 1
+
+    asyncio.run(main())
+
+
+def test_a_worker_that_ends_before_it_listened_wakes_those_that_wait_for_its_port() -> None:
+    async def main() -> None:
+        watch = Watch()
+        port = watch.worker.port = asyncio.get_running_loop().create_future()
+        watch.worker.connected(watch.channel)
+        watch.worker.finish()
+        assert port.cancelled()
+        assert watch.channel.closed
+        assert watch.losses == 0
+
+    asyncio.run(main())
+
+
+# -- the registry ----------------------------------------------------------------------------------------------------
+
+
+class FakeKV:
+    """Ray's internal key-value store."""
+
+    def __init__(self) -> None:
+        self.rows: dict[tuple[bytes, bytes], bytes] = {}
+
+    def _internal_kv_put(self, key: bytes, value: bytes, *, overwrite: bool, namespace: bytes) -> None:
+        assert overwrite
+        self.rows[namespace, key] = value
+
+    def _internal_kv_get(self, key: bytes, *, namespace: bytes) -> bytes | None:
+        return self.rows.get((namespace, key))
+
+    def _internal_kv_del(self, key: bytes, *, namespace: bytes) -> None:
+        self.rows.pop((namespace, key), None)
+
+    def _internal_kv_list(self, prefix: bytes, *, namespace: bytes) -> list[bytes]:
+        return [key for space, key in self.rows if space == namespace and key.startswith(prefix)]
+
+
+@pytest.fixture
+def kv(monkeypatch: pytest.MonkeyPatch) -> FakeKV:
+    kv = FakeKV()
+    monkeypatch.setattr(registry, "_kv", lambda: kv)
+    return kv
+
+
+def test_the_registry_keeps_an_engine(kv: FakeKV) -> None:
+    entry = Entry(b"secret", "01000000", "ray:e:node:tcp:h:1")
+    assert Registry("e").get() is None
+    Registry("e").put(entry)
+    assert Registry("e").get() == entry
+    moved = entry._replace(control_address="elsewhere")
+    Registry("e").put(moved)
+    assert Registry("e").get() == moved
+    assert Registry("other").get() is None
+
+
+def test_the_registry_keeps_the_state_of_a_controller(kv: FakeKV) -> None:
+    store, other = Registry("e"), Registry("e2")
+    assert store.load() == {}
+    store.save("picture", b"1")
+    store.save("backend:a/b", b"2")
+    store.save("picture", b"3")
+    other.save("picture", b"other")
+    store.put(Entry(b"", "", ""))
+    assert store.load() == {"picture": b"3", "backend:a/b": b"2"}
+    store.remove("picture")
+    store.remove("picture")
+    assert store.load() == {"backend:a/b": b"2"}
+    store.clear()
+    store.clear()
+    assert store.load() == {}
+    assert store.get() is None
+    assert other.load() == {"picture": b"other"}
+
+
+def test_what_ended_jobs_left_is_swept(kv: FakeKV) -> None:
+    for engine_id, job in (("a", "1"), ("b", "2"), ("detached", "")):
+        Registry(engine_id).put(Entry(b"secret", job, "address"))
+        Registry(engine_id).save("picture", b"state")
+    Registry.sweep({"1", "3"})
+    assert {key for _, key in kv.rows} == {
+        b"engine/b",
+        b"state/b/picture",
+        b"engine/detached",
+        b"state/detached/picture",
+    }
+
+
+# -- the connector ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def joins(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What happens to this process's connection to Ray, which there is none of."""
+    log: list[str] = []
+    monkeypatch.setattr(connector.connection, "join", lambda address, options: log.append("join") or True)
+    monkeypatch.setattr(connector.connection, "leave", lambda: log.append("leave"))
+    return log
+
+
+PARTY = "ray:e:node:tcp:h:1"
+
+
+def test_who_was_handed_the_secret_asks_nobody(kv: FakeKV, joins: list[str]) -> None:
+    own = RayConnector("ray:e:node:tcp:h:2", b"secret")
+    assert own.locate(PARTY) == Address.parse(PARTY)
+    own.close()
+    assert joins == []
+
+
+@pytest.mark.parametrize("address", [PARTY, "ray-engine:e"])
+def test_who_was_not_looks_it_up_once(kv: FakeKV, joins: list[str], address: str) -> None:
+    Registry("e").put(Entry(b"secret", "", PARTY))
+    own = RayConnector()
+    for _ in range(2):
+        assert own.locate(address) == Address.parse(PARTY)
+    assert (own.secret(), own.control_address) == (b"secret", address)
+    own.close()
+    own.close()
+    assert joins == ["join", "leave"]
+
+
+@pytest.mark.parametrize("address", [PARTY, "ray-engine:e"])
+def test_an_engine_that_the_cluster_does_not_know(kv: FakeKV, joins: list[str], address: str) -> None:
+    own = RayConnector()
+    with pytest.raises(ChannelClosed, match="knows of no such engine"):
+        own.locate(address)
+    own.close()
+    assert joins == ["join", "leave"]
+
+
+def test_a_controller_that_moved_is_found_where_it_is_now(kv: FakeKV, joins: list[str]) -> None:
+    own = RayConnector("ray-engine:e", b"secret")
+    for place in ("tcp:h:1", "tcp:h:2"):
+        Registry("e").put(Entry(b"secret", "", f"ray:e:node:{place}"))
+        assert own.locate("ray-engine:e").sockets == (place,)
+    own.close()
+
+
+def test_which_controllers_come_back(kv: FakeKV, monkeypatch: pytest.MonkeyPatch) -> None:
+    Registry("e").put(Entry(b"secret", "", PARTY))
+    assert RayConnector().returns("ray-engine:e")
+    assert not RayConnector().returns(PARTY)
+    assert not RayConnector().returns("ray-engine:shut-down")
+
+    def gone() -> Any:
+        raise ConnectionError("the cluster is gone")
+
+    monkeypatch.setattr(registry, "_kv", gone)
+    assert not RayConnector().returns("ray-engine:e")
+
+
+def test_the_names_are_there_when_they_are_used() -> None:
+    import engine_ray
+
+    assert engine_ray.RayAdapter is RayAdapter
+    with pytest.raises(AttributeError, match="'engine_ray' has no attribute 'Nothing'"):
+        _ = engine_ray.Nothing
+    assert isinstance(watched.WatchedWorker, type)
