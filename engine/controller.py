@@ -74,7 +74,7 @@ class Controller:
         self._backends: dict[str, _Backend] = {}
         self._endpoints: dict[str, EndpointEntry] = {}
         self._workers = Workers(adapter, self._replace_worker)
-        self._publisher = Publisher(client)
+        self._publisher = Publisher(client, silent=adapter.store is not None)
         self._ingresses = IngressFleet(engine_id, adapter, self._workers, http)
         self._checkpoint = Checkpoint(adapter.store)
         self._background: set[asyncio.Task[None]] = set()
@@ -107,6 +107,8 @@ class Controller:
         left = self._checkpoint.load()
         if left is not None:
             await self._restore(*left)
+        elif self._adapter.store is not None:
+            self._publish()  # now that it is known that there was no other
 
     async def _restore(self, picture: Picture, plans: dict[str, BackendPlan]) -> None:
         self._publisher.resume(picture.version)

@@ -28,10 +28,13 @@ class Publisher:
 
     Args:
         client: Of the engine's own process; it applies a snapshot before `publish` returns.
+        silent: Tell subscribers nothing before `publish`: there may be a former controller, whose last picture rules
+            until then, and whoever has none yet must not take the empty one for it.
     """
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: Client, *, silent: bool = False) -> None:
         self._client = client
+        self._silent = silent
         self._base = 0  # the version that a former controller had come to
         self._snapshot = RoutingSnapshot()
         self._subscribers: dict[Channel, _Subscriber] = {}
@@ -54,6 +57,7 @@ class Publisher:
 
     def publish(self, endpoints: dict[str, EndpointEntry], backends: dict[str, BackendEntry]) -> int:
         """Let this picture rule; returns its version."""
+        self._silent = False
         self._snapshot = RoutingSnapshot(self.version + 1, endpoints, backends)
         self._client.apply(self._snapshot)
         for channel, subscriber in list(self._subscribers.items()):
@@ -87,7 +91,8 @@ class Publisher:
         if isinstance(message.body, Subscribe):
             subscriber.subscribed = True
             subscriber.ingress = message.body.ingress
-            self._push(channel)
+            if not self._silent:
+                self._push(channel)
         elif isinstance(message.body, Applied):
             subscriber.version = message.body.version
             self._signal()
