@@ -182,6 +182,25 @@ class FakeHome:
         self.closed = True
 
 
+class FakeStore:
+    """A `engine.adapter.StateStore` in memory; `log` says in which order rows were written."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, bytes] = {}
+        self.log: list[str] = []
+
+    def save(self, name: str, state: bytes) -> None:
+        self.rows[name] = state
+        self.log.append(name)
+
+    def remove(self, name: str) -> None:
+        self.rows.pop(name, None)
+        self.log.append(f"-{name}")
+
+    def load(self) -> dict[str, bytes]:
+        return dict(self.rows)
+
+
 # -- adapters and hosts ----------------------------------------------------------------------------------------------
 
 
@@ -197,10 +216,12 @@ class FakeAdapter:
     channels: list[FakeChannel] = field(default_factory=list)
     unreachable: set[str] = field(default_factory=set)  # replica ids
     started: list[WorkerSpec] = field(default_factory=list)
+    adopted: list[WorkerSpec] = field(default_factory=list)
     told: list[tuple[str, Any]] = field(default_factory=list)
     killed: list[str] = field(default_factory=list)
     refuses: BaseException | None = None  # what `start_worker` raises
     on_start: Callable[[WorkerSpec], None] | None = None
+    on_adopt: Callable[[WorkerSpec], None] | None = None
     on_tell: Callable[[str, Any], None] | None = None
     on_kill: Callable[[str], None] | None = None
 
@@ -213,7 +234,9 @@ class FakeAdapter:
         raise NotImplementedError
 
     async def adopt_worker(self, spec: WorkerSpec) -> None:
-        raise NotImplementedError
+        self.adopted.append(spec)
+        if self.on_adopt is not None:
+            self.on_adopt(spec)
 
     async def start_worker(self, spec: WorkerSpec) -> None:
         if self.refuses is not None:

@@ -1,0 +1,500 @@
+"""Controllers that die and are started again, without a platform: what the next one takes over, what callers notice."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
+
+import pytest
+from fakes import FakeAdapter, FakeChannel, FakeStore, until
+
+from engine import Engine, errors
+from engine.adapter import Node, Resources, WorkerExit, WorkerSpec
+from engine.backend_plan import BackendPlan, pack_target
+from engine.checkpoint import Checkpoint, KnownWorker, Picture
+from engine.client import Client
+from engine.config import BackendConfig, HTTPOptions
+from engine.control import Drain, Publish, Ready, Subscribe
+from engine.controller import Controller
+from engine.detached import DetachedController
+from engine.errors import InvalidArgument, RemoteTraceback, RetryLater
+from engine.messages import Control
+from engine.remote_runner import _REPEATABLE, RemoteRunner
+from engine.serialization import dumps, loads, unpack_exception
+from engine.snapshot import EndpointEntry
+
+HTTP = HTTPOptions.of({"port": 0, "workers": 2})
+
+
+def plan(tag: str, **config: Any) -> BackendPlan:
+    return BackendPlan(
+        tag=tag,
+        target=pack_target(tag, len, (), {}),
+        config=BackendConfig.of(config),
+        resources=Resources(num_cpus=1.5, env_vars={"TAG": tag}),
+        blocking=True,
+        batches=False,
+        reconfigurable=False,
+    )
+
+
+def endpoint(name: str, tag: str, route: str | None = None) -> EndpointEntry:
+    return EndpointEntry(name, route, ("GET",), ((tag, 1.0),))
+
+
+# -- the checkpoint --------------------------------------------------------------------------------------------------
+
+PICTURE = Picture(
+    7,
+    {"e": endpoint("e", "b")},
+    {"b": (3, (KnownWorker("b#3", "replica.b.3", None),))},
+    (2, (KnownWorker("ingress#2", "ingress.2", "node"),)),
+)
+
+
+def test_what_was_kept_is_loaded() -> None:
+    store = FakeStore()
+    first = Checkpoint(store)
+    assert first.load() is None
+    first.keep_backend(plan("gone"))
+    first.keep_backend(plan("b", num_replicas=2))
+    first.keep_backend(plan("b", num_replicas=5))
+    first.drop_backend("gone")
+    assert first.load() is None  # nobody was told yet that it is done
+    first.keep(PICTURE)
+    picture, plans = Checkpoint(store).load() or pytest.fail("nothing was kept")
+    assert picture._replace(version=7) == PICTURE
+    assert picture.version > 7 + 100  # above whatever was published after the last word to the store
+    assert plans == {"b": plan("b", num_replicas=5)}
+
+
+def test_without_a_store_nothing_is_kept() -> None:
+    checkpoint = Checkpoint(None)
+    checkpoint.keep_backend(plan("b"))
+    checkpoint.drop_backend("b")
+    checkpoint.keep(PICTURE)
+    assert checkpoint.load() is None
+
+
+# -- controllers, one after the other --------------------------------------------------------------------------------
+
+
+class Platform:
+    """Runs workers for as many controllers of one engine as the test likes."""
+
+    def __init__(self) -> None:
+        self.store = FakeStore()
+        self.alive: dict[str, str] = {}  # addresses by worker id
+        self.silent: set[str] = set()  # workers that do not come back, yet are not known to be dead
+        self.nodes = (Node("here", "127.0.0.1"),)
+
+    def controller(self) -> Incarnation:
+        return Incarnation(self)
+
+
+class Incarnation:
+    """One controller, its adapter and its process's client."""
+
+    def __init__(self, platform: Platform) -> None:
+        self.platform = platform
+        self.adapter = FakeAdapter(
+            store=platform.store,
+            on_start=self._start,
+            on_adopt=self._adopt,
+            on_tell=self._tell,
+            on_kill=self.die,
+        )
+        self.adapter.nodes = lambda: platform.nodes  # type: ignore[method-assign]
+        self.client = Client("e", self.adapter)
+        self.controller = Controller("e", self.adapter, self.client, HTTP)
+
+    async def started(self) -> Incarnation:
+        await self.controller.start()
+        return self
+
+    @property
+    def version(self) -> int:
+        return self.client.snapshot.version
+
+    def replicas(self, tag: str) -> list[str]:
+        """Those that calls go to."""
+        return [replica.replica_id for replica in self.client.snapshot.backends[tag].replicas]
+
+    def ids(self, specs: list[WorkerSpec]) -> list[str]:
+        return sorted(spec.worker_id for spec in specs)
+
+    def die(self, worker_id: str, reason: str = "was killed by the engine") -> None:
+        """Let a worker end."""
+        self.platform.alive.pop(worker_id, None)
+        exit = WorkerExit(worker_id, reason)
+        asyncio.get_running_loop().call_soon(self.controller.worker_exited, exit)
+
+    def _start(self, spec: WorkerSpec) -> None:
+        self.platform.alive[spec.worker_id] = f"fake:{spec.worker_id}"
+        self.controller.worker_said(spec.worker_id, Ready(f"fake:{spec.worker_id}"))
+
+    def _adopt(self, spec: WorkerSpec) -> None:
+        address = self.platform.alive.get(spec.worker_id)
+        if address is None:
+            self.die(spec.worker_id, "died while the engine had no controller")
+        elif spec.worker_id not in self.platform.silent:
+            asyncio.get_running_loop().call_soon(self.controller.worker_said, spec.worker_id, Ready(address))
+
+    def _tell(self, worker_id: str, body: Any) -> None:
+        if isinstance(body, Drain):
+            self.die(worker_id, "left")
+
+    def subscribe(self, *, ingress: bool = False) -> FakeChannel:
+        """A caller elsewhere."""
+        channel = FakeChannel("caller")
+        channel.listener = self.controller.peer_connected(channel)
+        channel.answer(Control(Subscribe(ingress)))
+        return channel
+
+
+def published(channel: FakeChannel) -> list[Any]:
+    return [message.body.snapshot for message in channel.sent if isinstance(message.body, Publish)]
+
+
+def on_loop(test: Callable[[Platform], Coroutine[Any, Any, None]]) -> Callable[[], None]:
+    """Run a test on a loop of its own, with a platform of its own."""
+
+    def run() -> None:
+        asyncio.run(asyncio.wait_for(test(Platform()), 20))
+
+    run.__name__ = test.__name__
+    return run
+
+
+async def furnished(platform: Platform) -> Incarnation:
+    """A controller with something of everything."""
+    one = await platform.controller().started()
+    await one.controller.create_backend(plan("a", num_replicas=2))
+    await one.controller.create_backend(plan("b", max_queued_requests=5))
+    await one.controller.create_endpoint(endpoint("e", "a", "/e"))
+    await one.controller.set_traffic("e", {"a": 0.25, "b": 0.75})
+    await one.controller.shadow_traffic("e", "b", 0.5)
+    await one.controller.create_endpoint(endpoint("f", "b"))
+    return one
+
+
+@on_loop
+async def test_the_next_controller_adopts_what_comes_back(platform: Platform) -> None:
+    one = await furnished(platform)
+    two = await platform.controller().started()
+    assert two.ids(two.adapter.adopted) == ["a#1", "a#2", "b#1", "ingress#1", "ingress#2"]
+    assert two.adapter.started == []
+    assert two.version > one.version
+    assert two.client.snapshot.endpoints == one.client.snapshot.endpoints
+    assert two.client.snapshot.backends == one.client.snapshot.backends
+    assert await two.controller.list_backends() == await one.controller.list_backends()
+    assert await two.controller.list_endpoints() == await one.controller.list_endpoints()
+    assert two.controller.http_url() == one.controller.http_url() is not None
+    adopted = {spec.worker_id: spec for spec in two.adapter.adopted}
+    for spec in one.adapter.started:
+        again = adopted[spec.worker_id]
+        assert (again.name, again.node_id, again.listen) == (spec.name, spec.node_id, spec.listen)
+        assert again.resources == spec.resources
+
+
+@on_loop
+async def test_the_next_controller_replaces_what_does_not(platform: Platform) -> None:
+    await furnished(platform)
+    del platform.alive["a#1"], platform.alive["ingress#2"]
+    two = await platform.controller().started()
+    assert two.replicas("a") == ["a#2"]  # calls go on there at once
+    await until(lambda: two.ids(two.adapter.started) == ["a#3", "ingress#3"])  # numbers are never used twice
+    await until(lambda: two.replicas("a") == ["a#2", "a#3"])
+    three = await platform.controller().started()
+    assert three.ids(three.adapter.adopted) == ["a#2", "a#3", "b#1", "ingress#1", "ingress#3"]
+    assert three.version > two.version
+
+
+@on_loop
+async def test_nothing_rules_elsewhere_until_everything_came_back_or_is_certain_not_to(platform: Platform) -> None:
+    """A caller that had the last picture of the former controller, and one that has none yet."""
+    one = await furnished(platform)
+    platform.silent.add("a#1")
+    two = platform.controller()
+    starting = asyncio.ensure_future(two.started())
+    await until(lambda: len(two.adapter.adopted) == 5)
+    callers = [two.subscribe(), two.subscribe(ingress=True)]
+    assert [published(caller) for caller in callers] == [[], []]
+    two.die("a#1", "did not come back to the controller")
+    await starting
+    for caller in callers:
+        first, *_ = published(caller)
+        assert first.version > one.version
+        assert first.endpoints == one.client.snapshot.endpoints
+        assert [replica.replica_id for replica in first.backends["a"].replicas] == ["a#2"]
+
+
+@on_loop
+async def test_a_new_controller_tells_early_callers_that_there_is_nothing_yet(platform: Platform) -> None:
+    one = platform.controller()
+    caller = one.subscribe()
+    await one.started()
+    assert [snapshot.endpoints for snapshot in published(caller)] == [{}]
+
+
+@on_loop
+async def test_replicas_adopted_are_replaced_changed_and_removed_like_any_other(platform: Platform) -> None:
+    await furnished(platform)
+    two = await platform.controller().started()
+    two.die("b#1", "was killed by SIGKILL")
+    await until(lambda: two.replicas("b") == ["b#2"])
+    await two.controller.update_backend_config("a", {"num_replicas": 1})
+    assert two.replicas("a") == ["a#1"]
+    assert ("a#2", Drain(20.0)) in two.adapter.told
+    await two.controller.delete_endpoint("f")
+    await two.controller.set_traffic("e", {"a": 1.0})
+    await two.controller.shadow_traffic("e", "b", 0.0)
+    await two.controller.delete_backend("b", force=True)
+    three = await platform.controller().started()
+    assert three.ids(three.adapter.adopted) == ["a#1", "ingress#1", "ingress#2"]
+    assert set(await three.controller.list_backends()) == {"a"}
+    assert set(await three.controller.list_endpoints()) == {"e"}
+
+
+@on_loop
+async def test_a_backend_that_was_being_created_does_not_exist_afterwards(platform: Platform) -> None:
+    one = await furnished(platform)
+    one.adapter.on_start = lambda spec: platform.alive.update({spec.worker_id: ""})  # and never gets ready
+    creating = asyncio.ensure_future(one.controller.create_backend(plan("c")))
+    await until(lambda: "c#1" in platform.alive)
+    two = await platform.controller().started()
+    assert "c" not in await two.controller.list_backends()
+    assert "c#1" not in two.ids(two.adapter.adopted)
+    await two.controller.create_backend(plan("c"))  # the tag is free
+    creating.cancel()
+    await asyncio.wait([creating])
+
+
+@on_loop
+async def test_a_backend_is_kept_before_it_is_announced(platform: Platform) -> None:
+    """If its picture names replicas of a backend, its plan is there; the other way round it is as if it had none."""
+    one = await platform.controller().started()
+    platform.store.log.clear()
+    await one.controller.create_backend(plan("a"))
+    assert platform.store.log[0] == "backend:a"
+    del platform.store.rows["picture"]  # the controller died in between
+    two = await platform.controller().started()
+    assert await two.controller.list_backends() == {}
+
+
+@on_loop
+async def test_a_shutdown_leaves_the_store_to_the_adapter(platform: Platform) -> None:
+    one = await furnished(platform)
+    platform.store.log.clear()
+    await one.controller.shutdown(1.0)
+    assert platform.store.log == []  # nothing half-ended is ever restored
+    assert platform.alive == {}
+
+
+# -- operations by name ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def detached() -> Iterator[Any]:
+    """A controller in a thread, whose workers are ready at once and leave when told to."""
+    platform = Platform()
+    adapter = FakeAdapter(store=platform.store)
+    events: list[Any] = []
+
+    async def start(engine_id: str, listener: Any) -> None:
+        events.append(listener)
+
+    def leave(worker_id: str, body: Any = None) -> None:
+        loop = asyncio.get_running_loop()
+        loop.call_soon(events[0].worker_exited, WorkerExit(worker_id, "left"))
+
+    adapter.start = start  # type: ignore[method-assign]
+    adapter.on_start = lambda spec: events[0].worker_said(spec.worker_id, Ready("fake:" + spec.worker_id))
+    adapter.on_tell, adapter.on_kill = leave, leave
+    controller = DetachedController("e", adapter, HTTP)
+    controller.wait_started()
+    yield controller
+    do(controller, "stop", 0.0)
+
+
+def do(controller: DetachedController, operation: str, *args: Any, **kwargs: Any) -> Any:
+    return loads(controller.run(operation, dumps((args, kwargs), "the arguments")))
+
+
+def test_an_operation_brings_its_result_and_the_version_that_has_it(detached: Any) -> None:
+    result, error, version = do(detached, "create_backend", plan("b"))
+    assert (result, error) == (None, None)
+    backends, error, later = do(detached, "list_backends")
+    assert backends == {"b": plan("b").config}
+    assert later >= version > 0
+
+
+def test_an_error_travels_as_itself(detached: Any) -> None:
+    result, error, _ = do(detached, "delete_backend", "nothing", force=False)
+    assert result is None
+    assert isinstance(unpack_exception(error), InvalidArgument)
+
+
+def test_the_operations_that_are_no_methods_of_the_controller(detached: Any) -> None:
+    assert do(detached, "http_url")[0] is None
+    assert do(detached, "http_options")[0] == HTTP
+
+
+# -- the application's side ------------------------------------------------------------------------------------------
+
+
+class Remote:
+    """A remote controller that dies as often as it is told, before or after it has done what it was asked."""
+
+    engine_id = "e"
+    control_address = "fake:controller"
+
+    def __init__(self, deaths: int = 0) -> None:
+        self.deaths = deaths
+        self.asked: list[str] = []
+        self.left: list[bool] = []
+        self.answer: Callable[[str, Any, Any], bytes] = lambda operation, args, kwargs: dumps((None, None, 0), "it")
+
+    def run(self, operation: str, arguments: bytes) -> bytes:
+        self.asked.append(operation)
+        if self.deaths:
+            self.deaths -= 1
+            raise RetryLater("the controller died")
+        args, kwargs = loads(arguments)
+        return self.answer(operation, args, kwargs)
+
+    def leave(self, *, ended: bool) -> None:
+        self.left.append(ended)
+
+
+class Waited(Client):
+    """A client that says for which versions was waited."""
+
+    def __init__(self) -> None:
+        super().__init__("e", FakeAdapter())
+        self.versions: list[int] = []
+
+    def wait_applied(self, version: int, timeout_s: float) -> bool:
+        self.versions.append(version)
+        return True
+
+
+OPERATIONS = {
+    "get_backend_config": ("b",),
+    "http_options": (),
+    "http_url": (),
+    "list_backends": (),
+    "list_endpoints": (),
+    "set_traffic": ("e", {"b": 1.0}),
+    "shadow_traffic": ("e", "b", 0.5),
+    "statistics": ([],),
+    "stop": (1.0,),
+    "create_backend": (None,),
+    "update_backend_config": ("b", {}),
+    "delete_backend": ("b",),
+    "create_endpoint": (None,),
+    "delete_endpoint": ("e",),
+}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_what_is_repeated_when_the_controller_dies(operation: str) -> None:
+    remote, client = Remote(deaths=2), Waited()
+    runner = RemoteRunner(remote, client)
+    if operation in _REPEATABLE:
+        runner.run(operation, *OPERATIONS[operation])
+        assert remote.asked == [operation] * 3
+    else:
+        with pytest.raises(RetryLater, match="the controller died"):
+            runner.run(operation, *OPERATIONS[operation])
+        assert remote.asked == [operation]
+
+
+def test_only_what_can_be_done_twice_is_repeated() -> None:
+    done_again_fails = {"create_backend", "delete_backend", "create_endpoint", "delete_endpoint"}
+    assert not _REPEATABLE & done_again_fails
+    assert _REPEATABLE <= OPERATIONS.keys()
+
+
+def test_the_client_has_the_change_when_the_operation_returns(detached: Any) -> None:
+    remote, client = Remote(), Waited()
+    remote.answer = lambda operation, args, kwargs: detached.run(operation, dumps((args, kwargs), "the arguments"))
+    runner = RemoteRunner(remote, client)
+    runner.run("create_backend", plan("b"))
+    runner.run("create_endpoint", endpoint("f", "b"))
+    assert client.versions == sorted(client.versions)
+    assert client.versions[-1] == do(detached, "list_backends")[2]
+    assert runner.http_url() is None
+    assert runner.http_options() == HTTP
+
+
+def test_an_error_is_raised_as_itself_and_waits_for_nothing(detached: Any) -> None:
+    remote, client = Remote(), Waited()
+    remote.answer = lambda operation, args, kwargs: detached.run(operation, dumps((args, kwargs), "the arguments"))
+    with pytest.raises(InvalidArgument, match="there is no backend 'nothing'") as caught:
+        RemoteRunner(remote, client).run("delete_backend", "nothing", force=False)
+    assert isinstance(caught.value.__cause__, RemoteTraceback)
+    assert client.versions == []
+
+
+def test_waiting_for_a_version() -> None:
+    from threading import Thread
+
+    from fakes import snapshot
+
+    client = Client("e", FakeAdapter())
+    applying = Thread(target=lambda: [client.apply(snapshot(version)) for version in (1, 2, 3)])
+    applying.start()
+    assert client.wait_applied(3, 10.0)
+    assert client.snapshot.version == 3
+    assert not client.wait_applied(4, 0.0)
+    applying.join()
+    client.close()
+    assert client.wait_applied(4, 10.0)  # nothing will come any more
+
+
+@pytest.mark.parametrize("failure", [None, errors.EngineClosed("it was shut down before")])
+def test_leaving_and_stopping(failure: Exception | None) -> None:
+    remote, client = Remote(), Waited()
+    RemoteRunner(remote, client).leave()
+    assert (remote.left, remote.asked, client.closed) == ([False], [], True)
+
+    def answer(operation: str, args: Any, kwargs: Any) -> bytes:
+        if failure is not None:
+            raise failure
+        return dumps((None, None, 0), "it")
+
+    remote, client = Remote(), Waited()
+    remote.answer = answer
+    if failure is None:
+        RemoteRunner(remote, client).stop(1.0)
+    else:
+        with pytest.raises(errors.EngineClosed):
+            RemoteRunner(remote, client).stop(1.0)
+    assert (remote.left, remote.asked, client.closed) == ([True], ["stop"], True)
+
+
+# -- adapters whose engines end with their process -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["local", "inline"])
+def test_where_nothing_outlives_its_creator(backend: str) -> None:
+    with pytest.raises(InvalidArgument, match="detached"):
+        Engine(backend=backend, name="n", detached=True)
+    with pytest.raises(InvalidArgument, match="detached"):
+        Engine.connect("n", backend=backend)
+
+
+@pytest.mark.parametrize("name", [None, ""])
+@pytest.mark.parametrize("backend", ["local", "inline", "ray"])
+def test_a_detached_engine_needs_a_name(backend: str, name: str | None) -> None:
+    with pytest.raises(InvalidArgument, match="detached=True needs a name to connect to later"):
+        Engine(backend=backend, name=name, detached=True)
+    with pytest.raises(InvalidArgument, match="name must be a non-empty str"):
+        Engine.connect(name, backend=backend)  # type: ignore[arg-type]
+
+
+def test_detached_is_yes_or_no() -> None:
+    with pytest.raises(InvalidArgument, match="detached must be True or False, not 'yes'"):
+        Engine(detached="yes")  # type: ignore[arg-type]
