@@ -7,7 +7,6 @@ the last picture then rules until it does, and the channel is opened again by a 
 from __future__ import annotations
 
 import threading
-import time
 from typing import TYPE_CHECKING
 
 from .adapter import Adapter, Channel, ChannelClosed
@@ -45,6 +44,7 @@ class Subscription:
         self._control_address = control_address
         self._request = Control(Subscribe(ingress, worker_id))
         self._channel: Channel | None = None
+        self._ended = threading.Event()
         self.first = threading.Event()
 
     def begin(self) -> None:
@@ -58,7 +58,8 @@ class Subscription:
         channel.watch()
 
     def end(self) -> None:
-        """Hang up."""
+        """Hang up, for good."""
+        self._ended.set()
         if self._channel is not None:
             self._channel.close()
 
@@ -81,14 +82,15 @@ class Subscription:
             self._give_up(reason)
 
     def _begin_again(self, reason: str) -> None:
-        while not self._client.closed:
-            time.sleep(_RETRY_S)
+        while not self._ended.wait(_RETRY_S):
             try:
                 self.begin()
             except ChannelClosed:
                 if not self._adapter.returns(self._control_address):
                     break
             else:
+                if self._ended.is_set():  # meanwhile
+                    self.end()
                 return
         self._give_up(reason)
 

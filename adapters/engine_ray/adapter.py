@@ -261,6 +261,9 @@ class RayAdapter(RayConnector):
         with contextlib.suppress(asyncio.TimeoutError, TimeoutError):
             await asyncio.wait_for(self._deserted.wait(), _STOP_PATIENCE_S)
         self._running = None
+        with contextlib.suppress(Exception):  # the cluster is gone
+            # Before anybody loses this process: who does looks there whether the engine goes on.
+            await asyncio.to_thread(running.registry.clear)
         running.acceptor.close()
         await asyncio.to_thread(self._clean_up, running)
         self.control_address = ""
@@ -318,12 +321,11 @@ class RayAdapter(RayConnector):
         """End the courier and leave Ray. Runs in a thread."""
         import ray
 
-        with contextlib.suppress(ValueError):  # there is none
+        with contextlib.suppress(Exception):  # there is none, or the cluster is gone
             courier = ray.get_actor(courier_name(self.engine_id), namespace=NAMESPACE)
             with contextlib.suppress(Exception):  # it is gone, or takes too long: either way it has to go
                 ray.get(courier.leave.remote(), timeout=_COURIER_PATIENCE_S)
             _kill(courier)
-        running.registry.clear()
         if running.connected:
             connection.leave()
 

@@ -39,6 +39,7 @@ class RayConnector(WireConnector):
         self._secret = secret
         self._node_id = ""
         self._joined = False  # whether this connector holds the process's connection to Ray
+        self._closed = False
         self._lock = threading.Lock()  # guards the refs while they are made
         self._refs: PlatformRefs | None = None
 
@@ -88,6 +89,7 @@ class RayConnector(WireConnector):
     def close(self) -> None:
         """See `engine.adapter.Adapter.close`."""
         super().close()
+        self._closed = True
         if self._joined:
             self._joined = False
             connection.leave()
@@ -106,6 +108,8 @@ class RayConnector(WireConnector):
         return self._secret
 
     def _look_up(self, address: str) -> Entry:
+        if self._closed:  # nobody would take a connection to Ray back
+            raise ChannelClosed("this process has let go of the engine")
         try:
             if not self._joined:
                 self._joined = connection.join(cluster_of(address), {}, start=False)
