@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from fakes import FakeAdapter, FakeChannel, FakeStore, until
+from fakes import FakeAdapter, FakeChannel, FakeStore, snapshot, until
+from harness import eventually
 
-from engine import Engine, errors
+from engine import Engine, errors, subscription
 from engine.adapter import Node, Resources, WorkerExit, WorkerSpec
 from engine.backend_plan import BackendPlan, pack_target
 from engine.checkpoint import Checkpoint, KnownWorker, Picture
@@ -23,6 +26,7 @@ from engine.messages import Control
 from engine.remote_runner import _REPEATABLE, RemoteRunner
 from engine.serialization import dumps, loads, unpack_exception
 from engine.snapshot import EndpointEntry
+from engine.subscription import Subscription
 
 HTTP = HTTPOptions.of({"port": 0, "workers": 2})
 
@@ -439,12 +443,8 @@ def test_an_error_is_raised_as_itself_and_waits_for_nothing(detached: Any) -> No
 
 
 def test_waiting_for_a_version() -> None:
-    from threading import Thread
-
-    from fakes import snapshot
-
     client = Client("e", FakeAdapter())
-    applying = Thread(target=lambda: [client.apply(snapshot(version)) for version in (1, 2, 3)])
+    applying = threading.Thread(target=lambda: [client.apply(snapshot(version)) for version in (1, 2, 3)])
     applying.start()
     assert client.wait_applied(3, 10.0)
     assert client.snapshot.version == 3
@@ -473,6 +473,71 @@ def test_leaving_and_stopping(failure: Exception | None) -> None:
         with pytest.raises(errors.EngineClosed):
             RemoteRunner(remote, client).stop(1.0)
     assert (remote.left, remote.asked, client.closed) == ([True], ["stop"], True)
+
+
+# -- callers elsewhere -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Returning(FakeAdapter):
+    """Its controllers come back as long as the test says so."""
+
+    back: bool = True
+
+    def returns(self, control_address: str) -> bool:
+        return self.back
+
+
+def subscribed(adapter: Returning, monkeypatch: pytest.MonkeyPatch) -> tuple[Client, FakeChannel]:
+    """A client that has the first snapshot."""
+    monkeypatch.setattr(subscription, "_RETRY_S", 0.01)
+    client = Client("e", adapter)
+    client._subscription = Subscription(client, adapter, "fake:controller", ingress=False, worker_id="")
+    client._subscription.begin()
+    (channel,) = adapter.channels
+    channel.answer(Control(Publish(snapshot(1))))
+    return client, channel
+
+
+def test_a_caller_finds_the_next_controller(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = Returning()
+    client, channel = subscribed(adapter, monkeypatch)
+    adapter.unreachable.add("controller")
+    channel.break_off()
+    adapter.unreachable.clear()
+    eventually(lambda: len(adapter.channels) == 2)
+    eventually(lambda: adapter.channels[1].sent == [Control(Subscribe(False, ""))])
+    assert not client.closed
+    adapter.channels[1].answer(Control(Publish(snapshot(1001))))
+    assert client.snapshot.version == 1001
+    client.close()
+    assert adapter.channels[1].closed
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_caller_gives_up_when_there_will_be_no_other(monkeypatch: pytest.MonkeyPatch, at_once: bool) -> None:
+    adapter = Returning(back=not at_once)
+    client, channel = subscribed(adapter, monkeypatch)
+    adapter.unreachable.add("controller")
+    channel.break_off("it died")
+    adapter.back = False
+    eventually(lambda: client.closed)
+    assert len(adapter.channels) == 1
+
+
+@pytest.mark.usefixtures("leaves_nothing")
+def test_a_caller_that_has_left_looks_for_no_controller(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that shuts a detached engine down loses its controller, too."""
+    adapter = Returning()
+    client, channel = subscribed(adapter, monkeypatch)
+    monkeypatch.setattr(subscription, "_RETRY_S", 0.2)
+    channel.break_off()
+    client.close()
+    seekers = [thread for thread in threading.enumerate() if thread.name == "engine-subscribe"]
+    for seeker in seekers:
+        seeker.join()
+    assert seekers
+    assert len(adapter.channels) == 1
 
 
 # -- adapters whose engines end with their process -------------------------------------------------------------------

@@ -25,7 +25,7 @@ from engine.serialization import dumps, pack_exception
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 if why_not() is None:
     from engine_ray import RayAdapter, connector, registry, turns, watched
-    from engine_ray.addresses import Address, engine_of, is_symbolic, symbolic
+    from engine_ray.addresses import Address, cluster_of, engine_of, is_symbolic, symbolic
     from engine_ray.bodies import Bound, Leaving
     from engine_ray.carried import CarriedError, CarriedResult, Errand, Filled, Placeholder, carried
     from engine_ray.connector import RayConnector
@@ -38,37 +38,46 @@ if why_not() is None:
 
 # -- addresses -------------------------------------------------------------------------------------------------------
 
-UNIX, TCP = "unix:@engine-e-1", "tcp:10.0.0.5:4000"
+UNIX, TCP, GCS = "unix:@engine-e-1", "tcp:10.0.0.5:4000", "gcs:10.0.0.1:6379"
+PARTY = f"ray:e:node:{TCP}"
+CONTROLLER = f"ray:e:node:{UNIX}|{TCP}|{GCS}"
+SYMBOLIC = f"ray-engine:e:{GCS}"
 
 
 def test_an_address_survives_being_written() -> None:
-    address = Address("e", "node", (UNIX, "tcp:[fe80::1]:4000"))
-    assert str(address) == "ray:e:node:unix:@engine-e-1|tcp:[fe80::1]:4000"
+    address = Address("e", "node", (UNIX, "tcp:[fe80::1]:4000", "gcs:[fe80::2]:6379"))
+    assert str(address) == "ray:e:node:unix:@engine-e-1|tcp:[fe80::1]:4000|gcs:[fe80::2]:6379"
     assert Address.parse(str(address)) == address
     assert engine_of(str(address)) == "e"
+    assert cluster_of(str(address)) == "[fe80::2]:6379"
 
 
-@pytest.mark.parametrize("text", ["", "ray:", "ray:e:node", "ray:e:node:", "tcp:e:node:unix:@x", "ray-engine:e"])
+@pytest.mark.parametrize("text", ["", "ray:", "ray:e:node", "ray:e:node:", "tcp:e:node:unix:@x", SYMBOLIC])
 def test_what_is_no_address(text: str) -> None:
     with pytest.raises(ChannelClosed, match="is not the address of a party on Ray"):
         Address.parse(text)
 
 
 @pytest.mark.parametrize(
-    ("sockets", "here", "elsewhere"),
-    [((UNIX, TCP), UNIX, TCP), ((TCP, UNIX), UNIX, TCP), ((TCP,), TCP, TCP)],
+    ("ways", "here", "elsewhere"),
+    [((UNIX, TCP), UNIX, TCP), ((GCS, TCP, UNIX), UNIX, TCP), ((TCP,), TCP, TCP), ((UNIX,), UNIX, None)],
 )
-def test_which_socket_is_connected_to(sockets: tuple[str, ...], here: str, elsewhere: str) -> None:
-    address = Address("e", "node", sockets)
+def test_which_socket_is_connected_to(ways: tuple[str, ...], here: str, elsewhere: str | None) -> None:
+    address = Address("e", "node", ways)
     assert address.seen_from("node") == here
-    assert address.seen_from("other") == elsewhere
+    if elsewhere is not None:
+        assert address.seen_from("other") == elsewhere
+    else:
+        with pytest.raises(ChannelClosed, match="names no socket to connect to from here"):
+            address.seen_from("other")
 
 
 def test_symbolic_addresses() -> None:
-    address = symbolic("e")
-    assert is_symbolic(address)
-    assert engine_of(address) == "e"
-    assert not is_symbolic(str(Address("e", "node", (TCP,))))
+    assert symbolic("e", "10.0.0.1:6379") == SYMBOLIC
+    assert is_symbolic(SYMBOLIC)
+    assert not is_symbolic(PARTY)
+    assert (engine_of(SYMBOLIC), cluster_of(SYMBOLIC)) == ("e", "10.0.0.1:6379")
+    assert (engine_of(PARTY), cluster_of(PARTY)) == ("e", None)
 
 
 # -- turns -----------------------------------------------------------------------------------------------------------
@@ -375,33 +384,37 @@ def test_options_that_the_engine_decides_on_are_ignored_by_name() -> None:
     assert ignored == ["lifetime", "max_concurrency", "max_restarts", "name"]
 
 
-TOTAL = {"CPU": 8.0, "tpu": 2.0, "node:10.0.0.5": 1.0, "node:__internal_head__": 1.0}
+NODES = [
+    {"NodeID": "1", "Alive": True, "NodeManagerAddress": "10.0.0.1", "Resources": {"CPU": 8.0, "node:10.0.0.1": 1.0}},
+    {"NodeID": "2", "Alive": True, "NodeManagerAddress": "10.0.0.2", "Resources": {"CPU": 4.0, "GPU": 1.0, "tpu": 2.0}},
+    {"NodeID": "3", "Alive": False, "NodeManagerAddress": "10.0.0.3", "Resources": {"CPU": 64.0}},
+]
+FREE = {"1": {"CPU": 2.5}, "2": {"CPU": 4.0, "GPU": 0.5}}
+HAS = "the cluster has free: on 10.0.0.1 CPU 2.5 of 8; on 10.0.0.2 CPU 4 of 4, GPU 0.5 of 1, tpu 0 of 2"
 
 
 @pytest.mark.parametrize(
-    ("asked", "total", "free", "text"),
+    ("asked", "wanted"),
     [
-        (
-            Resources(num_gpus=1.0),
-            TOTAL,
-            {"CPU": 2.5},
-            "it asked for {'num_gpus': 1.0}; the cluster has free: CPU 2.5 of 8, tpu 0 of 2",
-        ),
-        (
-            Resources(num_cpus=4.0, other={"resources": {"tpu": 3}}),
-            TOTAL,
-            TOTAL,
-            "it asked for {'num_cpus': 4.0, 'resources': {'tpu': 3}}; the cluster has free: CPU 8 of 8, tpu 2 of 2",
-        ),
-        (Resources(), {}, {}, "it asked for nothing in particular; the cluster has free: nothing"),
+        (Resources(num_gpus=1.0), "GPU 1.0"),
+        (Resources(num_cpus=4.0, other={"resources": {"tpu": 3}}), "CPU 4.0, tpu 3"),
+        (Resources(num_cpus=6.0), "CPU 6.0"),  # both nodes together have them, neither alone does
+        (Resources(other={"label_selector": {"zone": "a"}}), "label_selector {'zone': 'a'}"),
+        (Resources(other={"memory": 1 << 40}), "memory 1099511627776"),
+        (Resources(), None),
+        (Resources(num_cpus=4.0, num_gpus=0.5), None),
     ],
 )
-def test_what_is_said_of_a_shortage(
-    monkeypatch: pytest.MonkeyPatch, asked: Resources, total: Any, free: Any, text: str
-) -> None:
-    monkeypatch.setattr("ray.cluster_resources", lambda: total)
-    monkeypatch.setattr("ray.available_resources", lambda: free)
-    assert shortage(asked) == text
+def test_what_is_said_of_a_shortage(monkeypatch: pytest.MonkeyPatch, asked: Resources, wanted: str | None) -> None:
+    monkeypatch.setattr("ray.nodes", lambda: NODES)
+    monkeypatch.setattr("ray._private.state.available_resources_per_node", lambda: FREE)
+    assert shortage(asked) == (None if wanted is None else f"it asked for {wanted}; {HAS}")
+
+
+def test_what_is_said_of_a_cluster_without_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.nodes", lambda: [])
+    monkeypatch.setattr("ray._private.state.available_resources_per_node", dict)
+    assert shortage(Resources(num_gpus=1.0)) == "it asked for GPU 1.0; the cluster has free: nothing"
 
 
 @pytest.mark.parametrize(
@@ -665,64 +678,89 @@ def test_what_ended_jobs_left_is_swept(kv: FakeKV) -> None:
 
 
 @pytest.fixture
-def joins(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def joins(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What happens to this process's connection to Ray, which there is none of."""
-    log: list[str] = []
-    monkeypatch.setattr(connector.connection, "join", lambda address, options: log.append("join") or True)
+    log: list[Any] = []
+
+    def join(address: str | None, options: Any, *, start: bool) -> bool:
+        assert not start, "whoever looks for an engine does not want a new cluster"
+        log.append(address)
+        if address == "10.0.0.1:1":
+            raise InvalidArgument("nobody is there")
+        return True
+
+    monkeypatch.setattr(connector.connection, "join", join)
     monkeypatch.setattr(connector.connection, "leave", lambda: log.append("leave"))
     return log
 
 
-PARTY = "ray:e:node:tcp:h:1"
+HEAD = "10.0.0.1:6379"
 
 
-def test_who_was_handed_the_secret_asks_nobody(kv: FakeKV, joins: list[str]) -> None:
-    own = RayConnector("ray:e:node:tcp:h:2", b"secret")
+def test_who_was_handed_the_secret_asks_nobody(kv: FakeKV, joins: list[Any]) -> None:
+    own = RayConnector(CONTROLLER, b"secret")
     assert own.locate(PARTY) == Address.parse(PARTY)
     own.close()
     assert joins == []
 
 
-@pytest.mark.parametrize("address", [PARTY, "ray-engine:e"])
-def test_who_was_not_looks_it_up_once(kv: FakeKV, joins: list[str], address: str) -> None:
-    Registry("e").put(Entry(b"secret", "", PARTY))
+@pytest.mark.parametrize(("address", "head"), [(PARTY, None), (CONTROLLER, HEAD), (SYMBOLIC, HEAD)])
+def test_who_was_not_looks_it_up_once(kv: FakeKV, joins: list[Any], address: str, head: str | None) -> None:
+    Registry("e").put(Entry(b"secret", "", CONTROLLER if address == SYMBOLIC else PARTY))
     own = RayConnector()
     for _ in range(2):
-        assert own.locate(address) == Address.parse(PARTY)
+        assert own.locate(address) == Address.parse(CONTROLLER if address == SYMBOLIC else address)
     assert (own.secret(), own.control_address) == (b"secret", address)
     own.close()
     own.close()
-    assert joins == ["join", "leave"]
+    assert joins == [head, "leave"]
 
 
-@pytest.mark.parametrize("address", [PARTY, "ray-engine:e"])
-def test_an_engine_that_the_cluster_does_not_know(kv: FakeKV, joins: list[str], address: str) -> None:
+@pytest.mark.parametrize("address", [PARTY, SYMBOLIC])
+def test_an_engine_that_the_cluster_does_not_know(kv: FakeKV, joins: list[Any], address: str) -> None:
     own = RayConnector()
     with pytest.raises(ChannelClosed, match="knows of no such engine"):
         own.locate(address)
     own.close()
-    assert joins == ["join", "leave"]
+    assert joins[-1] == "leave"
 
 
-def test_a_controller_that_moved_is_found_where_it_is_now(kv: FakeKV, joins: list[str]) -> None:
-    own = RayConnector("ray-engine:e", b"secret")
+def test_a_cluster_that_is_gone(kv: FakeKV, joins: list[Any]) -> None:
+    own = RayConnector()
+    with pytest.raises(ChannelClosed, match="nobody is there"):
+        own.locate("ray-engine:e:gcs:10.0.0.1:1")
+    own.close()
+    assert joins == ["10.0.0.1:1"]
+
+
+def test_what_was_closed_connects_to_no_cluster_any_more(kv: FakeKV, joins: list[Any]) -> None:
+    Registry("e").put(Entry(b"secret", "", CONTROLLER))
+    own = RayConnector()
+    own.close()
+    with pytest.raises(ChannelClosed, match="has let go of the engine"):
+        own.locate(SYMBOLIC)
+    assert joins == []
+
+
+def test_a_controller_that_moved_is_found_where_it_is_now(kv: FakeKV, joins: list[Any]) -> None:
+    own = RayConnector(SYMBOLIC, b"secret")
     for place in ("tcp:h:1", "tcp:h:2"):
         Registry("e").put(Entry(b"secret", "", f"ray:e:node:{place}"))
-        assert own.locate("ray-engine:e").sockets == (place,)
+        assert own.locate(SYMBOLIC).ways == (place,)
     own.close()
 
 
 def test_which_controllers_come_back(kv: FakeKV, monkeypatch: pytest.MonkeyPatch) -> None:
-    Registry("e").put(Entry(b"secret", "", PARTY))
-    assert RayConnector().returns("ray-engine:e")
-    assert not RayConnector().returns(PARTY)
-    assert not RayConnector().returns("ray-engine:shut-down")
+    Registry("e").put(Entry(b"secret", "", CONTROLLER))
+    assert RayConnector().returns(SYMBOLIC)
+    assert not RayConnector().returns(CONTROLLER)
+    assert not RayConnector().returns(symbolic("shut-down", HEAD))
 
     def gone() -> Any:
         raise ConnectionError("the cluster is gone")
 
     monkeypatch.setattr(registry, "_kv", gone)
-    assert not RayConnector().returns("ray-engine:e")
+    assert not RayConnector().returns(SYMBOLIC)
 
 
 def test_the_names_are_there_when_they_are_used() -> None:
