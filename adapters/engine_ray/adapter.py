@@ -14,9 +14,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import importlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -99,6 +100,9 @@ class RayAdapter(RayConnector):
         super().__init__()
         if find_spec("ray") is None:
             raise InvalidArgument('backend="ray" needs Ray, which is not installed: pip install "mpengine[ray]"')
+        # At the end of the interpreter, what was registered last runs first. Ray's import registers Ray's way out, which
+        # must come after that of the engine: and the engine is only about to be made.
+        importlib.import_module("ray")
         for name, value in (("address", address), ("namespace", namespace)):
             if value is not None and (not isinstance(value, str) or not value):
                 raise InvalidArgument(f"RayAdapter: {name} must be a str or None, not {value!r}")
@@ -265,7 +269,7 @@ class RayAdapter(RayConnector):
             # Before anybody loses this process: who does looks there whether the engine goes on.
             await asyncio.to_thread(running.registry.clear)
         running.acceptor.close()
-        await asyncio.to_thread(self._clean_up, running)
+        await _aside(self._clean_up, running)
         self.control_address = ""
 
     def detach(self, name: str, http: HTTPOptions | None) -> RemoteController:
@@ -476,6 +480,16 @@ class _Stranger:
 
     def lost(self, channel: Channel, reason: str) -> None:
         """See `engine.adapter.ChannelListener.lost`; should it be adopted yet, sending to it will tell."""
+
+
+async def _aside(function: Callable[..., Any], *args: Any) -> None:
+    """Call a function in a thread; or here, at the end of the interpreter, which has no more threads to give."""
+    try:
+        done = asyncio.get_running_loop().run_in_executor(None, function, *args)
+    except RuntimeError:
+        function(*args)
+    else:
+        await done
 
 
 def _kill(actor: Any) -> None:
