@@ -121,9 +121,11 @@ class RayRefs:
     def _translated(error: BaseException, timeout_s: float | None) -> BaseException:
         from ray import exceptions
 
-        if isinstance(error, exceptions.RayTaskError):
+        if isinstance(error, exceptions.RayTaskError) and not isinstance(error.cause, exceptions.RayError):
             cause: BaseException = error.cause
             return cause
+        if isinstance(error, exceptions.RayTaskError):
+            error = error.cause  # of the courier itself
         if isinstance(error, exceptions.GetTimeoutError):
             return DeadlineExceeded(f"the results did not come within timeout={timeout_s:g} s; the calls go on")
         if isinstance(error, exceptions.TaskCancelledError):
@@ -142,7 +144,7 @@ def _cause_of(error: BaseException) -> BaseException | None:
     """What to raise a translated error from: the remote traceback of a user's error, or else Ray's own error."""
     from ray import exceptions
 
-    if isinstance(error, exceptions.RayTaskError):
+    if isinstance(error, exceptions.RayTaskError) and not isinstance(error.cause, exceptions.RayError):
         return error.cause.__cause__ if isinstance(error.cause, BaseException) else None
     return error if isinstance(error, exceptions.RayError) else error.__cause__
 
