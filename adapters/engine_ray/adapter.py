@@ -100,8 +100,8 @@ class RayAdapter(RayConnector):
         super().__init__()
         if find_spec("ray") is None:
             raise InvalidArgument('backend="ray" needs Ray, which is not installed: pip install "mpengine[ray]"')
-        # At the end of the interpreter, what was registered last runs first. Ray's import registers Ray's way out, which
-        # must come after that of the engine: and the engine is only about to be made.
+        # At the end of the interpreter, what was registered last runs first. Ray's import registers Ray's way out,
+        # which must come after that of the engine: and the engine is only about to be made.
         importlib.import_module("ray")
         for name, value in (("address", address), ("namespace", namespace)):
             if value is not None and (not isinstance(value, str) or not value):
