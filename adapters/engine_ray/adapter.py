@@ -1,80 +1,25 @@
-"""The Ray adapter: workers as actors on a cluster.
-
-Ray places the workers, gives them their resources and tells of their ends. All else goes over channels of the engine's
-own: each worker opens one to the controller, and every caller opens one straight to each replica it calls. Both ends of
-every channel prove that they know the engine's secret, which only Ray's control plane carries.
-
-Everything here belongs to the controller's loop; what may take long in Ray runs in threads. When a worker dies, its
-control channel ends and Ray says why. When this process dies, the ends of those channels end the workers, and Ray ends
-their actors with the job.
-"""
+"""What ``Engine(backend="ray")`` selects: the adapter of an application's process."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import dataclasses
 import importlib
-import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any
 
-from engine.adapter import (
-    AdapterEvents,
-    Channel,
-    ChannelClosed,
-    ChannelListener,
-    Listen,
-    Node,
-    RemoteController,
-    WorkerExit,
-    WorkerSpec,
-)
+from engine.adapter import RemoteController
 from engine.config import HTTPOptions
-from engine.control import Drain
-from engine.errors import EngineClosed, InvalidArgument
-from engine.messages import Control, Message
-from engine_wire import Acceptor, SocketChannel
+from engine.errors import InvalidArgument
 
 from . import connection
-from .addresses import Address
-from .bodies import Hello
-from .connector import RayConnector
-from .courier import NAMESPACE, courier_name
-from .order import Order, Surroundings
-from .places import listen_everywhere, options_of, shortage
-from .registry import Entry, Registry
-from .watched import WatchedWorker, described_death
+from .cluster import ClusterAdapter
+from .detached import create_controller, find_controller
 
 __all__ = ["RayAdapter"]
 
-_log = logging.getLogger("engine.ray")
-SECRET_BYTES = 32
-_REASON_PATIENCE_S = 1.0
-"""Ray knows of the end of an actor some 10 ms after its channel has ended."""
-_STOP_PATIENCE_S = 5.0
-_COURIER_PATIENCE_S = 3.0
-_RETURN_PATIENCE_S = 10.0
-"""Workers look for a new controller several times a second."""
-_ADOPTED_WITHIN_S = 5.0
-_DISMISSED_WITHIN_S = 20.0
-_NODES_EVERY_S = 1.0
-"""How often to ask for the cluster's nodes, if somebody wants to know: Ray announces them to nobody but itself."""
 
-
-class _Running(NamedTuple):
-    """What `RayAdapter.start` took."""
-
-    events: AdapterEvents
-    loop: asyncio.AbstractEventLoop
-    acceptor: Acceptor
-    registry: Registry
-    connected: bool  # whether the connection to Ray is to be left
-
-
-class RayAdapter(RayConnector):
+class RayAdapter(ClusterAdapter):
     """Runs replicas as actors on a Ray cluster: ``Engine(backend="ray")``.
 
     Args:
@@ -97,7 +42,6 @@ class RayAdapter(RayConnector):
         runtime_env: Mapping[str, Any] | None = None,
         **init_kwargs: Any,
     ) -> None:
-        super().__init__()
         if find_spec("ray") is None:
             raise InvalidArgument('backend="ray" needs Ray, which is not installed: pip install "mpengine[ray]"')
         # At the end of the interpreter, what was registered last runs first. Ray's import registers Ray's way out,
@@ -113,401 +57,20 @@ class RayAdapter(RayConnector):
             )
         if runtime_env is not None and not isinstance(runtime_env, Mapping):
             raise InvalidArgument(f"RayAdapter: runtime_env must be a dict or None, not {runtime_env!r}")
-        self._address = address
-        self._runtime_env = dict(runtime_env or {})
+        names = {"namespace": namespace} if namespace is not None else {}
+        super().__init__(address, runtime_env or {}, {**init_kwargs, **names})
         self._namespace = namespace
-        self._init_kwargs = {**init_kwargs, **({"namespace": namespace} if namespace is not None else {})}
-        self.engine_id = ""
-        # Only the loop that `start` ran on touches what follows.
-        self._running: _Running | None = None
-        self._workers: dict[str, WatchedWorker] = {}
-        self._deserted = asyncio.Event()  # set while there are no workers
-        self._deserted.set()
-        self._process = 0  # that `start` was called in
-        self._nodes: tuple[Node, ...] = ()
-        self._node_watch: asyncio.Task[None] | None = None
-        self._ports: dict[tuple[Listen, str], asyncio.Future[int]] = {}
-        self._ignored: set[str] = set()  # options that the log has mentioned
-        self._strangers: dict[str, _Stranger] = {}  # workers that nobody has adopted yet
-
-    # -- engine.adapter.Adapter --------------------------------------------------------------------------------------
-
-    async def start(self, engine_id: str, events: AdapterEvents) -> None:
-        """See `engine.adapter.Adapter.start`.
-
-        Raises:
-            engine.errors.InvalidArgument: There is no such cluster, or the adapter already serves an engine.
-        """
-        if self._running is not None or self._process:
-            raise InvalidArgument("this RayAdapter already serves an engine: give each engine one of its own")
-        self._process = os.getpid()
-        loop = asyncio.get_running_loop()
-        connected = await asyncio.to_thread(connection.join, self._address, self._init_kwargs)
-        try:
-            self.engine_id = engine_id
-            self._secret = await asyncio.to_thread(self._make_secret)
-            listening, sockets = listen_everywhere(f"engine-{engine_id}")
-            acceptor = Acceptor(listening, self._welcome, loop, secret=self._secret)
-            registry = Registry(engine_id)
-            self._running = _Running(events, loop, acceptor, registry, connected)
-            self._nodes = await asyncio.to_thread(self._look_for_nodes)
-            address = Address(engine_id, self.node_id(), (*sockets, f"gcs:{connected_cluster()}"))
-            self.control_address = await asyncio.to_thread(self._announce, registry, str(address))
-        except BaseException:
-            if self._running is not None:
-                await self.stop()
-            elif connected:
-                connection.leave()
-            raise
-
-    async def start_worker(self, spec: WorkerSpec) -> None:
-        """See `engine.adapter.Adapter.start_worker`."""
-        running = self._running
-        if running is None:
-            raise EngineClosed("the Ray adapter is not running")
-        if spec.worker_id in self._workers:
-            raise InvalidArgument(f"there is a worker {spec.worker_id!r} already")
-        listen, port = spec.listen, None
-        if listen is not None:
-            if spec.node_id is None:
-                raise InvalidArgument("a worker with a public address needs a node_id")
-            listen, port = await self._public_address(listen, spec.node_id)
-        import ray
-
-        from .worker import RayWorker
-
-        options, ignored = options_of(spec, self._runtime_env)
-        self._mention_ignored(ignored)
-        try:
-            actor = ray.remote(RayWorker).options(**options, **self._lasting(spec)).remote()
-        except (TypeError, ValueError) as error:
-            if port is not None:
-                port.cancel()
-            raise InvalidArgument(f"ray_actor_options: Ray refused them: {error}") from error
-        worker = self._watch(running, spec, actor)
-        worker.port = port
-        order = Order(
-            engine_id=self.engine_id,
-            worker_id=spec.worker_id,
-            name=spec.name,
-            entry=spec.entry,
-            payload=spec.payload,
-            control_address=self.control_address,
-            secret=self.secret(),
-            listen=listen,
-            shared=listen is not None and port is None,
-            surroundings=self._surroundings_now(),
-        )
-        ended = actor.run.remote(tuple(order)).future()
-        ended.add_done_callback(lambda future: self._from_ray(self._on_ended, worker, future))
-
-    async def adopt_worker(self, spec: WorkerSpec) -> None:
-        """See `engine.adapter.Adapter.adopt_worker`."""
-        running = self._running
-        assert running is not None
-        actor = await asyncio.to_thread(self._former, spec)
-        worker = self._watch(running, spec, actor)
-        if spec.listen is not None and spec.node_id is not None:
-            worker.port = self._ports.setdefault((spec.listen, spec.node_id), running.loop.create_future())
-        stranger = self._strangers.pop(spec.worker_id, None)
-        if stranger is not None and not stranger.channel.closed:
-            self._introduce(worker, stranger.channel)
-            for message in stranger.heard:
-                worker.received(stranger.channel, message)
-        elif actor is None:
-            running.loop.call_soon(self._finish, worker, "died while the engine had no controller")
-        else:
-            worker.deadline = running.loop.call_later(
-                _RETURN_PATIENCE_S, self._finish, worker, "did not come back to the controller"
-            )
-
-    def tell(self, worker_id: str, body: Any) -> None:
-        """See `engine.adapter.Adapter.tell`."""
-        worker = self._workers.get(worker_id)
-        if worker is not None:
-            worker.tell(body)
-
-    def kill_worker(self, worker_id: str) -> None:
-        """See `engine.adapter.Adapter.kill_worker`."""
-        worker = self._workers.get(worker_id)
-        if worker is not None:
-            worker.killed = True
-            _kill(worker.actor)
-
-    def unplaced(self, worker_id: str) -> str | None:
-        """See `engine.adapter.Adapter.unplaced`."""
-        worker = self._workers.get(worker_id)
-        return None if worker is None or worker.placed else shortage(worker.spec.resources)
-
-    def bound(self, listen: Listen, node_id: str) -> Listen:
-        """See `engine.adapter.Adapter.bound`."""
-        return dataclasses.replace(listen, port=self._ports[listen, node_id].result())
-
-    def nodes(self) -> tuple[Node, ...]:
-        """See `engine.adapter.Adapter.nodes`."""
-        return self._nodes
-
-    def watch_nodes(self) -> None:
-        """See `engine.adapter.Adapter.watch_nodes`."""
-        if self._node_watch is None and self._running is not None:
-            self._node_watch = self._running.loop.create_task(self._watch_nodes(self._running.events))
-
-    async def stop(self) -> None:
-        """See `engine.adapter.Adapter.stop`."""
-        running = self._running
-        if running is None or self._process != os.getpid():
-            return  # also in a fork of the engine's process: nothing of this is its own
-        if self._node_watch is not None:
-            self._node_watch.cancel()
-            await asyncio.gather(self._node_watch, return_exceptions=True)
-        for worker_id in list(self._workers):
-            self.kill_worker(worker_id)
-        with contextlib.suppress(asyncio.TimeoutError, TimeoutError):
-            await asyncio.wait_for(self._deserted.wait(), _STOP_PATIENCE_S)
-        self._running = None
-        with contextlib.suppress(Exception):  # the cluster is gone
-            # Before anybody loses this process: who does looks there whether the engine goes on.
-            await asyncio.to_thread(running.registry.clear)
-        running.acceptor.close()
-        await _aside(self._clean_up, running)
-        self.control_address = ""
 
     def detach(self, name: str, http: HTTPOptions | None) -> RemoteController:
         """See `engine.adapter.Adapter.detach`."""
-        from . import detached
-
         if self._process:
-            raise InvalidArgument("this RayAdapter already serves an engine: give each engine one of its own")
+            raise InvalidArgument("this adapter already serves an engine: give each engine one of its own")
         self._process = os.getpid()
         self._joined = connection.join(self._address, self._init_kwargs)
         try:
             if http is None:
-                return detached.find_controller(name, self._namespace, self)
-            return detached.create_controller(name, self._namespace, http, self._runtime_env, self)
+                return find_controller(name, self._namespace, self)
+            return create_controller(name, self._namespace, http, self._runtime_env, self)
         except BaseException:
             self.close()
             raise
-
-    # -- what is different where the controller is an actor ------------------------------------------------------------
-
-    def _make_secret(self) -> bytes:
-        return os.urandom(SECRET_BYTES)
-
-    def _announce(self, registry: Registry, control_address: str) -> str:
-        """Leave word of the engine with the cluster; returns the address that its parties are told."""
-        import ray
-
-        job_id = ray.get_runtime_context().get_job_id()
-        Registry.sweep(_ended_jobs())
-        registry.put(Entry(self.secret(), job_id, control_address))
-        return control_address
-
-    def _surroundings_now(self) -> Surroundings:
-        return Surroundings.here()
-
-    def _lasting(self, spec: WorkerSpec) -> dict[str, Any]:
-        """Options that let an actor live on without the controller's process."""
-        return {}
-
-    def _former(self, spec: WorkerSpec) -> Any:
-        """The actor of a worker that a former controller started, or None."""
-        raise NotImplementedError
-
-    # -- starting ----------------------------------------------------------------------------------------------------
-
-    def _watch(self, running: _Running, spec: WorkerSpec, actor: Any) -> WatchedWorker:
-        worker = WatchedWorker(spec, actor, running.events.worker_said, self._on_lost)
-        self._workers[spec.worker_id] = worker
-        self._deserted.clear()
-        return worker
-
-    def _clean_up(self, running: _Running) -> None:
-        """End the courier and leave Ray. Runs in a thread."""
-        import ray
-
-        with contextlib.suppress(Exception):  # there is none, or the cluster is gone
-            courier = ray.get_actor(courier_name(self.engine_id), namespace=NAMESPACE)
-            with contextlib.suppress(Exception):  # it is gone, or takes too long: either way it has to go
-                ray.get(courier.leave.remote(), timeout=_COURIER_PATIENCE_S)
-            _kill(courier)
-        if running.connected:
-            connection.leave()
-
-    async def _public_address(self, listen: Listen, node_id: str) -> tuple[Listen, asyncio.Future[int] | None]:
-        """Where a worker is to listen; and, if it is the first there, what it is to tell the others."""
-        while True:
-            known = self._ports.get((listen, node_id))
-            if known is None or known.cancelled():
-                mine = self._ports[listen, node_id] = asyncio.get_running_loop().create_future()
-                return listen, mine
-            await asyncio.wait([known])
-            if not known.cancelled():
-                return dataclasses.replace(listen, port=known.result()), None
-
-    def _mention_ignored(self, ignored: list[str]) -> None:
-        new = [name for name in ignored if name not in self._ignored]
-        if new:
-            self._ignored.update(new)
-            _log.info("ray_actor_options: the engine itself decides on %s; ignored here", ", ".join(new))
-
-    # -- nodes -------------------------------------------------------------------------------------------------------
-
-    def _look_for_nodes(self) -> tuple[Node, ...]:
-        import ray
-
-        own = self.node_id()
-        alive = [Node(node["NodeID"], node["NodeManagerAddress"]) for node in ray.nodes() if node["Alive"]]
-        return tuple(sorted(alive, key=lambda node: (node.node_id != own, node.node_id)))
-
-    async def _watch_nodes(self, events: AdapterEvents) -> None:
-        while True:
-            await asyncio.sleep(_NODES_EVERY_S)
-            try:
-                nodes = await asyncio.to_thread(self._look_for_nodes)
-            except Exception as error:
-                _log.warning("cannot ask Ray for the cluster's nodes: %s", error)
-                continue
-            if nodes != self._nodes:
-                self._nodes = nodes
-                for key in [key for key in self._ports if key[1] not in {node.node_id for node in nodes}]:
-                    del self._ports[key]
-                events.nodes_changed()
-
-    # -- who connects --------------------------------------------------------------------------------------------------
-
-    def _welcome(self, channel: Channel) -> ChannelListener:
-        return _Newcomer(self)
-
-    def introduced(self, channel: SocketChannel, first: Message) -> None:
-        """A party that connected has said its first word: it is a worker, or a caller that wants snapshots."""
-        running = self._running
-        body = first.body if isinstance(first, Control) else None
-        if running is None:
-            channel.close()
-        elif isinstance(body, Hello):
-            worker = self._workers.get(body.worker_id)
-            if worker is not None:
-                self._introduce(worker, channel)
-            elif self.store is None:
-                channel.close()  # it was given up; closing its control channel ends it
-            else:
-                stranger = channel.listener = self._strangers[body.worker_id] = _Stranger(channel)
-                running.loop.call_later(_ADOPTED_WITHIN_S, self._dismiss, body.worker_id, stranger)
-        else:
-            channel.listener = running.events.peer_connected(channel)
-            channel.listener.received(channel, first)
-
-    @staticmethod
-    def _introduce(worker: WatchedWorker, channel: SocketChannel) -> None:
-        channel.listener = worker
-        worker.connected(channel)
-
-    def _dismiss(self, worker_id: str, stranger: _Stranger) -> None:
-        """Let a worker go that a former controller started but never told the checkpoint of, or was ending."""
-        if self._strangers.get(worker_id) is stranger:
-            del self._strangers[worker_id]
-            try:
-                stranger.channel.send(Control(Drain(_DISMISSED_WITHIN_S)))
-            except ChannelClosed:
-                pass  # it has left
-
-    # -- how workers end -----------------------------------------------------------------------------------------------
-
-    def _from_ray(self, function: Any, *args: Any) -> None:
-        """Call a function on the controller's loop, from a thread of Ray's."""
-        running = self._running
-        if running is not None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed
-                running.loop.call_soon_threadsafe(function, *args)
-
-    def _on_ended(self, worker: WatchedWorker, future: Any) -> None:
-        self._finish(worker, described_death(future.exception()))
-
-    def _on_lost(self, worker: WatchedWorker) -> None:
-        if worker.exit_code is not None:
-            self._finish(worker, "exited")
-        elif worker.deadline is None and self._running is not None:
-            # Ray knows better why; and if it does not know at all, the worker can no longer be spoken with.
-            worker.deadline = self._running.loop.call_later(
-                _REASON_PATIENCE_S, self._finish, worker, "lost its connection to the engine"
-            )
-
-    def _finish(self, worker: WatchedWorker, reason: str) -> None:
-        if self._workers.get(worker.worker_id) is not worker:
-            return
-        worker.finish()
-        if self._workers.pop(worker.worker_id, None) is None:
-            return  # `finish` brought the last word by itself
-        if worker.killed:
-            reason = "was killed by the engine"
-        elif worker.exit_code is not None:
-            reason = f"exited with code {worker.exit_code}" if worker.exit_code else "exited"
-        _kill(worker.actor)
-        if not self._workers:
-            self._deserted.set()
-        if self._running is not None:
-            self._running.events.worker_exited(WorkerExit(worker.worker_id, reason))
-
-
-class _Newcomer:
-    """Hears a party that has connected until it says what it is."""
-
-    def __init__(self, adapter: RayAdapter) -> None:
-        self._adapter = adapter
-
-    def received(self, channel: Channel, message: Message) -> None:
-        """See `engine.adapter.ChannelListener.received`."""
-        assert isinstance(channel, SocketChannel)
-        if channel.listener is self:
-            self._adapter.introduced(channel, message)
-        elif channel.listener is not None:  # what came with the first word goes to whom that brought
-            channel.listener.received(channel, message)
-
-    def lost(self, channel: Channel, reason: str) -> None:
-        """See `engine.adapter.ChannelListener.lost`; nobody knew it."""
-
-
-class _Stranger:
-    """A worker of a former controller that nobody has asked for yet; keeps what it says."""
-
-    def __init__(self, channel: SocketChannel) -> None:
-        self.channel = channel
-        self.heard: list[Message] = []
-
-    def received(self, channel: Channel, message: Message) -> None:
-        """See `engine.adapter.ChannelListener.received`."""
-        self.heard.append(message)
-
-    def lost(self, channel: Channel, reason: str) -> None:
-        """See `engine.adapter.ChannelListener.lost`; should it be adopted yet, sending to it will tell."""
-
-
-async def _aside(function: Callable[..., Any], *args: Any) -> None:
-    """Call a function in a thread; or here, at the end of the interpreter, which has no more threads to give."""
-    try:
-        done = asyncio.get_running_loop().run_in_executor(None, function, *args)
-    except RuntimeError:
-        function(*args)
-    else:
-        await done
-
-
-def _kill(actor: Any) -> None:
-    import ray
-
-    with contextlib.suppress(Exception):  # it is gone, or Ray is
-        ray.kill(actor)
-
-
-def connected_cluster() -> str:
-    """``"host:port"`` of the head of the cluster that this process is connected to."""
-    import ray
-
-    return str(ray.get_runtime_context().gcs_address)
-
-
-def _ended_jobs() -> set[str]:
-    """The ids of Ray's jobs that are over."""
-    import ray
-
-    return {job["JobID"] for job in ray._private.state.jobs() if job["IsDead"]}

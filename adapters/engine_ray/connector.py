@@ -1,4 +1,4 @@
-"""What any process of the cluster needs to open channels to an engine's parties, and to start calls as object refs.
+"""What any process of the cluster needs to open channels to an engine's parties.
 
 A process that was handed the engine's secret uses it; any other one, say a Ray task that was passed a handle, looks it
 up in the cluster's control plane, for which it must be connected to Ray or is connected by the first channel. There it
@@ -7,7 +7,6 @@ also finds where the controller of a detached engine is now.
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING
 
 from engine.adapter import Channel, ChannelClosed, ChannelListener
@@ -34,24 +33,17 @@ class RayConnector(WireConnector):
 
     name = "ray"
 
+    @property
+    def refs(self) -> PlatformRefs | None:
+        """See `engine.adapter.Adapter.refs`: who wants some takes an `engine_ray.refs.RayCaller`."""
+        return None
+
     def __init__(self, control_address: str = "", secret: bytes | None = None) -> None:
         super().__init__(control_address)
         self._secret = secret
         self._node_id = ""
         self._joined = False  # whether this connector holds the process's connection to Ray
         self._closed = False
-        self._lock = threading.Lock()  # guards the refs while they are made
-        self._refs: PlatformRefs | None = None
-
-    @property
-    def refs(self) -> PlatformRefs | None:
-        """See `engine.adapter.Adapter.refs`."""
-        with self._lock:
-            if self._refs is None:
-                from .refs import RayRefs
-
-                self._refs = RayRefs(self)
-            return self._refs
 
     def open_channel(self, address: str, listener: ChannelListener, *, on_loop: bool) -> Channel:
         """See `engine.adapter.Adapter.open_channel`."""

@@ -19,8 +19,8 @@ from engine.config import HTTPOptions
 from engine.detached import DetachedController
 from engine.errors import EngineClosed, InvalidArgument, RetryLater
 
-from .adapter import SECRET_BYTES, RayAdapter, connected_cluster
 from .addresses import symbolic
+from .cluster import SECRET_BYTES, ClusterAdapter, connected_cluster
 from .order import Surroundings
 from .registry import Entry, Registry
 
@@ -32,7 +32,7 @@ _THREADS = 100
 """Operations at a time; most of them wait for something."""
 
 
-class DetachedAdapter(RayAdapter):
+class DetachedAdapter(ClusterAdapter):
     """The adapter of a controller that is an actor.
 
     Args:
@@ -42,7 +42,7 @@ class DetachedAdapter(RayAdapter):
     """
 
     def __init__(self, engine_id: str, runtime_env: Mapping[str, Any], surroundings: Surroundings) -> None:
-        super().__init__(runtime_env=runtime_env)
+        super().__init__(None, runtime_env, {})
         self._registry = Registry(engine_id)
         self._surroundings = surroundings
         self.store = self._registry
@@ -110,7 +110,7 @@ class RayController:
         adapter: Of this process, to be closed in the end.
     """
 
-    def __init__(self, actor: Any, engine_id: str, adapter: RayAdapter) -> None:
+    def __init__(self, actor: Any, engine_id: str, adapter: ClusterAdapter) -> None:
         self._actor = actor
         self._adapter = adapter
         self.engine_id = engine_id
@@ -143,7 +143,7 @@ class RayController:
 
 
 def create_controller(
-    name: str, namespace: str | None, http: HTTPOptions, runtime_env: dict[str, Any], adapter: RayAdapter
+    name: str, namespace: str | None, http: HTTPOptions, runtime_env: dict[str, Any], adapter: ClusterAdapter
 ) -> RemoteController:
     """Start the controller of a new detached engine; returns when it is ready.
 
@@ -186,7 +186,7 @@ def create_controller(
     return RayController(actor, engine_id, adapter)
 
 
-def find_controller(name: str, namespace: str | None, adapter: RayAdapter) -> RemoteController:
+def find_controller(name: str, namespace: str | None, adapter: ClusterAdapter) -> RemoteController:
     """Reach the controller of a detached engine.
 
     Raises:

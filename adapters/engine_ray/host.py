@@ -20,9 +20,9 @@ from engine_wire.listening import bind_shared
 
 from .addresses import Address
 from .bodies import Bound, Hello, Leaving
-from .connector import RayConnector
 from .order import Order
 from .places import listen_everywhere
+from .refs import RayCaller
 
 __all__ = ["RayHost"]
 
@@ -45,7 +45,7 @@ class RayHost(WireWorkerHost):
     def __init__(self, order: Order) -> None:
         self._order = order
         self._standing: dict[type, Any] = {}  # what every controller must know
-        self._connector = RayConnector(order.control_address, order.secret)
+        self._connector = RayCaller(order.control_address, order.secret)
         super().__init__(order.worker_id, self._reach_controller)
         self.tell(Hello(order.worker_id))
 

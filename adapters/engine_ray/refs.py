@@ -20,13 +20,31 @@ from engine.waiting import running_asyncio_loop
 
 from .addresses import engine_of
 from .carried import Errand, Placeholder
+from .connector import RayConnector
+from .courier import find_courier
 
 if TYPE_CHECKING:
+    from engine.adapter import PlatformRefs
     from engine.slot import Outgoing
 
-    from .connector import RayConnector
+__all__ = ["RayCaller", "RayRefs"]
 
-__all__ = ["RayRefs"]
+
+class RayCaller(RayConnector):
+    """A connector of a process that makes calls: it has refs as well."""
+
+    def __init__(self, control_address: str = "", secret: bytes | None = None) -> None:
+        super().__init__(control_address, secret)
+        self._lock = threading.Lock()  # guards the refs while they are made
+        self._refs: RayRefs | None = None
+
+    @property
+    def refs(self) -> PlatformRefs | None:
+        """See `engine.adapter.Adapter.refs`."""
+        with self._lock:
+            if self._refs is None:
+                self._refs = RayRefs(self)
+            return self._refs
 
 
 class RayRefs:
@@ -111,8 +129,6 @@ class RayRefs:
     def _find_courier(self) -> Any:
         with self._lock:
             if self._courier is None:
-                from .courier import find_courier
-
                 control_address = self._connector.control_address
                 self._courier = find_courier(engine_of(control_address), control_address, self._connector.secret())
             return self._courier
