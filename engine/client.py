@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 __all__ = ["Client"]
 
 _ATTACH_TIMEOUT_S = 10.0
+_RETURN_TIMEOUT_S = 30.0
+"""The same while the controller is being started again, which first waits for its workers to come back to it."""
 
 _lock = threading.Lock()  # guards `_clients`, which maps engine ids: engines do not see each other
 _clients: dict[str, Client] = {}
@@ -97,13 +99,18 @@ class Client:
         try:
             subscription.begin()
         except ChannelClosed as error:
+            if not adapter.returns(control_address):
+                client.close()
+                raise EngineClosed(
+                    f"the engine of this handle was shut down, or cannot be reached from here: {error}"
+                ) from error
+            subscription.lost(None, str(error))
+        in_time = subscription.first.wait(_ATTACH_TIMEOUT_S) or (
+            adapter.returns(control_address) and subscription.first.wait(_RETURN_TIMEOUT_S - _ATTACH_TIMEOUT_S)
+        )
+        if not in_time or client._closed:
             client.close()
-            raise EngineClosed(
-                f"the engine of this handle was shut down, or cannot be reached from here: {error}"
-            ) from error
-        if not subscription.first.wait(_ATTACH_TIMEOUT_S) or client._closed:
-            client.close()
-            raise EngineClosed(f"the engine of this handle did not answer within {_ATTACH_TIMEOUT_S:g} s")
+            raise EngineClosed("the engine of this handle did not answer, or was shut down meanwhile")
         client.register()
         return client
 

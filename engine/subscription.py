@@ -74,9 +74,9 @@ class Subscription:
             except ChannelClosed as error:
                 self.lost(channel, str(error))
 
-    def lost(self, channel: Channel, reason: str) -> None:
+    def lost(self, channel: Channel | None, reason: str) -> None:
         """See `engine.adapter.ChannelListener.lost`: without its controller there is no engine."""
-        if self.first.is_set() and not self._client.closed and self._adapter.returns(self._control_address):
+        if not self._ended.is_set() and self._adapter.returns(self._control_address):
             threading.Thread(target=self._begin_again, args=(reason,), name="engine-subscribe", daemon=True).start()
         else:
             self._give_up(reason)

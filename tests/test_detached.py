@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -519,6 +520,52 @@ def test_a_caller_gives_up_when_there_will_be_no_other(monkeypatch: pytest.Monke
     adapter.back = False
     eventually(lambda: client.closed)
     assert len(adapter.channels) == 1
+
+
+def attached(adapter: Returning) -> Future[Client]:
+    """What becomes of a caller that comes now."""
+    coming: Future[Client] = Future()
+
+    def attach() -> None:
+        try:
+            coming.set_result(Client.subscribe("e", adapter, "fake:controller"))
+        except BaseException as error:
+            coming.set_exception(error)
+
+    threading.Thread(target=attach).start()
+    return coming
+
+
+@pytest.mark.usefixtures("leaves_nothing")
+@pytest.mark.parametrize("died", ["before", "meanwhile"])
+def test_a_caller_that_comes_while_there_is_no_controller_waits(monkeypatch: pytest.MonkeyPatch, died: str) -> None:
+    monkeypatch.setattr(subscription, "_RETRY_S", 0.01)
+    adapter = Returning(unreachable={"controller"} if died == "before" else set())
+    coming = attached(adapter)
+    if died == "meanwhile":
+        eventually(lambda: adapter.channels and adapter.channels[0].watched)
+        adapter.channels.pop().break_off()
+    adapter.unreachable.clear()
+    (channel,) = eventually(lambda: adapter.channels)
+    channel.answer(Control(Publish(snapshot(1001))))
+    client = coming.result(20)
+    assert client.snapshot.version == 1001
+    client.close()
+
+
+@pytest.mark.usefixtures("leaves_nothing")
+@pytest.mark.parametrize("why", ["there is none", "it is shut down meanwhile", "it does not come"])
+def test_a_caller_that_comes_too_late(monkeypatch: pytest.MonkeyPatch, why: str) -> None:
+    monkeypatch.setattr(subscription, "_RETRY_S", 0.01)
+    if why == "it does not come":
+        monkeypatch.setattr("engine.client._ATTACH_TIMEOUT_S", 0.01)
+        monkeypatch.setattr("engine.client._RETURN_TIMEOUT_S", 0.02)
+    adapter = Returning(unreachable={"controller"}, back=why != "there is none")
+    coming = attached(adapter)
+    if why == "it is shut down meanwhile":
+        adapter.back = False
+    with pytest.raises(errors.EngineClosed):
+        coming.result(20)
 
 
 @pytest.mark.usefixtures("leaves_nothing")

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from engine.client import Client
-from engine.errors import EngineError
+from engine.errors import EngineClosed, EngineError
 from engine.handle import answer_to
 from engine.messages import PYTHON, Reply
 from engine.serialization import dumps, pack_exception
@@ -53,7 +53,12 @@ class Courier:
         self._held = 0
         self._turns = Turns()
         # As an ingress is, it is waited for when routes change: a call made after that must follow them.
-        self._client = Client.attach(engine_id, connector, control_address, ingress=True, worker_id="courier")
+        try:
+            self._client = Client.attach(engine_id, connector, control_address, ingress=True, worker_id="courier")
+        except EngineClosed:
+            if connector.returns(control_address):
+                os._exit(1)  # Ray starts an actor again that died, but never one whose constructor raised
+            raise
         asyncio.get_running_loop().create_task(self._leave_with_engine())
 
     async def carry(self, errand: bytes, lifted: Sequence[Any] = ()) -> Any:
