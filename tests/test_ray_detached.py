@@ -272,6 +272,15 @@ def test_nobody_notices_the_death_of_the_controller(engine: Engine, client: http
         assert other.get_handle("e").call() == "second"
 
 
+def test_who_comes_while_there_is_no_controller_waits_for_the_next(engine: Engine) -> None:
+    kill_controller()
+    assert ray.get(called_from_a_task(engine.get_handle("e"))) == "first"
+
+
+def called_from_a_task(handle: Any) -> Any:
+    return ray.remote(num_cpus=0)(lambda: handle.call()).remote()
+
+
 def test_a_controller_and_a_replica_die_at_once(engine: Engine, client: httpx.Client) -> None:
     pid = engine.get_handle("e").options(method_name="pid").call(None)
     [victim] = [actor for actor in actors("RayWorker") if actor.pid == pid]
@@ -296,7 +305,7 @@ def test_replicas_that_die_after_a_controller_are_replaced_by_the_next(engine: E
         [victim] = [actor for actor in actors("RayWorker") if actor.pid == pid]
         victim.kill()
         eventually(victim.gone)
-    eventually(lambda: len(replicas(engine)) == 2 and set(replicas(engine).values()) == {"ready"})
+    eventually(lambda: replicas(engine) == {"b#3": "ready", "b#4": "ready"})
     assert engine.get_handle("e").options(timeout_s=PATIENCE_S).call() == "first"
 
 
@@ -329,13 +338,13 @@ def test_a_backend_that_is_created_while_the_controller_dies(engine: Engine, gat
     assert engine.get_handle("slow").call() == "slow"
 
 
-def test_the_courier_dies(engine: Engine) -> None:
+def test_the_controller_and_the_courier_die_at_once(engine: Engine) -> None:
     handle = engine.get_handle("e")
     assert engine.get(handle.remote()) == "first"
-    for courier in actors("Courier"):
-        courier.kill()
-        eventually(courier.gone)
-    kill_controller()
+    victims = [controller(), *actors("Courier")]
+    for victim in victims:
+        victim.kill()
+    eventually(lambda: all(victim.gone() for victim in victims))
 
     def answered() -> bool:
         try:
