@@ -5,7 +5,7 @@ written by the thread that makes it, and its answer delivered by whoever reads t
 
 A call that was given up still counts against its replica until the replica's answer comes, so that no slot is ever
 leaked or counted twice. When a replica dies, its calls fail with `ReplicaDied`; calls it refused or never got are
-routed again.
+routed again. Its connection breaks then; or a snapshot has the news, if its host is gone and all is silent.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ __all__ = ["Caller"]
 _RETRY_S = 0.005
 """How long a replica that refused is left alone. Other callers' calls end without our hearing of it, so look again."""
 _UNREACHABLE_S = 0.05
+_LAST_WORDS_S = 0.5
+"""For what a replica answered before it died, and for its connection to break by itself, which says more."""
+_DEAD = "the engine has found it dead"
 
 
 class _Shadow(Slot):
@@ -138,6 +141,11 @@ class Caller:
             idle = [target for target in left if not target.in_flight]
             for target in idle:
                 self._disconnect(target)
+            for target in left:
+                if target.dead and target.channel is not None:
+                    # not at once, and not here: `lost` tells slots, which may not happen under the lock
+                    delay_s = _LAST_WORDS_S if target.channel.opened else 0.0
+                    self.home.call_later(delay_s, self.lost, target.channel, _DEAD)
             ready = [
                 placement
                 for replica_set in self._router.replica_sets.values()
@@ -234,7 +242,7 @@ class Caller:
             for slot in reversed(dead):  # so that each gets back to its place before those that came later
                 self._requeue(slot, target)
             return
-        fate = "it was ended on purpose" if target.gone else "it is being replaced"
+        fate = "it was ended on purpose" if target.gone and not target.dead else "it is being replaced"
         for slot in dead:
             if slot.outgoing is not None:
                 slot.fail(
@@ -304,6 +312,8 @@ class Caller:
         with self._lock:
             if self._closed is not None:
                 raise self._closed
+            if target.dead:
+                raise ChannelClosed(_DEAD)
             if target.channel is None:
                 target.channel = self._adapter.open_channel(target.address, self, on_loop=self.home.on_loop)
                 self._channels[target.channel] = target

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Coroutine
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -37,6 +38,8 @@ _FIRST_BACKOFF_S = 0.1
 _LONGEST_BACKOFF_S = 10.0
 _STABLE_S = 10.0
 """A replica that lived this long died of bad luck: the next one starts at once. Others wait longer and longer."""
+_KEPT_DEAD = 100
+"""Deaths that callers are told of: far more than happen between two snapshots that a caller gets."""
 _HOPELESS_AFTER = 3
 """Failed starts in a row after which callers are told that there is no replica, rather than left waiting for one."""
 
@@ -48,6 +51,7 @@ class _Backend:
     replicas: list[Worker] = field(default_factory=list)
     started: int = 0  # numbers the replicas
     failed_starts: int = 0  # in a row
+    dead: deque[str] = field(default_factory=lambda: deque(maxlen=_KEPT_DEAD))  # ids of replicas, the last ones
     live: bool = False  # created: replicas that die are replaced
     deleted: bool = False
 
@@ -131,6 +135,7 @@ class Controller:
         specs = [WorkerSpec(one.worker_id, one.name, _ENTRY, b"", resources=backend.plan.resources) for one in known]
         workers = await asyncio.gather(*[self._workers.adopt(spec) for spec in specs])
         backend.replicas = [worker for worker in workers if worker.life is Life.READY]
+        backend.dead += [worker.spec.worker_id for worker in workers if worker.life is not Life.READY]
 
     async def shutdown(self, grace_s: float) -> None:
         """Stop taking calls, give those in flight ``grace_s`` seconds, end every worker."""
@@ -362,6 +367,7 @@ class Controller:
                 backend.config.concurrency(blocking=backend.plan.blocking),
                 backend.config.max_queued_requests,
                 expecting=backend.failed_starts < _HOPELESS_AFTER,
+                dead=tuple(backend.dead),
             )
         if not self._closing:
             self._checkpoint.keep(self._picture())
@@ -460,6 +466,7 @@ class Controller:
         for backend in self._backends.values():
             if worker in backend.replicas:
                 backend.replicas.remove(worker)
+                backend.dead.append(worker.spec.worker_id)
                 lived = time.monotonic() - worker.ready_at
                 _logger.warning("%s %s after %.1f s; replacing it", worker.spec.name, worker.exit_reason, lived)
                 backend.failed_starts = 0 if lived > _STABLE_S else backend.failed_starts + 1

@@ -31,6 +31,7 @@ class Target:
         "address",
         "blocked_until",
         "channel",
+        "dead",
         "elsewhere",
         "elsewhere_at",
         "gone",
@@ -49,6 +50,7 @@ class Target:
         self.elsewhere_at = 0.0
         self.blocked_until = 0.0  # it refused, or could not be reached: not before this time
         self.gone = False  # no longer in the snapshot: finish what is in flight, then close
+        self.dead = False  # it left the snapshot because it died: what is in flight will not be answered
 
     def busyness(self, now: float) -> int:
         """How much it has to do, as far as known."""
@@ -57,7 +59,7 @@ class Target:
         return self.in_flight
 
     def __repr__(self) -> str:
-        state = "gone" if self.gone else "blocked" if self.blocked_until else "open"
+        state = "dead" if self.dead else "gone" if self.gone else "blocked" if self.blocked_until else "open"
         return f"<Target {self.replica_id} {state} in_flight={self.in_flight} elsewhere={self.elsewhere}>"
 
 
@@ -85,6 +87,7 @@ class ReplicaSet:
         left = [target for key, target in self.targets.items() if key not in listed]
         for target in left:
             target.gone = True
+            target.dead = target.replica_id in entry.dead
             del self.targets[target.replica_id]
         for key, replica in listed.items():
             if key not in self.targets:

@@ -29,11 +29,17 @@ def outgoing(*args: Any, method: str = "__call__", shard_key: str | None = None,
 
 
 def backend_entry(
-    tag: str, replicas: Sequence[str], *, limit: int = 1, max_queued: int | None = None, expecting: bool = True
+    tag: str,
+    replicas: Sequence[str],
+    *,
+    limit: int = 1,
+    max_queued: int | None = None,
+    expecting: bool = True,
+    dead: Sequence[str] = (),
 ) -> BackendEntry:
     """A backend whose replicas live at ``fake:ID``."""
     entries = tuple(ReplicaEntry(replica, f"fake:{replica}") for replica in replicas)
-    return BackendEntry(tag, entries, limit, max_queued, expecting)
+    return BackendEntry(tag, entries, limit, max_queued, expecting, tuple(dead))
 
 
 def snapshot(

@@ -310,6 +310,66 @@ def test_calls_on_a_connection_that_never_stood_go_elsewhere(two: World) -> None
     assert two.counted() == IDLE
 
 
+def test_calls_die_with_a_replica_whose_connection_only_falls_silent(two: World) -> None:
+    """As when a replica's host loses its power: the kernel takes long to give the connection up, the engine does not."""
+    slots = [two.submit("a"), two.submit("b")]
+    (name,) = two.names("r1")
+    two.show(backend_entry("b", ["r2", "r3"], dead=["r1"]))
+    assert not two.channel("r1").closed, "what it answered before it died is thrown away"
+    two.home.fire()
+    assert two.channel("r1").closed
+    lost, kept = sorted(slots, key=lambda slot: slot.name != name)
+    assert isinstance(lost.error, ReplicaDied)
+    assert "replica r1 died while it held this call (the engine has found it dead); it is being repl" in str(lost.error)
+    two.reply("r2")
+    assert kept.heard and kept.error is None
+    assert two.counted() == IDLE
+    two.show(backend_entry("b", ["r2", "r3"], dead=["r1"]))
+    two.home.fire()
+    assert [slot.settled for slot in slots] == [1, 1]
+
+
+def test_what_a_dead_replica_had_answered_counts(two: World) -> None:
+    slots = [two.submit("a"), two.submit("b")]
+    two.show(backend_entry("b", ["r2"], dead=["r1"]))
+    two.reply("r1")
+    assert two.channel("r1").closed
+    two.home.fire()
+    two.reply("r2")
+    assert [slot.error for slot in slots] == [None, None]
+
+
+def test_calls_that_still_connect_to_a_replica_go_elsewhere_once_it_is_known_to_be_dead(two: World) -> None:
+    slots = [two.submit("a"), two.submit("b")]
+    (name,) = two.names("r1")
+    two.channel("r1").opened = False
+    two.show(backend_entry("b", ["r2", "r3"], dead=["r1"]))
+    [(delay_s, *_)] = two.home.timers
+    assert delay_s == 0
+    two.home.fire()
+    assert two.names("r3") == [name]
+    two.reply("r3")
+    two.reply("r2")
+    assert [slot.error for slot in slots] == [None, None]
+
+
+def test_nobody_connects_to_a_replica_that_died_meanwhile(two: World) -> None:
+    """Between the choice of a replica and the connection to it."""
+    connect = two.caller._connect
+
+    def news_comes(target: Any) -> Any:
+        two.caller._connect = connect  # type: ignore[method-assign]
+        two.show(backend_entry("b", ["r3"], dead=["r1", "r2"]))
+        return connect(target)
+
+    two.caller._connect = news_comes  # type: ignore[method-assign]
+    slot = two.submit("a")
+    assert [channel.address for channel in two.adapter.channels] == ["fake:r3"]
+    two.reply("r3")
+    assert slot.heard and slot.error is None
+    assert two.counted() == IDLE
+
+
 def test_a_channel_is_lost_once(world: World) -> None:
     slot = world.submit("a")
     channel = world.channel("r1")
