@@ -59,8 +59,9 @@ class LineWriter(io.TextIOBase):
         return len(text)
 
     def flush(self) -> None:
-        """See `io.TextIOBase.flush`."""
-        self._stream.flush()
+        """See `io.TextIOBase.flush`; also called when this is collected, and the stream perhaps closed already."""
+        if not self._stream.closed:
+            self._stream.flush()
 
     def finish(self) -> None:
         """Pass on a last line that has no newline."""
