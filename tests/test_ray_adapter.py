@@ -353,10 +353,17 @@ def test_engines_share_the_connection_that_the_first_one_made(ray_cluster: RayCl
         assert not ray.is_initialized()
         left = [thread.name for thread in threading.enumerate() if "engine" in thread.name]
         assert not left, left
+        try:
+            with Engine(backend=RayAdapter(address="127.0.0.1:1")):
+                pass
+        except errors.InvalidArgument as error:
+            say(str(error))
+        assert not ray.is_initialized()
         say("done")
     """
     before = actors()
     with Driver(program, ray_cluster.address) as driver:
+        assert driver.hear().startswith("address='127.0.0.1:1': cannot connect to a Ray cluster there: ")
         assert driver.hear() == "done"
     assert driver.returncode == 0
     eventually(lambda: actors() == before)

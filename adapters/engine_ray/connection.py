@@ -9,6 +9,7 @@ them, and Ray installs a signal handler when it is started on the main thread.
 from __future__ import annotations
 
 import logging
+import socket
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -19,6 +20,7 @@ __all__ = ["join", "leave"]
 
 _NONE_RUNS = "Could not find any running Ray instance"
 """How Ray says that there is no cluster, rather than one that it cannot connect to."""
+_KNOCK_S = 10.0
 
 _lock = threading.Lock()  # guards the next two
 _keeper: _Keeper | None = None
@@ -122,6 +124,8 @@ class _Keeper:
     def _init(self) -> None:
         import ray
 
+        if self._address is not None:
+            _check_reachable(self._address)
         logger = logging.getLogger("ray._private.worker")
         logger.addFilter(_expected)
         try:
@@ -140,6 +144,19 @@ class _Keeper:
             raise InvalidArgument(f"RayAdapter: ray.init refused its arguments: {error}") from error
         finally:
             logger.removeFilter(_expected)
+
+
+def _check_reachable(address: str) -> None:
+    """Refuse an address where nobody listens: Ray would knock there for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), _KNOCK_S).close()
+        except (OSError, OverflowError) as error:
+            raise InvalidArgument(
+                f"address={address!r}: cannot connect to a Ray cluster there: {error}. Is one running (ray start "
+                "--head), and can its head be reached from here?"
+            ) from error
 
 
 def _expected(record: logging.LogRecord) -> bool:
