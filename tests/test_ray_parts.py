@@ -763,6 +763,19 @@ def test_which_controllers_come_back(kv: FakeKV, monkeypatch: pytest.MonkeyPatch
     assert not RayConnector().returns(SYMBOLIC)
 
 
+def test_a_cluster_that_does_not_answer(joins: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever looks for a controller hears of it in the one way that it expects."""
+
+    def gone() -> Any:
+        raise ConnectionError("the cluster is gone")
+
+    monkeypatch.setattr(registry, "_kv", gone)
+    own = RayConnector(SYMBOLIC, b"secret")
+    with pytest.raises(ChannelClosed, match="the cluster is gone"):
+        own.locate(SYMBOLIC)
+    own.close()
+
+
 def test_the_names_are_there_when_they_are_used() -> None:
     import engine_ray
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from engine.adapter import Channel, ChannelClosed, ChannelListener
-from engine.errors import InvalidArgument
 from engine_wire import WireConnector, connect
 
 from . import connection
@@ -106,8 +105,8 @@ class RayConnector(WireConnector):
             if not self._joined:
                 self._joined = connection.join(cluster_of(address), {}, start=False)
             entry = Registry(engine_of(address)).get()
-        except InvalidArgument as error:
-            raise ChannelClosed(str(error)) from error
+        except Exception as error:  # the cluster is gone, or cannot be reached now
+            raise ChannelClosed(f"cannot ask the cluster for the engine: {error}") from error
         if entry is None:
             raise ChannelClosed("its cluster knows of no such engine any more")
         return entry
