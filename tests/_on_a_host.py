@@ -90,9 +90,7 @@ def begin(ray_address: str, name: str | None = None, detached: bool = False, **h
     from engine import Engine
     from engine_ray import RayAdapter
 
-    _engine = Engine(
-        backend=RayAdapter(address=ray_address), http_options=http_options, name=name, detached=detached
-    )
+    _engine = Engine(backend=RayAdapter(address=ray_address), http_options=http_options, name=name, detached=detached)
 
 
 def connect(ray_address: str, name: str) -> None:
@@ -216,9 +214,7 @@ class Load:
     def __init__(self, make_call: Callable[[], Callable[[], str]], threads: int) -> None:
         self._stopping = threading.Event()
         self._records: list[tuple[float, float, str]] = []
-        self._threads = [
-            threading.Thread(target=self._run, args=(make_call(),), daemon=True) for _ in range(threads)
-        ]
+        self._threads = [threading.Thread(target=self._run, args=(make_call(),), daemon=True) for _ in range(threads)]
         for thread in self._threads:
             thread.start()
 

@@ -303,7 +303,9 @@ def test_a_node_dies_under_load(
     recovered_s = load.recovered(killed)
     load.wait_for_more()
     failed = load.check_failures(load.end(), within_s, killed)
-    _log.info("calls failed after %.2f s (%d and those held), all is well after %.1f s", detected_s, failed, recovered_s)
+    _log.info(
+        "calls failed after %.2f s (%d and those held), all is well after %.1f s", detected_s, failed, recovered_s
+    )
     load.check_faultless()
     assert serving(load.application) == [cluster.one.address, cluster.two.address]
     load.application("shutdown", 1)

@@ -8,6 +8,7 @@ import os
 import pickle
 import signal
 import sys
+import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -225,8 +226,8 @@ def test_bad_calls_say_so_through_the_ref(engine: Engine, kit: Any) -> None:
     with pytest.raises(errors.MethodNotFound, match="'no_such_method'"):
         engine.get(kit("no_such_method"))
     with pytest.raises(errors.NotSerializable, match="lock"):
-        kit("add", __import__("threading").Lock())
-    with pytest.raises(errors.DeadlineExceeded, match="timeout_s"):
+        kit("add", threading.Lock())
+    with pytest.raises(errors.DeadlineExceeded):
         engine.get(engine.get_handle("kit").options(timeout_s=0.0).remote(1))
 
 
