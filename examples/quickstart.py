@@ -3,8 +3,9 @@
     python examples/quickstart.py                       shows both and exits
     python examples/quickstart.py --serve --port 8000   goes on serving until Ctrl-C
     python examples/quickstart.py --backend inline      the same without any other process
+    python examples/quickstart.py --backend ray         the same on a Ray cluster, or on a Ray that it starts itself
 
-Nothing but the package itself is needed, and no `if __name__ == "__main__"`.
+Nothing but the package itself is needed (for Ray: pip install "mpengine[ray]"), and no `if __name__ == "__main__"`.
 """
 
 import argparse
@@ -33,7 +34,9 @@ class Greeter:
 def main():
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--serve", action="store_true", help="keep serving until Ctrl-C")
-    options.add_argument("--backend", choices=["local", "inline"], default="local", help="where the replicas run")
+    options.add_argument(
+        "--backend", choices=["local", "inline", "ray"], default="local", help="where the replicas run"
+    )
     options.add_argument("--port", type=int, default=0, help="0 picks a free one")
     chosen = options.parse_args()
 

@@ -11,11 +11,12 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from ray_cluster import ENVIRONMENT
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 # An example is done within seconds; a machine with much else to do may take longer, above all to import scikit-learn.
@@ -112,6 +113,16 @@ EXPECTED: dict[str, tuple[list[str], list[str]]] = {
             r"GET /engine/-/routes: 200 \{'/raw': .*\}",
         ],
     ),
+    "fastapi_ray.py": (
+        ["fastapi", "httpx", "ray", "uvicorn"],
+        [
+            r"this process: pid \d+",
+            r"POST /reviews: 200 \{'score': 0\.\d+, 'pid': \d+\}",
+            r"40 of 40 concurrent requests answered",
+            r"POST /best: 200 \{'best': 0\.5\}",
+            r"shut down: nothing of the engine is left on the cluster",
+        ],
+    ),
     "flask_app.py": (
         ["flask"],
         [
@@ -131,6 +142,11 @@ def need(*modules: str) -> None:
         pytest.skip(f"needs {', '.join(missing)}: pip install '.[examples]'")
 
 
+def on_cluster(request: pytest.FixtureRequest) -> dict[str, str]:
+    """The environment of an example that finds the session's Ray cluster."""
+    return {**os.environ, **ENVIRONMENT, "RAY_ADDRESS": request.getfixturevalue("ray_cluster").address}
+
+
 def command(name: str) -> list[str]:
     """How a user runs an example."""
     # Warnings that only a destructor can give would otherwise go unnoticed.
@@ -145,10 +161,11 @@ def test_every_example_is_listed_here() -> None:
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_example(name: str, tmp_path: Path) -> None:
+def test_example(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     modules, lines = EXPECTED[name]
     need(*modules)
-    done = subprocess.run(command(name), cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT_S)
+    environment = on_cluster(request) if "ray" in modules else None
+    done = subprocess.run(command(name), cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT_S, env=environment)
     output = f"{done.stdout}\n--- standard error:\n{done.stderr}"
     assert done.returncode == 0, output
     assert done.stderr == "", output
@@ -174,15 +191,26 @@ def test_quickstart_runs_inline_too(tmp_path: Path) -> None:
     assert len(set(re.findall(r"pid (\d+)", done.stdout))) == 1
 
 
+def test_quickstart_runs_on_ray_too(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    on_ray = [*command("quickstart.py"), "--backend", "ray"]
+    environment = on_cluster(request)
+    done = subprocess.run(on_ray, cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT_S, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    own, *others = re.findall(r"pid (\d+)", done.stdout)
+    assert len(set(others)) == 2
+    assert own not in others
+    assert done.stdout.endswith("nothing is left running\n")
+
+
 @contextmanager
-def serving(name: str, ready: str, cwd: Path, *how: str) -> Iterator[str]:
+def serving(name: str, ready: str, cwd: Path, *how: str, environment: Mapping[str, str] = os.environ) -> Iterator[str]:
     """Run an example with --serve, or as said, yield what matched in its line, and end it as Ctrl-C does."""
     process = subprocess.Popen(
         how or [*command(name), "--serve"],
         cwd=cwd,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        env={**environment, "PYTHONUNBUFFERED": "1"},
     )
     assert process.stdout is not None
     try:
@@ -227,6 +255,17 @@ def test_fastapi_app_serves_with_uvicorn(tmp_path: Path) -> None:
     with serving("fastapi_app.py", r"running on (http://[\d.:]+)", tmp_path) as url:
         assert b"/raw" in fetch(f"{url}/engine/-/routes")
         assert b'"score":0.5' in fetch(f"{url}/engine/raw", b"fine weather")
+
+
+def test_fastapi_ray_serves_with_uvicorn(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    need("fastapi", "uvicorn")
+    environment = on_cluster(request)
+    with serving("fastapi_ray.py", r"running on (http://[\d.:]+)", tmp_path, environment=environment) as url:
+        question = urllib.request.Request(
+            f"{url}/reviews", b'{"text": "fine weather"}', {"content-type": "application/json"}
+        )
+        with urllib.request.urlopen(question, timeout=LIMIT_S) as response:
+            assert b'"score":0.5' in response.read()
 
 
 def test_flask_app_serves_with_the_development_server(tmp_path: Path) -> None:

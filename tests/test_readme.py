@@ -1,30 +1,37 @@
-"""README.md tells the truth: programs run and print what it shows, tables are complete, links lead somewhere."""
+"""README.md and docs/ tell the truth: programs run and print what they show, tables are complete, links lead somewhere.
+
+Programs on Ray run on the session's cluster.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ray_cluster import ENVIRONMENT
 
 from engine import BackendConfig, HTTPOptions, errors
 from engine.handle import CallOptions
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {"README.md": README, "docs/cluster.md": (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")}
 LIMIT_S = 50
 
 
-def blocks(language: str) -> list[tuple[str, str]]:
+def blocks(language: str, page: str = README) -> list[tuple[str, str]]:
     """Every fenced block of a language with the heading it stands under."""
     found = []
     heading = ""
-    for match in re.finditer(r"^## ([^\n]+)$|^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL):
+    for match in re.finditer(r"^## ([^\n]+)$|^```(\w*)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL):
         if match[1]:
             heading = match[1]
         elif match[2] == language:
@@ -48,6 +55,13 @@ PRINTED: dict[str, list[list[str]]] = {
     "Embedding": [["{'text': 'HELLO ADA'}", "HELLO GRACE"], ["144"], []],
     "Logging": [[]],
     "Adapters": [["2.0"]],
+    "On Ray": [["2", "4 4", "5", "8 8", "[0, 2, 4]"], ["hello Ada"]],
+    # docs/cluster.md
+    "Several machines": [[]],
+    "What must be installed where": [["blue"]],
+    "GPUs and other resources": [[]],
+    "HTTP on every node": [["b'hello'", "200"]],
+    "Detached engines": [["2"]],
 }
 
 
@@ -55,13 +69,14 @@ def programs() -> list[Any]:
     """Every Python block with what it is to print, as test cases."""
     cases = []
     numbers: dict[str, int] = {}
-    for heading, source in blocks("python"):
-        number = numbers[heading] = numbers.get(heading, 0) + 1
-        cases.append(pytest.param(heading, source, PRINTED[heading][number - 1], id=f"{heading} {number}"))
+    for page in PAGES.values():
+        for heading, source in blocks("python", page):
+            number = numbers[heading] = numbers.get(heading, 0) + 1
+            cases.append(pytest.param(heading, source, PRINTED[heading][number - 1], id=f"{heading} {number}"))
     return cases
 
 
-def run(source: str, directory: Path) -> tuple[str, str]:
+def run(source: str, directory: Path, environment: Mapping[str, str]) -> tuple[str, str]:
     """Run a program as a user would who pasted it into a file; what it printed, and what went to standard error."""
     needed = {
         name for name in ("fastapi", "flask", "httpx", "numpy") if re.search(rf"^(from|import) {name}\b", source, re.M)
@@ -78,15 +93,23 @@ def run(source: str, directory: Path) -> tuple[str, str]:
         else ["-W", "always::ResourceWarning"]
     )
     done = subprocess.run(
-        [sys.executable, *how, str(script)], cwd=directory, capture_output=True, text=True, timeout=LIMIT_S
+        [sys.executable, *how, str(script)],
+        cwd=directory,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
     )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(("heading", "source", "lines"), programs())
-def test_program(heading: str, source: str, lines: list[str], tmp_path: Path) -> None:
-    printed, complaints = run(source, tmp_path)
+def test_program(heading: str, source: str, lines: list[str], tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    environment = {}
+    if 'backend="ray"' in source:
+        environment = {**ENVIRONMENT, "RAY_ADDRESS": request.getfixturevalue("ray_cluster").address}
+    printed, complaints = run(source, tmp_path, environment)
     # The program about logging shows what arrives there, and prints nothing itself.
     logged = next(shown for section, shown in blocks("text") if section == "Logging") if heading == "Logging" else ""
     # Standard output and log records take different ways, so either may come first.
@@ -147,15 +170,21 @@ def test_every_error_is_in_its_row() -> None:
         assert name in row
 
 
-def test_links_lead_somewhere() -> None:
-    headings = {
-        re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in re.findall(r"^#+ (.+)$", README, re.M)
-    }
-    for target in re.findall(r"\]\(([^)]+)\)", README):
-        if target.startswith("#"):
-            assert target[1:] in headings, target
-        elif "://" not in target:
-            assert (ROOT / target).exists(), target
+def headings(page: str) -> set[str]:
+    """What links to the page can end with."""
+    return {re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in re.findall(r"^#+ (.+)$", page, re.M)}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name: str) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", PAGES[name]):
+        if "://" in target:
+            continue
+        file, _, section = target.partition("#")
+        path = (ROOT / name).parent / file if file else ROOT / name
+        assert path.exists(), target
+        if section:
+            assert section in headings(path.read_text(encoding="utf-8")), target
 
 
 def test_every_example_is_listed() -> None:
