@@ -11,6 +11,8 @@ import pytest
 from harness import eventually
 from ray_cluster import ENVIRONMENT, RayCluster
 
+from engine_ray.registry import Registry
+
 _PROGRAM = """
 {first}
 import os
@@ -23,7 +25,7 @@ engine = Engine(backend="ray", http_options={{"location": None}})
 engine.create_backend("pid", pid)
 engine.create_endpoint("pid", backend="pid")
 handle = engine.get_handle("pid")
-print(handle.call(), engine.get(handle.remote()))
+print(handle.call(), engine.get(handle.remote()), engine._id)
 """
 
 
@@ -38,6 +40,7 @@ def test_the_end_of_the_program_is_the_end_of_the_engine(ray_cluster: RayCluster
         timeout=50,
     )
     assert (done.returncode, done.stderr) == (0, "")
-    one, other = done.stdout.splitlines()[0].split()  # Ray may print lines of its own after it
+    one, other, engine_id = done.stdout.splitlines()[0].split()  # Ray may print lines of its own after it
     assert one == other
     eventually(lambda: not Path(f"/proc/{one}").exists())
+    assert Registry(engine_id).get() is None, "its secret is still in the control plane"

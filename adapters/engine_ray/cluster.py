@@ -234,7 +234,7 @@ class ClusterAdapter(RayCaller):
         self._running = None
         with contextlib.suppress(Exception):  # the cluster is gone
             # Before anybody loses this process: who does looks there whether the engine goes on.
-            await asyncio.to_thread(running.registry.clear)
+            await _aside(running.registry.clear)
         running.acceptor.close()
         await _aside(self._clean_up, running)
         self.control_address = ""
