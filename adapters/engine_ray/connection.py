@@ -130,12 +130,12 @@ class _Keeper:
         logger.addFilter(_expected)
         try:
             ray.init(address=self._address or "auto", **self._options)
-        except ConnectionError as error:
+        except (ConnectionError, ray.exceptions.RayError) as error:
             if not self._may_start or _NONE_RUNS not in str(error):
                 raise InvalidArgument(
-                    f"address={self._address!r}: cannot connect to a Ray cluster there ({error}; "
-                    f"{error.__cause__ or error.__context__}). Is one running (ray start --head), by this version of "
-                    "Ray, and with the same authentication (RAY_AUTH_MODE)?"
+                    f"address={self._address!r}: cannot connect to a Ray cluster there: {_essence(error)}. Is one "
+                    "running (ray start --head), by this version of Ray, and with the same authentication "
+                    "(RAY_AUTH_MODE)?"
                 ) from error
             ray.init(address="local", **{"include_dashboard": False, **self._options})
         except (TypeError, ValueError, RuntimeError) as error:
@@ -144,6 +144,13 @@ class _Keeper:
             raise InvalidArgument(f"RayAdapter: ray.init refused its arguments: {error}") from error
         finally:
             logger.removeFilter(_expected)
+
+
+def _essence(error: BaseException) -> str:
+    """The last line of what an error goes back to: Ray puts whole tracebacks into its messages."""
+    reason = error.__cause__ or error.__context__ or error
+    lines = [line.strip() for line in str(reason).splitlines() if line.strip()]
+    return lines[-1].rstrip(".") if lines else type(reason).__name__
 
 
 def _check_reachable(address: str) -> None:
