@@ -72,10 +72,12 @@ class RayConnector(WireConnector):
         """See `engine.adapter.Adapter.returns`: true of a detached engine until it is shut down."""
         if not is_symbolic(control_address):
             return False
+        import ray
+
         try:
             return Registry(engine_of(control_address)).get() is not None
-        except Exception:  # the cluster is gone, or this process has left it
-            return False
+        except Exception:  # this process has left the cluster; or its control plane is away for a moment
+            return bool(ray.is_initialized())
 
     def close(self) -> None:
         """See `engine.adapter.Adapter.close`."""

@@ -26,6 +26,7 @@ from engine.slot import Outgoing
 
 from .carried import CarriedError, Filled, carried
 from .connector import RayConnector
+from .order import Surroundings, extend_path
 from .turns import Turns
 
 __all__ = ["NAMESPACE", "Courier", "courier_name", "find_courier"]
@@ -46,9 +47,11 @@ class Courier:
         engine_id: The engine.
         control_address: Where its controller is reached.
         secret: The engine's.
+        paths: ``sys.path`` of whoever made the first call: refs among arguments are opened here.
     """
 
-    def __init__(self, engine_id: str, control_address: str, secret: bytes) -> None:
+    def __init__(self, engine_id: str, control_address: str, secret: bytes, paths: list[str]) -> None:
+        extend_path(paths)
         connector = RayConnector(control_address, secret)
         self._held = 0
         self._turns = Turns()
@@ -133,5 +136,5 @@ def find_courier(engine_id: str, control_address: str, secret: bytes) -> Any:
             max_concurrency=_MAX_CALLS,
             num_cpus=0,
         )
-        .remote(engine_id, control_address, secret)
+        .remote(engine_id, control_address, secret, Surroundings.here().sys_path)
     )

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from engine.adapter import Listen
 
-__all__ = ["Order", "Surroundings"]
+__all__ = ["Order", "Surroundings", "extend_path"]
 
 
 class Surroundings(NamedTuple):
@@ -36,6 +36,11 @@ class Surroundings(NamedTuple):
             cwd = None  # it was removed
         paths = [path for path in sys.path if isinstance(path, str)]
         return cls(paths, cwd, list(getattr(sys, "argv", [""])), logging.getLogger().getEffectiveLevel())
+
+
+def extend_path(paths: list[str]) -> None:
+    """Let this process find modules where another one does, as far as this node has those places."""
+    sys.path += [path for path in paths if path not in sys.path and os.path.exists(path)]
 
 
 class Order(NamedTuple):

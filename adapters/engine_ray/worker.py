@@ -20,7 +20,7 @@ from engine.serialization import pack_exception
 from engine_wire.logs import LogToEngine
 
 from .host import RayHost
-from .order import Order
+from .order import Order, extend_path
 from .output import LineWriter
 
 __all__ = ["RayWorker"]
@@ -82,7 +82,7 @@ def _settle(order: Order, host: RayHost) -> list[LineWriter]:
     """Take on what the application's process has, and tie logging and standard streams to the engine."""
     paths, cwd, argv, log_level = order.surroundings
     sys.argv[:] = argv
-    sys.path += [path for path in paths if path not in sys.path and os.path.exists(path)]
+    extend_path(paths)
     if cwd is not None:
         with contextlib.suppress(OSError):  # this node has no such directory
             os.chdir(cwd)
