@@ -36,7 +36,7 @@ from engine_wire import (
     lobby,
     tcp_address,
 )
-from engine_wire.addresses import UNACKNOWLEDGED_S, accept_from
+from engine_wire.addresses import SILENCE_S, UNACKNOWLEDGED_S, accept_from, notice_silence
 from engine_wire.connecting import Opening
 from engine_wire.handshake import ClientHandshake, ServerHandshake
 from engine_wire.lobby import Lobby
@@ -676,6 +676,9 @@ def test_both_ends_notice_a_peer_that_falls_silent(stack: ExitStack) -> None:
             )
         ]
         assert (bool(tcp[0]), *tcp[1:]) == (True, 5, 2, 3, UNACKNOWLEDGED_S * 1000)
+        notice_silence(end)
+        assert end.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == SILENCE_S * 1000
+    notice_silence(sock)
 
 
 def has_ipv6() -> bool:

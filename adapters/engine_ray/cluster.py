@@ -32,7 +32,7 @@ from engine.adapter import (
 from engine.control import Drain
 from engine.errors import EngineClosed, InvalidArgument
 from engine.messages import Control, Message
-from engine_wire import Acceptor, SocketChannel
+from engine_wire import Acceptor, SocketChannel, notice_silence
 
 from . import connection
 from .addresses import Address
@@ -52,8 +52,9 @@ _REASON_PATIENCE_S = 1.0
 """Ray knows of the end of an actor some 10 ms after its channel has ended."""
 _STOP_PATIENCE_S = 5.0
 _COURIER_PATIENCE_S = 3.0
-_RETURN_PATIENCE_S = 10.0
-"""Workers look for a new controller several times a second."""
+_RETURN_PATIENCE_S = 15.0
+"""Workers look for a new controller several times a second, once they have noticed that the former one is gone. If its
+host lost its power, that takes `engine_wire.addresses.SILENCE_S`."""
 _ADOPTED_WITHIN_S = 5.0
 _DISMISSED_WITHIN_S = 20.0
 _NODES_EVERY_S = 1.0
@@ -331,6 +332,7 @@ class ClusterAdapter(RayCaller):
 
     def introduced(self, channel: SocketChannel, first: Message) -> None:
         """A party that connected has said its first word: it is a worker, or a caller that wants snapshots."""
+        notice_silence(channel.sock)
         running = self._running
         body = first.body if isinstance(first, Control) else None
         if running is None:

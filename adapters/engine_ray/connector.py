@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from engine.adapter import Channel, ChannelClosed, ChannelListener
-from engine_wire import WireConnector, connect
+from engine_wire import WireConnector, connect, notice_silence
 
 from . import connection
 from .addresses import Address, cluster_of, engine_of, is_symbolic
@@ -47,9 +47,12 @@ class RayConnector(WireConnector):
     def open_channel(self, address: str, listener: ChannelListener, *, on_loop: bool) -> Channel:
         """See `engine.adapter.Adapter.open_channel`."""
         party = self.locate(address)
-        return connect(
+        channel = connect(
             party.seen_from(self.node_id()), listener, on_loop=on_loop, poller=self._poller, secret=self.secret()
         )
+        if address == self.control_address or is_symbolic(address):
+            notice_silence(channel.sock)
+        return channel
 
     def locate(self, address: str) -> Address:
         """Where a party is now.

@@ -15,7 +15,7 @@ from typing import Any
 from engine.adapter import Adapter, ChannelClosed, ChannelListener, Service
 from engine.control import Ready
 from engine.errors import EngineClosed
-from engine_wire import SocketChannel, Undriven, WireWorkerHost, connect
+from engine_wire import SocketChannel, Undriven, WireWorkerHost, connect, notice_silence
 from engine_wire.listening import bind_shared
 
 from .addresses import Address
@@ -52,9 +52,11 @@ class RayHost(WireWorkerHost):
     def _reach_controller(self, listener: ChannelListener) -> SocketChannel:
         try:
             address = self._connector.locate(self._order.control_address).seen_from(self._connector.node_id())
-            return connect(address, listener, on_loop=False, poller=Undriven(), secret=self._order.secret)
+            channel = connect(address, listener, on_loop=False, poller=Undriven(), secret=self._order.secret)
         except ChannelClosed as error:
             raise EngineClosed(f"the engine that started this worker is gone: {error}") from error
+        notice_silence(channel.sock)
+        return channel
 
     def tell(self, body: Any) -> None:
         """See `engine.adapter.WorkerHost.tell`."""

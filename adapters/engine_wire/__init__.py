@@ -1,6 +1,6 @@
 """Channels over sockets, shared by the adapters whose workers are other processes."""
 
-from .addresses import listen_tcp, listen_unix, tcp_address
+from .addresses import listen_tcp, listen_unix, notice_silence, tcp_address
 from .channel import Driver, SocketChannel
 from .connecting import connect
 from .connector import WireConnector
@@ -23,5 +23,6 @@ __all__ = [
     "listen_tcp",
     "listen_unix",
     "new_event_loop",
+    "notice_silence",
     "tcp_address",
 ]

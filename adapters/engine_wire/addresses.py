@@ -5,7 +5,8 @@ it has no permissions, so who listens there should ask for proof (`engine_wire.h
 address, ``[...]`` around one of IPv6: looking a name up can take seconds, which a caller must not be made to wait.
 
 When a TCP peer falls silent, because its host or the network between is gone, the kernel breaks the connection after
-`SILENCE_S` seconds if it was idle, after `UNACKNOWLEDGED_S` if bytes were under way; a shorter cut only delays them.
+`UNACKNOWLEDGED_S` seconds, whether bytes were under way or it was idle (there, Linux lets TCP_USER_TIMEOUT overrule the
+count of keepalive's probes); after `SILENCE_S` if it was told to `notice_silence`. A shorter cut only delays bytes.
 Linux takes a peer for silent, too, that is alive but reads nothing while more waits for it than its buffers hold.
 """
 
@@ -25,6 +26,7 @@ __all__ = [
     "accept_from",
     "listen_tcp",
     "listen_unix",
+    "notice_silence",
     "open_socket",
     "tcp_address",
     "unanswered",
@@ -39,7 +41,7 @@ _PROBE_S = 2
 _PROBES = 3
 assert _IDLE_S + _PROBES * _PROBE_S == SILENCE_S
 UNACKNOWLEDGED_S = 30
-"""The same while bytes are under way. Longer, because a peer whose code keeps it from reading looks no different."""
+"""The same where calls travel. Longer, because a peer whose code keeps it from reading looks no different."""
 _SYN_RETRIES = 2
 """Of a connection that nobody answers, after 1 and 3 s: after 7 s it has failed."""
 
@@ -128,6 +130,15 @@ def open_socket(address: str) -> tuple[socket.socket, bool]:
             sock.close()
         raise ChannelClosed(unanswered(address, error.strerror)) from error
     return sock, False
+
+
+def notice_silence(sock: socket.socket) -> None:
+    """Give a connection up after `SILENCE_S`: one whose peer always reads, and never has to read much."""
+    if sock.family != socket.AF_UNIX and hasattr(socket, "TCP_USER_TIMEOUT"):
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENCE_S * 1000)
+        except OSError:
+            pass  # it is gone already, as whoever reads will find
 
 
 def unanswered(address: str, why: str | None) -> str:
