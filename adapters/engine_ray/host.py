@@ -14,7 +14,7 @@ from typing import Any
 
 from engine.adapter import Adapter, ChannelClosed, ChannelListener, Service
 from engine.control import Ready
-from engine.errors import EngineClosed
+from engine.errors import EngineClosed, InvalidArgument
 from engine_wire import SocketChannel, Undriven, WireWorkerHost, connect, notice_silence
 from engine_wire.listening import bind_shared
 
@@ -78,7 +78,12 @@ class RayHost(WireWorkerHost):
         """
         if self._order.listen is None:
             return []
-        sock = bind_shared(self._order.listen, alone=not self._order.shared)
+        try:
+            sock = bind_shared(self._order.listen, alone=not self._order.shared)
+        except InvalidArgument as error:
+            import ray
+
+            raise InvalidArgument(f"on node {ray.util.get_node_ip_address()}: {error}") from error
         self.tell(Bound(sock.getsockname()[1]))
         return [sock]
 
