@@ -30,7 +30,7 @@ if why_not() is None:
     from engine_ray.carried import CarriedError, CarriedResult, Errand, Filled, Placeholder, carried
     from engine_ray.connector import RayConnector
     from engine_ray.output import LineWriter
-    from engine_ray.places import options_of, shortage
+    from engine_ray.places import options_of, shortage, trifle
     from engine_ray.registry import Entry, Registry
     from engine_ray.turns import Turns
     from engine_ray.watched import WatchedWorker, described_death
@@ -332,12 +332,15 @@ def spec_of(*, node_id: str | None = None, **resources: Any) -> WorkerSpec:
 @pytest.mark.parametrize(
     ("resources", "options"),
     [
-        ({}, {"num_cpus": 0}),
+        ({}, {"num_cpus": 0, "resources": trifle()}),
         ({"num_cpus": 2.0}, {"num_cpus": 2.0}),
         ({"num_gpus": 0.25}, {"num_cpus": 0, "num_gpus": 0.25}),
         ({"other": {"resources": {"tpu": 1}}}, {"num_cpus": 0, "resources": {"tpu": 1}}),
         ({"other": {"memory": 1 << 20}}, {"num_cpus": 0, "memory": 1 << 20}),
-        ({"env_vars": {"A": "1"}}, {"num_cpus": 0, "runtime_env": {"env_vars": {"A": "1"}}}),
+        (
+            {"env_vars": {"A": "1"}},
+            {"num_cpus": 0, "resources": trifle(), "runtime_env": {"env_vars": {"A": "1"}}},
+        ),
     ],
 )
 def test_what_an_actor_is_asked_for(resources: dict[str, Any], options: dict[str, Any]) -> None:
@@ -369,6 +372,16 @@ def test_where_to_schedule_is_the_users_choice(given: dict[str, Any]) -> None:
     options, ignored = options_of(spec_of(other=given), {})
     assert options == {"num_cpus": 0, **given}
     assert ignored == []
+
+
+def test_a_preference_for_a_node_is_heeded() -> None:
+    """Ray heeds it only of an actor that needs something."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    strategy = NodeAffinitySchedulingStrategy("ab" * 28, soft=True)
+    options, _ = options_of(spec_of(other={"scheduling_strategy": strategy}), {})
+    assert options == {"num_cpus": 0, "resources": trifle(), "scheduling_strategy": strategy}
+    assert list(trifle().values()) == [0.0001], "this Ray has no such resource any more"
 
 
 def test_a_worker_of_a_node_is_placed_there_and_nowhere_else() -> None:

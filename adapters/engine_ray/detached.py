@@ -22,6 +22,7 @@ from engine.errors import EngineClosed, InvalidArgument, RetryLater
 from .addresses import symbolic
 from .cluster import SECRET_BYTES, ClusterAdapter, connected_cluster
 from .order import Surroundings
+from .places import trifle
 from .registry import Entry, Registry
 
 __all__ = ["ControllerActor", "RayController", "create_controller", "find_controller"]
@@ -167,6 +168,7 @@ def create_controller(
                 max_restarts=-1,
                 max_concurrency=_THREADS,
                 num_cpus=0,
+                resources=trifle(),  # else the next line is not heeded
                 # Here as long as there is a here: "HeadOnly" means this node, also after the controller's death.
                 scheduling_strategy=NodeAffinitySchedulingStrategy(adapter.node_id(), soft=True),
                 **options,

@@ -11,7 +11,7 @@ from typing import Any
 from engine.adapter import Resources, WorkerSpec
 from engine_wire import listen_tcp, listen_unix, tcp_address
 
-__all__ = ["listen_everywhere", "options_of", "shortage"]
+__all__ = ["listen_everywhere", "options_of", "shortage", "trifle"]
 
 _OURS = frozenset(
     {
@@ -57,7 +57,33 @@ def options_of(spec: WorkerSpec, runtime_env: Mapping[str, Any]) -> tuple[dict[s
         options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(spec.node_id, soft=False)
     elif not options.keys() & {"scheduling_strategy", "placement_group", "label_selector"}:
         options["scheduling_strategy"] = "SPREAD"
+    if _needs_nothing(options) and _is_for_nodes(options.get("scheduling_strategy")):
+        options["resources"] = trifle()
     return options, ignored
+
+
+def trifle() -> dict[str, float]:
+    """Next to nothing of a resource that every node has, for actors that need none.
+
+    Ray puts an actor without resources on a node at random: it neither spreads such actors nor heeds a preferred node.
+    """
+    import ray
+
+    prefix = getattr(ray._raylet, "IMPLICIT_RESOURCE_PREFIX", None)
+    return {} if prefix is None else {f"{prefix}mpengine": _TRIFLE}
+
+
+_TRIFLE = 0.0001
+"""The least that Ray counts. Every node has 1, so this is no limit."""
+
+
+def _needs_nothing(options: Mapping[str, Any]) -> bool:
+    return not any(options.get(name) for name in ("num_cpus", "num_gpus", "memory", "resources"))
+
+
+def _is_for_nodes(strategy: Any) -> bool:
+    """Whether a strategy chooses among nodes; a placement group, for one, has only the resources it was made with."""
+    return strategy == "SPREAD" or hasattr(strategy, "node_id")
 
 
 def shortage(asked: Resources) -> str | None:
