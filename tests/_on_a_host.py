@@ -1,4 +1,4 @@
-"""A process on a host, told line by line what to do: an application with an engine on Ray, or a client of its ingresses.
+"""A process on a host, told line by line what to do: an application with an engine on Ray, or a client over HTTP.
 
 As a script it reads lines of JSON, ``["name of a function below", {arguments}]``, and answers each in turn by a line
 ``answer {"result": ...}`` or ``answer {"error": "Type: message"}``. `Process` is the test's side.
@@ -191,8 +191,7 @@ def start_bystanders(resources: list[str]) -> None:
     """Start plain Ray actors, for comparison, where there are these resources."""
     import ray
 
-    for name in resources:
-        _bystanders.append(ray.remote(num_cpus=0, resources={name: 1})(Bystander).remote())
+    _bystanders.extend(ray.remote(num_cpus=0, resources={name: 1})(Bystander).remote() for name in resources)
     ray.get([actor.ready.remote() for actor in _bystanders])
 
 

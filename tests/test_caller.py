@@ -311,7 +311,7 @@ def test_calls_on_a_connection_that_never_stood_go_elsewhere(two: World) -> None
 
 
 def test_calls_die_with_a_replica_whose_connection_only_falls_silent(two: World) -> None:
-    """As when a replica's host loses its power: the kernel takes long to give the connection up, the engine does not."""
+    """As when a replica's host loses its power: the kernel takes long to give the connection up."""
     slots = [two.submit("a"), two.submit("b")]
     (name,) = two.names("r1")
     two.show(backend_entry("b", ["r2", "r3"], dead=["r1"]))

@@ -1,7 +1,7 @@
 """An engine on a Ray cluster of several hosts: calls, routes, nodes that join and die, cut links, strangers.
 
 The application runs on one of the hosts (`_on_a_host`) and does what the test says. All tests share a cluster of two
-hosts; those that kill one or cut its link add it for that. Run with ``--log-cli-level=INFO`` to read how long what took.
+hosts; those that kill one or cut its link add it for that. ``--log-cli-level=INFO`` shows how long what took.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,14 @@ class Cluster:
 def cluster() -> Iterator[Cluster]:
     with Hosts() as hosts:
         yield Cluster(hosts)
+
+
+@pytest.fixture
+def victim(cluster: Cluster) -> Iterator[Host]:
+    """One more node, which the test may do anything to."""
+    host = cluster.add()
+    yield host
+    host.kill()
 
 
 @pytest.fixture
@@ -260,7 +269,7 @@ class Load:
 
     def end(self) -> list[Record]:
         """Stop; returns what became of the calls."""
-        return [Record(record) for process in (self.application, *self._clients) for record in process("end_load")]
+        return [record for process in (self.application, *self._clients) for record in process("end_load")]
 
     def recovered(self, since: float) -> float:
         """Wait until every replica is back, all on the hosts that live; returns when, in seconds after a moment."""
@@ -275,7 +284,7 @@ class Load:
         assert {outcome for _, _, outcome in failed} <= {"ReplicaDied", "502"}
         assert max((end - since for _, end, _ in failed), default=0) < within_s
         assert max(end - begun for begun, end, _ in records) < within_s
-        assert len(failed) <= 10, "a caller met the dead replicas more than once"
+        assert len(failed) <= 10 * 2, "a caller met one of the two dead replicas more than once"
         return len(failed)
 
     def check_faultless(self) -> None:
@@ -288,9 +297,8 @@ class Load:
     ("power", "within_s"), [(False, 1 + BUSY_S), (True, RAY_NOTICES_S + 1 + BUSY_S)], ids=["killed", "power-failure"]
 )
 def test_a_node_dies_under_load(
-    cluster: Cluster, start: Callable[[Host], Process], power: bool, within_s: float
+    cluster: Cluster, victim: Host, start: Callable[[Host], Process], power: bool, within_s: float
 ) -> None:
-    victim = cluster.add()
     load = Load(cluster, start, victim)
     load.hold()
     load.begin()
@@ -311,9 +319,8 @@ def test_a_node_dies_under_load(
     load.application("shutdown", 1)
 
 
-def test_a_cut_link(cluster: Cluster, start: Callable[[Host], Process]) -> None:
+def test_a_cut_link(cluster: Cluster, victim: Host, start: Callable[[Host], Process]) -> None:
     """A short cut is a delay. A long one is a death, also for what lives on behind it."""
-    victim = cluster.add()
     load = Load(cluster, start, victim)
     load.begin()
     victim.cut()
@@ -339,12 +346,11 @@ def test_a_cut_link(cluster: Cluster, start: Callable[[Host], Process]) -> None:
     load.wait_for_more()
     failed = load.check_failures(load.end(), within_s, cut)
     _log.info(
-        "calls failed after %.2f s (%d and those held), all is well after %.1f s, workers behind the cut ended after %.1f s",
+        "calls failed after %.2f s (%d and those held), all is well after %.1f s, what was cut off ended after %.1f s",
         *(detected_s, failed, recovered_s, ended_s),
     )
     load.check_faultless()
     load.application("shutdown", 1)
-    victim.kill()
 
 
 # -- strangers ---------------------------------------------------------------------------------------------------------
@@ -401,8 +407,9 @@ def test_strangers_harm_nobody(cluster: Cluster, start: Callable[[Host], Process
     for words in _WORDS.values():
         for connection in connect():
             with connection:
-                connection.sendall(words)
-                connection.shutdown(socket.SHUT_WR)
+                with suppress(OSError):  # it hangs up before it has heard all
+                    connection.sendall(words)
+                    connection.shutdown(socket.SHUT_WR)
                 assert _is_dropped(connection)
     for connection in connect():
         with connection:
@@ -473,9 +480,8 @@ def test_nothing_listens_everywhere_unasked(cluster: Cluster, start: Callable[[H
 
 
 def test_a_detached_engine_survives_the_host_of_its_controller(
-    cluster: Cluster, start: Callable[[Host], Process]
+    cluster: Cluster, victim: Host, start: Callable[[Host], Process]
 ) -> None:
-    victim = cluster.add()
     creator = start(victim)
     http = {"location": "EveryNode", "host": "0.0.0.0", "port": PORT}
     creator("begin", cluster.address, name="lasting", detached=True, **http)
@@ -521,9 +527,8 @@ def answers(application: Process, function: str) -> bool:
     ("power", "within_s"), [(False, 3 + BUSY_S), (True, SILENCE_S + 3 + BUSY_S)], ids=["killed", "power-failure"]
 )
 def test_workers_end_with_the_host_of_their_engine(
-    cluster: Cluster, start: Callable[[Host], Process], power: bool, within_s: float
+    cluster: Cluster, victim: Host, start: Callable[[Host], Process], power: bool, within_s: float
 ) -> None:
-    victim = cluster.add()
     application = start(victim)
     application("begin", cluster.address, location="EveryNode", host="0.0.0.0", port=PORT)
     application("serve", "near", resources={"host1": 1}, route="/near")
