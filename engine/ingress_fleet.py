@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 
 from .adapter import Adapter, Listen, Node, WorkerSpec
 from .checkpoint import KnownWorker
@@ -34,7 +35,7 @@ class IngressFleet:
         self._workers = workers
         self._http = http
         self._listen = Listen(http.host, http.port, int(http.server_options.get("backlog", 1024)))
-        self._lock = asyncio.Lock()
+        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)  # by node
         self._running: dict[str, list[Worker]] = {}  # by node
         self._wanted = False
         self._count = 0
@@ -53,20 +54,21 @@ class IngressFleet:
             await self.refill()
 
     async def refill(self) -> None:
-        """Start the ingresses that are missing."""
-        if not self._wanted:
-            return
-        async with self._lock:
-            places = [
-                node.node_id
-                for node in self._wanted_nodes()
-                for _ in range(self._http.workers - len(self._running.setdefault(node.node_id, [])))
-            ]
-            outcomes = await asyncio.gather(*[self._start(node_id) for node_id in places], return_exceptions=True)
-            there = {node.node_id for node in self._wanted_nodes()}
-            for node_id, outcome in zip(places, outcomes, strict=True):
-                if isinstance(outcome, BaseException) and node_id in there:  # else the node left meanwhile
-                    raise outcome
+        """Start the ingresses that are missing; a node on which that takes long holds up no other."""
+        nodes = [node.node_id for node in self._wanted_nodes()] if self._wanted else []
+        outcomes = await asyncio.gather(*[self._refill_on(node_id) for node_id in nodes], return_exceptions=True)
+        there = {node.node_id for node in self._wanted_nodes()}
+        for node_id, outcome in zip(nodes, outcomes, strict=True):
+            if outcome is not None and node_id in there:  # else the node left meanwhile
+                raise outcome
+
+    async def _refill_on(self, node_id: str) -> None:
+        async with self._locks[node_id]:
+            missing = self._http.workers - len(self._running.setdefault(node_id, [])) if self._wanted else 0
+            outcomes = await asyncio.gather(*[self._start(node_id) for _ in range(missing)], return_exceptions=True)
+        for outcome in outcomes:  # only now, when none is starting any more
+            if outcome is not None:
+                raise outcome
 
     def _wanted_nodes(self) -> tuple[Node, ...]:
         nodes = self._adapter.nodes()
