@@ -45,6 +45,22 @@ _ACTOR_OPTIONS = (
     "allow_out_of_order_execution",
 )
 """Those of ``ray.actor.ActorClass.options`` (2.x)."""
+_RUNTIME_ENV = (
+    "conda",
+    "config",
+    "container",
+    "env_vars",
+    "excludes",
+    "image_uri",
+    "nsight",
+    "pip",
+    "py_executable",
+    "py_modules",
+    "uv",
+    "worker_process_setup_hook",
+    "working_dir",
+)
+"""Those of ``ray.runtime_env.RuntimeEnv`` (2.x)."""
 LONGEST_S = 366 * 86400.0
 """Longest time to wait for anything, in seconds. What the system's calls take overflows not far above it."""
 
@@ -212,6 +228,10 @@ def resources_of(options: Mapping[str, Any] | None) -> Resources:
         isinstance(key, str) and isinstance(value, str) for key, value in env_vars.items()
     ):
         raise InvalidArgument(f"ray_actor_options: runtime_env['env_vars'] must map str to str, not {env_vars!r}")
+    for name in runtime_env:
+        near = get_close_matches(str(name), _RUNTIME_ENV, 1, 0.75)
+        if near and name not in _RUNTIME_ENV:  # others may be plug-ins of the cluster
+            raise InvalidArgument(f"ray_actor_options: runtime_env has no field {name!r}; did you mean {near[0]!r}?")
     rest = {key: value for key, value in runtime_env.items() if key != "env_vars"}
     other.pop("runtime_env", None)
     if rest:

@@ -22,6 +22,7 @@ __all__ = [
     "explain_unpicklable",
     "loads",
     "pack_exception",
+    "refuse",
     "unpack_exception",
 ]
 
@@ -43,7 +44,7 @@ def dumps(value: Any, what: str, error: type[EngineError] = NotSerializable) -> 
     """
     try:
         data = pickle.dumps(value, 5)
-        if b"__main__" not in data:
+        if b"__main__" not in data and not (_refused and any(mark in data for mark in _refused)):
             return data
     except Exception:
         pass
@@ -68,6 +69,22 @@ def _by_value(value: Any) -> bytes:
     return buffer.getvalue()
 
 
+_refused: dict[bytes, tuple[type, str]] = {}  # by what pickles of the type contain
+
+
+def refuse(kind: type, why: str) -> None:
+    """Refuse to pickle values of a type, which pickle but mean nothing in another process.
+
+    Concerns what the engine pickles, in this process. The error says why, and where it was, as for all that it refuses.
+    """
+    _refused[kind.__name__.encode()] = kind, why
+    _pickler.cache_clear()
+
+
+def _refusal(why: str, value: Any) -> Any:
+    raise TypeError(why)
+
+
 @functools.cache
 def _pickler() -> Any:
     """The pickler of cloudpickle, but keeping the file of code: 3.1.3 drops it, and tracebacks their source lines."""
@@ -81,8 +98,10 @@ def _pickler() -> Any:
         kind, arguments = reduce_code(code)
         return kind, tuple(code.co_filename if argument == "<dynamic-code>" else argument for argument in arguments)
 
+    refusals = {kind: functools.partial(_refusal, why) for kind, why in _refused.values()}
+
     class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
-        dispatch_table = cloudpickle.Pickler.dispatch_table.new_child({CodeType: reduce_with_file})
+        dispatch_table = cloudpickle.Pickler.dispatch_table.new_child({CodeType: reduce_with_file, **refusals})
 
     return Pickler
 

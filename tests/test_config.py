@@ -197,6 +197,7 @@ def test_where_http_is_served(location: str | None, serves: bool) -> None:
             {"runtime_env": {"env_vars": {"A": "1"}, "pip": ["x"]}, "memory": 5},
             Resources(env_vars={"A": "1"}, other={"memory": 5, "runtime_env": {"pip": ["x"]}}),
         ),
+        ({"runtime_env": {"our_plug_in": 1}}, Resources(other={"runtime_env": {"our_plug_in": 1}})),
     ],
 )
 def test_resources(options: Any, expected: Resources) -> None:
@@ -208,6 +209,10 @@ def test_resources(options: Any, expected: Resources) -> None:
     [
         (3, "ray_actor_options must be a dict, not 3"),
         ({"num_cpu": 1}, "ray_actor_options: unknown option 'num_cpu'; did you mean 'num_cpus'?"),
+        (
+            {"runtime_env": {"env_var": {}}},
+            "ray_actor_options: runtime_env has no field 'env_var'; did you mean 'env_vars'?",
+        ),
         ({"num_cpus": -1}, "ray_actor_options: num_cpus must be a number of at least 0, not -1"),
         ({"num_cpus": True}, "ray_actor_options: num_cpus must be a number of at least 0, not True"),
         ({"num_gpus": "1"}, "ray_actor_options: num_gpus must be a number of at least 0, not '1'"),

@@ -703,11 +703,11 @@ async def test_workers_share_a_public_address(adapter: LocalAdapter, recorder: R
         pytest.skip("this machine has no IPv6")
     listen = Listen(host, 0)
     with pytest.raises(KeyError):
-        adapter.bound(listen)
+        adapter.bound(listen, "local")
     for name in ("w1", "w2"):
         await adapter.start_worker(spec(name, _workers.take_a_connection, listen=listen))
         await recorder.address(name)
-    bound = adapter.bound(listen)
+    bound = adapter.bound(listen, "local")
     assert (bound.host, bound.port > 0) == (host, True)
     greeted = set()
     for _ in range(2):
@@ -820,7 +820,7 @@ async def test_one_adapter_serves_one_engine_at_a_time(adapter: LocalAdapter, re
     with pytest.raises(EngineClosed):
         await adapter.start_worker(spec("w", _workers.sleep))
     with pytest.raises(KeyError):
-        adapter.bound(Listen("127.0.0.1", 0))
+        adapter.bound(Listen("127.0.0.1", 0), "local")
     await adapter.start("again", recorder)
     await adapter.start_worker(spec("w2", _workers.answer, 1))
     assert await recorder.answer("w2") == 1

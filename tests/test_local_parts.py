@@ -249,7 +249,7 @@ def test_a_connector_only_opens_channels() -> None:
     for attempt in (
         lambda: own.tell("w", None),
         lambda: own.kill_worker("w"),
-        lambda: own.bound(Listen("::", 0)),
+        lambda: own.bound(Listen("::", 0), "local"),
         own.nodes,
     ):
         with pytest.raises(RuntimeError, match="only opens channels"):

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray_hosts
-from harness import Footprint, eventually, is_running
+from harness import PATIENCE_S, Footprint, eventually, is_running
 from ray_cluster import RayCluster, why_not
 from ray_drivers import Driver, actors, keys, program_of
 from ray_hosts import Hosts
@@ -64,6 +64,9 @@ class Kit:
 
     def numbers(self, count: int) -> Any:
         return np.arange(count)
+
+    def time_out(self) -> None:
+        raise ray.exceptions.GetTimeoutError("of the backend")
 
     def parse(self, text: str) -> int:
         return int(text)
@@ -181,6 +184,31 @@ def test_refs_pass_between_tasks_and_handles(engine: Engine, kit: Any) -> None:
     assert ray.get(kit("add", kit("add", kit("add", ray.put(1), 1), 1), 1)) == 4
 
 
+def test_a_ref_inside_another_object_is_refused(engine: Engine, kit: Any) -> None:
+    """Pickled by anybody but Ray it forgets its owner, and whoever waits for it waits for ever."""
+    ref = kit("add", 1)
+    handle = engine.get_handle("kit").options(method_name="add")
+    for start in (handle.call, handle.remote):
+        with pytest.raises(
+            errors.NotSerializable, match=r"argument cannot be pickled: \[0\] is a ObjectRef.*on its own"
+        ):
+            start([ref])
+    assert handle.call("a mention of ObjectRef is none", "") == "a mention of ObjectRef is none"
+
+
+def test_errors_of_ray_that_a_backend_raises_are_its_own(engine: Engine, kit: Any) -> None:
+    with pytest.raises(ray.exceptions.GetTimeoutError, match="of the backend"):
+        engine.get(kit("time_out"), timeout=PATIENCE_S)
+
+
+def test_a_deadline_holds_while_a_call_waits_for_its_arguments(engine: Engine, kit: Any, gate: Any) -> None:
+    never = kit("hold", gate)
+    gate.wait_for_arrivals(1)
+    late = engine.get_handle("kit").options(method_name="add", timeout_s=0.2).remote(1, never)
+    with pytest.raises(errors.DeadlineExceeded, match="timeout_s"):
+        engine.get(late, timeout=PATIENCE_S)
+
+
 def test_large_arrays_come_through(engine: Engine, kit: Any) -> None:
     ref = kit("numbers", 1_000_000)
     array = ray.get(ref)
@@ -250,8 +278,8 @@ def test_handles_work_in_replicas(engine: Engine) -> None:
 # -- placement -------------------------------------------------------------------------------------------------------
 
 _SHORT = {
-    "a gpu": ({"num_gpus": 1}, r"GPU 1\.0"),
-    "too many processors": ({"num_cpus": 9}, r"CPU 9\.0"),
+    "a gpu": ({"num_gpus": 1}, r"GPU 1"),
+    "too many processors": ({"num_cpus": 9}, r"CPU 9"),
     "a resource": ({"resources": {"tpu": 2}}, r"tpu 2"),
 }
 
@@ -329,6 +357,30 @@ def test_what_the_application_connected_stays_connected(ray_cluster: RayCluster)
     assert ray.get(doubled.remote(2)) == 4
     assert keys() == rows
     before.check_unchanged()
+
+
+def test_ray_that_the_application_shut_down_too_early_stays_so(ray_cluster: RayCluster) -> None:
+    program = """
+        import ray
+        ray.init(address=ADDRESS, log_to_driver=False, configure_logging=False)
+        engine = Engine(backend="ray", http_options=NO_HTTP)
+        engine.create_backend("b", pid)
+        engine.create_endpoint("b", backend="b")
+        handle = engine.get_handle("b")
+        handle.call()
+        ray.shutdown()
+        for attempt in (lambda: engine.create_backend("c", pid), handle.remote):
+            try:
+                attempt()
+            except errors.EngineClosed as error:
+                assert "ray.shutdown()" in str(error), error
+            else:
+                raise AssertionError("it connected anew")
+        engine.shutdown()
+        say(ray.is_initialized())
+    """
+    with Driver(program, ray_cluster.address) as driver:
+        assert driver.hear() is False
 
 
 def test_engines_share_the_connection_that_the_first_one_made(ray_cluster: RayCluster) -> None:

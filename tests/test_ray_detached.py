@@ -362,3 +362,32 @@ def test_the_controller_and_the_courier_die_at_once(engine: Engine) -> None:
             return False
 
     eventually(answered)
+
+
+def test_a_start_that_the_death_of_the_controller_cut_short_is_forgotten(engine: Engine) -> None:
+    """Its actor waited for room then: it would take its place some day, and nobody would tell it what to do."""
+
+    def waiting() -> list[str]:
+        return [one["name"] for one in ray.util.list_named_actors(all_namespaces=True) if "waiting#" in one["name"]]
+
+    needs = {"num_cpus": 1000}
+    with ThreadPoolExecutor(1) as pool:
+        creating = pool.submit(engine.create_backend, "waiting", Versioned, ray_actor_options=needs)
+        eventually(waiting)
+        kill_controller()
+        with pytest.raises(errors.RetryLater):
+            creating.result(PATIENCE_S)
+    engine.create_backend("waiting", Versioned, config={"user_config": "at last"})
+    engine.create_endpoint("waiting", backend="waiting")
+    assert engine.get_handle("waiting").call() == "at last"
+    engine.shutdown()
+    eventually(lambda: not waiting())
+
+
+def test_a_controller_that_is_killed_for_good(name: str, engine: Engine) -> None:
+    handle = engine.get_handle("e")
+    ray.kill(ray.get_actor(f"engine-controller-{name}", namespace="mpengine"), no_restart=True)
+    with pytest.raises(errors.EngineClosed, match="killed for good"):
+        engine.list_backends()
+    assert handle.call() == "first", "calls go on"
+    engine.shutdown()

@@ -16,7 +16,7 @@ import pytest
 from fakes import FakeChannel
 from ray_cluster import why_not
 
-from engine.adapter import ChannelClosed, Resources, WorkerSpec
+from engine.adapter import ChannelClosed, Listen, Resources, WorkerSpec
 from engine.control import Drain, Ready
 from engine.errors import InvalidArgument, RemoteTraceback
 from engine.messages import Control, Credit
@@ -28,6 +28,7 @@ if why_not() is None:
     from engine_ray.addresses import Address, cluster_of, engine_of, is_symbolic, symbolic
     from engine_ray.bodies import Bound, Leaving
     from engine_ray.carried import CarriedError, CarriedResult, Errand, Filled, Placeholder, carried
+    from engine_ray.cluster import ClusterAdapter
     from engine_ray.connector import RayConnector
     from engine_ray.output import LineWriter
     from engine_ray.places import options_of, shortage, trifle
@@ -398,36 +399,51 @@ def test_options_that_the_engine_decides_on_are_ignored_by_name() -> None:
 
 
 NODES = [
-    {"NodeID": "1", "Alive": True, "NodeManagerAddress": "10.0.0.1", "Resources": {"CPU": 8.0, "node:10.0.0.1": 1.0}},
+    {"NodeID": "1", "Alive": True, "NodeManagerAddress": "10.0.0.1", "Resources": {"CPU": 8.0, "memory": 2.0**31}},
     {"NodeID": "2", "Alive": True, "NodeManagerAddress": "10.0.0.2", "Resources": {"CPU": 4.0, "GPU": 1.0, "tpu": 2.0}},
     {"NodeID": "3", "Alive": False, "NodeManagerAddress": "10.0.0.3", "Resources": {"CPU": 64.0}},
 ]
-FREE = {"1": {"CPU": 2.5}, "2": {"CPU": 4.0, "GPU": 0.5}}
-HAS = "the cluster has free: on 10.0.0.1 CPU 2.5 of 8; on 10.0.0.2 CPU 4 of 4, GPU 0.5 of 1, tpu 0 of 2"
+FREE = {"1": {"CPU": 2.5, "memory": 1.5 * 2**30}, "2": {"CPU": 4.0, "GPU": 0.5}}
 
 
 @pytest.mark.parametrize(
-    ("asked", "wanted"),
+    ("asked", "said"),
     [
-        (Resources(num_gpus=1.0), "GPU 1.0"),
-        (Resources(num_cpus=4.0, other={"resources": {"tpu": 3}}), "CPU 4.0, tpu 3"),
-        (Resources(num_cpus=6.0), "CPU 6.0"),  # both nodes together have them, neither alone does
-        (Resources(other={"label_selector": {"zone": "a"}}), "label_selector {'zone': 'a'}"),
-        (Resources(other={"memory": 1 << 40}), "memory 1099511627776"),
+        (Resources(num_gpus=1.0), "GPU 1; ... on 10.0.0.1 CPU 2.5 of 8, no GPU; on 10.0.0.2 CPU 4 of 4, GPU 0.5 of 1"),
+        (
+            Resources(num_cpus=4.0, other={"resources": {"tpu": 3}}),
+            "CPU 4, tpu 3; ... on 10.0.0.1 CPU 2.5 of 8, no GPU, no tpu; "
+            "on 10.0.0.2 CPU 4 of 4, GPU 0.5 of 1, tpu 0 of 2",
+        ),
+        (
+            Resources(num_cpus=6.0),  # both nodes together have them, neither alone does
+            "CPU 6; ... on 10.0.0.1 CPU 2.5 of 8, no GPU; on 10.0.0.2 CPU 4 of 4, GPU 0.5 of 1",
+        ),
+        (
+            Resources(other={"label_selector": {"zone": "a"}}),
+            "label_selector {'zone': 'a'}; ... on 10.0.0.1 CPU 2.5 of 8, no GPU; on 10.0.0.2 CPU 4 of 4, GPU 0.5 of 1",
+        ),
+        (
+            Resources(other={"memory": 3 << 40}),
+            "memory 3.07e+03 GiB; ... on 10.0.0.1 CPU 2.5 of 8, no GPU, memory 1.5 GiB of 2 GiB; "
+            "on 10.0.0.2 CPU 4 of 4, GPU 0.5 of 1, no memory",
+        ),
         (Resources(), None),
         (Resources(num_cpus=4.0, num_gpus=0.5), None),
     ],
 )
-def test_what_is_said_of_a_shortage(monkeypatch: pytest.MonkeyPatch, asked: Resources, wanted: str | None) -> None:
+def test_what_is_said_of_a_shortage(monkeypatch: pytest.MonkeyPatch, asked: Resources, said: str | None) -> None:
     monkeypatch.setattr("ray.nodes", lambda: NODES)
     monkeypatch.setattr("ray._private.state.available_resources_per_node", lambda: FREE)
-    assert shortage(asked) == (None if wanted is None else f"it asked for {wanted}; {HAS}")
+    if said is not None:
+        said = "it asked for " + said.replace("...", "the cluster has free:")
+    assert shortage(asked) == said
 
 
 def test_what_is_said_of_a_cluster_without_anything(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.nodes", lambda: [])
     monkeypatch.setattr("ray._private.state.available_resources_per_node", dict)
-    assert shortage(Resources(num_gpus=1.0)) == "it asked for GPU 1.0; the cluster has free: nothing"
+    assert shortage(Resources(num_gpus=1.0)) == "it asked for GPU 1; the cluster has free: nothing"
 
 
 @pytest.mark.parametrize(
@@ -548,7 +564,14 @@ class Watch:
     def __init__(self) -> None:
         self.said: list[Any] = []
         self.losses = 0
-        self.worker = WatchedWorker(spec_of(), None, lambda worker_id, body: self.said.append(body), self._lost)
+        self.ports: list[int] = []
+        self.worker = WatchedWorker(
+            spec_of(),
+            None,
+            lambda worker_id, body: self.said.append(body),
+            lambda worker, port: self.ports.append(port),
+            self._lost,
+        )
         self.channel = FakeChannel("worker", self.worker)
 
     def _lost(self, worker: Any) -> None:
@@ -582,18 +605,16 @@ def test_a_deadline_ends_when_the_worker_connects() -> None:
 def test_what_a_worker_says() -> None:
     async def main() -> None:
         watch = Watch()
-        watch.worker.port = asyncio.get_running_loop().create_future()
         watch.worker.connected(watch.channel)
         for message in (
             Control(Ready("a")),
             Control(Bound(4000)),
-            Control(Bound(1)),
             Control(Leaving(3)),
             Credit(1, 1),
         ):
             watch.channel.answer(message)
         assert watch.said == [Ready("a")]
-        assert watch.worker.port.result() == 4000
+        assert watch.ports == [4000]
         assert watch.worker.exit_code == 3
         watch.channel.break_off()
         assert watch.losses == 1
@@ -610,6 +631,46 @@ def test_a_worker_that_ends_before_it_listened_wakes_those_that_wait_for_its_por
         assert port.cancelled()
         assert watch.channel.closed
         assert watch.losses == 0
+
+    asyncio.run(main())
+
+
+def test_the_belated_end_of_a_former_channel_is_no_end_of_a_worker_that_has_come_back() -> None:
+    watch = Watch()
+    watch.worker.connected(watch.channel)
+    back = FakeChannel("worker", watch.worker)
+    watch.worker.connected(back)
+    assert watch.channel.closed
+    watch.channel.break_off("the connection fell silent")
+    assert watch.losses == 0
+    back.break_off()
+    assert watch.losses == 1
+
+
+def test_adopted_ingresses_share_a_port_whichever_of_them_lives() -> None:
+    """The first one may have died with the former controller: the port is then what another one says."""
+
+    async def main() -> None:
+        listen = Listen("127.0.0.1", 0)
+        adapter = ClusterAdapter(None, {}, {})
+        dead, alive, other = (
+            WatchedWorker(
+                WorkerSpec(name, name, "nowhere:main", b"", node_id="n", listen=listen),
+                None,
+                lambda worker_id, body: None,
+                adapter._on_bound,
+                lambda worker: None,
+            )
+            for name in ("ingress#1", "ingress#2", "ingress#3")
+        )
+        dead.finish()
+        for worker, port in ((alive, 4000), (other, 4000)):
+            channel = FakeChannel("worker", worker)
+            worker.connected(channel)
+            channel.answer(Control(Bound(port)))
+        assert adapter.bound(listen, "n").port == 4000
+        _, first = await adapter._public_address(listen, "n")
+        assert first is None, "a replacement is not alone there"
 
     asyncio.run(main())
 
@@ -678,7 +739,7 @@ def test_what_ended_jobs_left_is_swept(kv: FakeKV) -> None:
     for engine_id, job in (("a", "1"), ("b", "2"), ("detached", "")):
         Registry(engine_id).put(Entry(b"secret", job, "address"))
         Registry(engine_id).save("picture", b"state")
-    Registry.sweep({"1", "3"})
+    Registry.sweep(lambda entry: entry.job_id in {"1", "3"})
     assert {key for _, key in kv.rows} == {
         b"engine/b",
         b"state/b/picture",
@@ -773,6 +834,7 @@ def test_which_controllers_come_back(kv: FakeKV, monkeypatch: pytest.MonkeyPatch
         raise ConnectionError("the cluster is gone")
 
     monkeypatch.setattr(registry, "_kv", gone)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
     assert not RayConnector().returns(SYMBOLIC)
     monkeypatch.setattr("ray.is_initialized", lambda: True)
     assert RayConnector().returns(SYMBOLIC), "the control plane may be away for a moment only"

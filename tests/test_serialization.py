@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from harness import run_python
 
+from engine import serialization
 from engine.errors import NotSerializable, ResultNotSerializable
 from engine.serialization import dumps, dumps_by_value, explain_unpicklable, loads
 
@@ -179,3 +180,19 @@ def test_what_a_script_defines_goes_by_value() -> None:
     point, double = pickle.loads(data)  # this process's __main__ has neither
     assert double(point) == 8
     assert type(point).__name__ == "Point"
+
+
+class Ticket:
+    """Pickles, but is worth nothing elsewhere."""
+
+
+def test_what_is_refused_says_why_and_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serialization, "_refused", {})
+    assert isinstance(loads(dumps([Ticket()], "the argument"))[0], Ticket)
+    serialization.refuse(Ticket, "tickets cannot be passed on")
+    try:
+        with pytest.raises(NotSerializable, match=r"the argument cannot be pickled: \['a'\] is a Ticket.*be passed on"):
+            dumps({"a": Ticket()}, "the argument")
+        assert loads(dumps("a Ticket by name only", "the argument")) == "a Ticket by name only"
+    finally:
+        serialization._pickler.cache_clear()

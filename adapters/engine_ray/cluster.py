@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import socket
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -37,9 +38,9 @@ from engine_wire import Acceptor, SocketChannel, notice_silence
 from . import connection
 from .addresses import Address
 from .bodies import Hello
-from .courier import NAMESPACE, courier_name
+from .courier import end_courier
 from .order import Order, Surroundings
-from .places import listen_everywhere, options_of, shortage
+from .places import check_connected, listen_everywhere, options_of, shortage
 from .refs import RayCaller
 from .registry import Entry, Registry
 from .watched import WatchedWorker, described_death
@@ -51,12 +52,12 @@ SECRET_BYTES = 32
 _REASON_PATIENCE_S = 1.0
 """Ray knows of the end of an actor some 10 ms after its channel has ended."""
 _STOP_PATIENCE_S = 5.0
-_COURIER_PATIENCE_S = 3.0
 _RETURN_PATIENCE_S = 15.0
 """Workers look for a new controller several times a second, once they have noticed that the former one is gone. If its
 host lost its power, that takes `engine_wire.addresses.SILENCE_S`."""
 _ADOPTED_WITHIN_S = 5.0
 _DISMISSED_WITHIN_S = 20.0
+_KNOCK_S = 1.0
 _NODES_EVERY_S = 1.0
 """How often to ask for the cluster's nodes, if somebody wants to know: Ray announces them to nobody but itself."""
 
@@ -96,6 +97,7 @@ class ClusterAdapter(RayCaller):
         self._node_watch: asyncio.Task[None] | None = None
         self._ports: dict[tuple[Listen, str], asyncio.Future[int]] = {}
         self._ignored: set[str] = set()  # options that the log has mentioned
+        self.heard_of: set[str] = set()  # ids of workers that ever said who they are
         self._strangers: dict[str, _Stranger] = {}  # workers that nobody has adopted yet
 
     # -- engine.adapter.Adapter --------------------------------------------------------------------------------------
@@ -131,6 +133,7 @@ class ClusterAdapter(RayCaller):
     async def start_worker(self, spec: WorkerSpec) -> None:
         """See `engine.adapter.Adapter.start_worker`."""
         running = self._running
+        check_connected()
         if running is None:
             raise EngineClosed("the Ray adapter is not running")
         if spec.worker_id in self._workers:
@@ -175,8 +178,6 @@ class ClusterAdapter(RayCaller):
         assert running is not None
         actor = await asyncio.to_thread(self._former, spec)
         worker = self._watch(running, spec, actor)
-        if spec.listen is not None and spec.node_id is not None:
-            worker.port = self._ports.setdefault((spec.listen, spec.node_id), running.loop.create_future())
         stranger = self._strangers.pop(spec.worker_id, None)
         if stranger is not None and not stranger.channel.closed:
             self._introduce(worker, stranger.channel)
@@ -250,7 +251,8 @@ class ClusterAdapter(RayCaller):
         import ray
 
         job_id = ray.get_runtime_context().get_job_id()
-        Registry.sweep(_ended_jobs())
+        ended = _ended_jobs()
+        Registry.sweep(lambda entry: entry.job_id in ended and not _answers(entry.control_address))
         registry.put(Entry(self.secret(), job_id, control_address))
         return control_address
 
@@ -268,7 +270,7 @@ class ClusterAdapter(RayCaller):
     # -- starting ----------------------------------------------------------------------------------------------------
 
     def _watch(self, running: _Running, spec: WorkerSpec, actor: Any) -> WatchedWorker:
-        worker = WatchedWorker(spec, actor, running.events.worker_said, self._on_lost)
+        worker = WatchedWorker(spec, actor, running.events.worker_said, self._on_bound, self._on_lost)
         self._workers[spec.worker_id] = worker
         self._deserted.clear()
         return worker
@@ -277,13 +279,23 @@ class ClusterAdapter(RayCaller):
         """End the courier and leave Ray. Runs in a thread."""
         import ray
 
-        with contextlib.suppress(Exception):  # there is none, or the cluster is gone
-            courier = ray.get_actor(courier_name(self.engine_id), namespace=NAMESPACE)
-            with contextlib.suppress(Exception):  # it is gone, or takes too long: either way it has to go
-                ray.get(courier.leave.remote(), timeout=_COURIER_PATIENCE_S)
-            _kill(courier)
+        if ray.is_initialized():
+            end_courier(self.engine_id)
+            self._end_leftovers()
         if running.connected:
             connection.leave()
+
+    def _end_leftovers(self) -> None:
+        """End actors that outlive this process and that nobody knows any more."""
+
+    def _on_bound(self, worker: WatchedWorker, port: int) -> None:
+        spec = worker.spec
+        assert spec.listen is not None and spec.node_id is not None
+        known = self._ports.get((spec.listen, spec.node_id))
+        if known is None or known.cancelled():  # it was adopted
+            known = self._ports[spec.listen, spec.node_id] = asyncio.get_running_loop().create_future()
+        if not known.done():
+            known.set_result(port)
 
     async def _public_address(self, listen: Listen, node_id: str) -> tuple[Listen, asyncio.Future[int] | None]:
         """Where a worker is to listen; and, if it is the first there, what it is to tell the others."""
@@ -338,6 +350,7 @@ class ClusterAdapter(RayCaller):
         if running is None:
             channel.close()
         elif isinstance(body, Hello):
+            self.heard_of.add(body.worker_id)
             worker = self._workers.get(body.worker_id)
             if worker is not None:
                 self._introduce(worker, channel)
@@ -448,8 +461,9 @@ async def _aside(function: Callable[..., Any], *args: Any) -> None:
 def _kill(actor: Any) -> None:
     import ray
 
-    with contextlib.suppress(Exception):  # it is gone, or Ray is
-        ray.kill(actor)
+    with contextlib.suppress(Exception):  # it is gone
+        if ray.is_initialized():  # else Ray would connect anew, to whatever it finds
+            ray.kill(actor)
 
 
 def connected_cluster() -> str:
@@ -457,6 +471,18 @@ def connected_cluster() -> str:
     import ray
 
     return str(ray.get_runtime_context().gcs_address)
+
+
+def _answers(control_address: str) -> bool:
+    """Whether somebody listens there: an engine in an actor may outlive the job that it was made in."""
+    for way in Address.parse(control_address).ways:
+        scheme, _, rest = way.partition(":")
+        host, _, port = rest.rpartition(":")
+        if scheme == "tcp":
+            with contextlib.suppress(OSError):
+                socket.create_connection((host.strip("[]"), int(port)), _KNOCK_S).close()
+                return True
+    return False
 
 
 def _ended_jobs() -> set[str]:

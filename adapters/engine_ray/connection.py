@@ -9,6 +9,7 @@ them, and Ray installs a signal handler when it is started on the main thread.
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import threading
 from collections.abc import Mapping
@@ -121,22 +122,31 @@ class _Keeper:
             self._over.wait()
             ray.shutdown()
 
+    def _describe(self) -> str:
+        if self._address is not None:
+            return f"address={self._address!r}: cannot connect to a Ray cluster there"
+        return (
+            "cannot connect to the Ray cluster that RAY_ADDRESS names, or that seems to run on this machine (name one "
+            "by RayAdapter(address='host:port'), or take a new one by RayAdapter(address='local'))"
+        )
+
     def _init(self) -> None:
         import ray
 
         if self._address is not None:
             _check_reachable(self._address)
+        elif os.environ.get("RAY_ADDRESS", "").startswith("ray://"):
+            raise InvalidArgument(
+                f"RAY_ADDRESS={os.environ['RAY_ADDRESS']!r} is that of a Ray client server, which channels cannot "
+                "pass: run the application on a node of the cluster, and unset it"
+            )
         logger = logging.getLogger("ray._private.worker")
         logger.addFilter(_expected)
         try:
             ray.init(address=self._address or "auto", **self._options)
         except (ConnectionError, ray.exceptions.RayError) as error:
             if not self._may_start or _NONE_RUNS not in str(error):
-                raise InvalidArgument(
-                    f"address={self._address!r}: cannot connect to a Ray cluster there: {_essence(error)}. Is one "
-                    "running (ray start --head), by this version of Ray, and with the same authentication "
-                    "(RAY_AUTH_MODE)?"
-                ) from error
+                raise InvalidArgument(f"{self._describe()}: {_essence(error)}. {_ADVICE}") from error
             ray.init(address="local", **{"include_dashboard": False, **self._options})
         except (TypeError, ValueError, RuntimeError) as error:
             if isinstance(error, EngineError):
@@ -144,6 +154,12 @@ class _Keeper:
             raise InvalidArgument(f"RayAdapter: ray.init refused its arguments: {error}") from error
         finally:
             logger.removeFilter(_expected)
+
+
+_ADVICE = (
+    "Is a cluster running there (ray start --head), by this version of Ray, and with the same authentication "
+    "(RAY_AUTH_MODE)?"
+)
 
 
 def _essence(error: BaseException) -> str:

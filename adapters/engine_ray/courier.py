@@ -11,12 +11,14 @@ leaves as soon as all of them are answered.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import pickle
 import time
 from collections.abc import Sequence
 from typing import Any
 
+from engine.caller import deadline_error
 from engine.client import Client
 from engine.errors import EngineClosed, EngineError
 from engine.handle import answer_to
@@ -29,13 +31,14 @@ from .connector import RayConnector
 from .order import Surroundings, extend_path
 from .turns import Turns
 
-__all__ = ["NAMESPACE", "Courier", "courier_name", "find_courier"]
+__all__ = ["NAMESPACE", "Courier", "courier_name", "end_courier", "find_courier"]
 
 NAMESPACE = "mpengine"
 """Of the actors that belong to engines: found by name, whatever the namespace of the process that looks for them."""
 _MAX_CALLS = 1_000_000
 """Calls at a time: as many as an async replica holds. The queues of the routers bound them, not this."""
 _LOOK_S = 0.02
+_LEAVE_WITHIN_S = 3.0
 _LAST_ANSWERS_S = 1.0
 """What Ray may need to bring the last answers to their callers; the engine, if it shuts down in order, is faster."""
 
@@ -55,6 +58,7 @@ class Courier:
         connector = RayConnector(control_address, secret)
         self._held = 0
         self._turns = Turns()
+        self._over = asyncio.Event()  # set when the engine is gone
         # As an ingress is, it is waited for when routes change: a call made after that must follow them.
         try:
             self._client = Client.attach(engine_id, connector, control_address, ingress=True, worker_id="courier")
@@ -77,10 +81,11 @@ class Courier:
         self._held += 1
         try:
             source, number, endpoint, method, head, payload, shard_key, timeout_s = pickle.loads(errand)
+            deadline = None if timeout_s is None else time.monotonic() + timeout_s
             await self._turns.take(source, number)
             if lifted:
-                payload = dumps(Filled(payload, await _results_of(lifted)), "the argument")
-            deadline = None if timeout_s is None else time.monotonic() + timeout_s
+                payload = dumps(Filled(payload, await self._wait_for(lifted, endpoint, timeout_s)), "the argument")
+                timeout_s = None if deadline is None else max(0.0, deadline - time.monotonic())
             outgoing = Outgoing(PYTHON, method, deadline, "", head, payload, shard_key)
             answer = await answer_to(self._client.loop_caller(), endpoint, outgoing, timeout_s)
         except EngineError as error:
@@ -91,17 +96,36 @@ class Courier:
             return carried(answer.payload)
         raise CarriedError(answer.payload)  # a failure: only HTTP calls are answered by streams
 
+    async def _wait_for(self, refs: Sequence[Any], endpoint: str, timeout_s: float | None) -> list[Any]:
+        """The results of refs, unless the call's time or the engine ends before."""
+        results = asyncio.ensure_future(_results_of(refs))
+        over = asyncio.ensure_future(self._over.wait())
+        try:
+            await asyncio.wait({results, over}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            if results.done():
+                return results.result()
+        finally:
+            results.cancel()
+            over.cancel()
+        if timeout_s is not None and not self._over.is_set():
+            raise deadline_error(endpoint, timeout_s)
+        raise EngineClosed("the engine was shut down")
+
     async def leave(self) -> None:
         """Return once the engine is gone and every call was answered, so that the actor can be killed."""
         await self._until_idle()
 
     async def _leave_with_engine(self) -> None:
+        while not self._client.closed:  # noqa: ASYNC110 - it is closed from another thread
+            await asyncio.sleep(_LOOK_S)
+        self._over.set()
         await self._until_idle()
         await asyncio.sleep(_LAST_ANSWERS_S)
         os._exit(0)
 
     async def _until_idle(self) -> None:
-        while not self._client.closed or self._held:  # noqa: ASYNC110 - it is closed from another thread
+        await self._over.wait()
+        while self._held:  # noqa: ASYNC110 - once in a lifetime
             await asyncio.sleep(_LOOK_S)
 
 
@@ -138,3 +162,17 @@ def find_courier(engine_id: str, control_address: str, secret: bytes) -> Any:
         )
         .remote(engine_id, control_address, secret, Surroundings.here().sys_path)
     )
+
+
+def end_courier(engine_id: str) -> None:
+    """End the engine's courier, if there is one, once it has answered all calls. Blocks for a while."""
+    import ray
+
+    try:
+        courier = ray.get_actor(courier_name(engine_id), namespace=NAMESPACE)
+    except ValueError:
+        return
+    with contextlib.suppress(Exception):  # it is gone, or takes too long: either way it has to go
+        ray.get(courier.leave.remote(), timeout=_LEAVE_WITHIN_S)
+    with contextlib.suppress(Exception):
+        ray.kill(courier)

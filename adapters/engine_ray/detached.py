@@ -8,27 +8,38 @@ those that don't. Meanwhile calls go on: callers keep the last picture and their
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import logging
 import os
 import pickle
+import time
 from collections.abc import Mapping
 from typing import Any
 
-from engine.adapter import RemoteController, WorkerSpec
+from engine.adapter import AdapterEvents, RemoteController, WorkerSpec
 from engine.config import HTTPOptions
 from engine.detached import DetachedController
 from engine.errors import EngineClosed, InvalidArgument, RetryLater
 
 from .addresses import symbolic
 from .cluster import SECRET_BYTES, ClusterAdapter, connected_cluster
+from .courier import end_courier
 from .order import Surroundings
-from .places import trifle
+from .places import check_connected, trifle
 from .registry import Entry, Registry
 
 __all__ = ["ControllerActor", "RayController", "create_controller", "find_controller"]
 
+_log = logging.getLogger("engine.ray")
+
 NAMESPACE = "mpengine"
 """Of detached engines whose adapter names no other."""
+_INCARNATION = "~"
+"""Between the id of a worker and that of the controller that started it, in the name of its actor."""
+_UNHEARD_S = 30.0
+"""After the start of a controller: who was alive then and has not said a word never will."""
+_TRY_AGAIN_S = 1.0
 _THREADS = 100
 """Operations at a time; most of them wait for something."""
 
@@ -45,6 +56,8 @@ class DetachedAdapter(ClusterAdapter):
     def __init__(self, engine_id: str, runtime_env: Mapping[str, Any], surroundings: Surroundings) -> None:
         super().__init__(None, runtime_env, {})
         self._registry = Registry(engine_id)
+        self._incarnation = os.urandom(4).hex()  # a repeated start must not meet the name of one that was cut short
+        self._adopted: set[str] = set()  # names of actors
         self._surroundings = surroundings
         self.store = self._registry
 
@@ -60,17 +73,41 @@ class DetachedAdapter(ClusterAdapter):
         return self._surroundings
 
     def _lasting(self, spec: WorkerSpec) -> dict[str, Any]:
-        return {"name": self._actor_name(spec.worker_id), "namespace": NAMESPACE, "lifetime": "detached"}
+        name = f"{_worker_prefix(self.engine_id)}{spec.worker_id}{_INCARNATION}{self._incarnation}"
+        return {"name": name, "namespace": NAMESPACE, "lifetime": "detached"}
 
     def _former(self, spec: WorkerSpec) -> Any:
         import ray
 
-        with contextlib.suppress(ValueError):  # it has died
-            return ray.get_actor(self._actor_name(spec.worker_id), namespace=NAMESPACE)
+        for name in _worker_names(self.engine_id):
+            if _worker_id(self.engine_id, name) == spec.worker_id:
+                self._adopted.add(name)
+                with contextlib.suppress(ValueError):  # it has died
+                    return ray.get_actor(name, namespace=NAMESPACE)
         return None
 
-    def _actor_name(self, worker_id: str) -> str:
-        return f"engine-{self.engine_id}-{worker_id}"
+    async def start(self, engine_id: str, events: AdapterEvents) -> None:
+        """See `engine.adapter.Adapter.start`."""
+        await super().start(engine_id, events)
+        found = await asyncio.to_thread(_worker_names, engine_id)
+        if found:
+            asyncio.get_running_loop().call_later(_UNHEARD_S, self._end_unheard, found)
+
+    def _end_unheard(self, found: list[str]) -> None:
+        """End actors of a former controller that it had started and never told what to do.
+
+        They said nothing, so they are neither adopted nor sent home, and would hold their resources for ever.
+        """
+        unheard = [
+            name
+            for name in found
+            if name not in self._adopted and _worker_id(self.engine_id, name) not in self.heard_of
+        ]
+        if unheard:
+            asyncio.get_running_loop().run_in_executor(None, _end_workers, unheard)
+
+    def _end_leftovers(self) -> None:
+        _end_workers(_worker_names(self.engine_id))
 
 
 class ControllerActor:
@@ -84,9 +121,18 @@ class ControllerActor:
     """
 
     def __init__(self, engine_id: str, http: bytes, runtime_env: dict[str, Any], surroundings: tuple[Any, ...]) -> None:
+        import ray
+
         adapter = DetachedAdapter(engine_id, runtime_env, Surroundings(*surroundings))
         self._engine_id = engine_id
         self._controller = DetachedController(engine_id, adapter, pickle.loads(http))
+        if ray.get_runtime_context().was_current_actor_reconstructed:
+            try:
+                self._controller.wait_started()
+            except BaseException:
+                _log.exception("the controller could not take its engine over, and is started again")
+                time.sleep(_TRY_AGAIN_S)
+                os._exit(1)
 
     def identify(self) -> str:
         """The engine's id, once the controller is ready.
@@ -122,11 +168,17 @@ class RayController:
         import ray
         from ray import exceptions
 
+        check_connected()
         try:
             outcome: bytes = ray.get(self._actor.run.remote(operation, arguments))
         except exceptions.RayActorError as error:
             if Registry(self.engine_id).get() is None:
                 raise EngineClosed("the engine was shut down") from error
+            if isinstance(error, exceptions.ActorDiedError):
+                raise EngineClosed(
+                    "the controller of this engine was killed for good, by ray.kill or the like; shutdown() ends what "
+                    "is left of the engine"
+                ) from error
             raise RetryLater(
                 f"the controller of the engine died while it was at {operation!r}, and may have done it: see what "
                 "there is (list_backends, list_endpoints), then repeat it if need be"
@@ -137,9 +189,14 @@ class RayController:
         """See `engine.adapter.RemoteController.leave`."""
         import ray
 
-        if ended:
+        if ended and ray.is_initialized():
             with contextlib.suppress(Exception):  # it is gone already
                 ray.kill(self._actor)
+            # What a controller that was killed could not end itself.
+            with contextlib.suppress(Exception):
+                Registry(self.engine_id).clear()
+                end_courier(self.engine_id)
+                _end_workers(_worker_names(self.engine_id))
         self._adapter.close()
 
 
@@ -200,8 +257,35 @@ def find_controller(name: str, namespace: str | None, adapter: ClusterAdapter) -
         actor = ray.get_actor(_actor_name(name), namespace=namespace or NAMESPACE)
     except ValueError as error:
         known = ", ".join(repr(other) for other in _names(namespace or NAMESPACE)) or "none"
-        raise InvalidArgument(f"there is no detached engine {name!r} on this cluster; there are: {known}") from error
+        where = f"in namespace {namespace!r}" if namespace else "on this cluster"
+        raise InvalidArgument(f"there is no detached engine {name!r} {where}; there are: {known}") from error
     return RayController(actor, ray.get(actor.identify.remote()), adapter)
+
+
+def _worker_prefix(engine_id: str) -> str:
+    return f"engine-{engine_id}-worker-"
+
+
+def _worker_id(engine_id: str, name: str) -> str:
+    """Which worker an actor of this name is."""
+    return name.removeprefix(_worker_prefix(engine_id)).rpartition(_INCARNATION)[0]
+
+
+def _worker_names(engine_id: str) -> list[str]:
+    """The names of all actors that are workers of a detached engine."""
+    import ray
+
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    prefix = _worker_prefix(engine_id)
+    return [one["name"] for one in actors if one["namespace"] == NAMESPACE and one["name"].startswith(prefix)]
+
+
+def _end_workers(names: list[str]) -> None:
+    import ray
+
+    for name in names:
+        with contextlib.suppress(Exception):  # it is gone already
+            ray.kill(ray.get_actor(name, namespace=NAMESPACE))
 
 
 _PREFIX = "engine-controller-"

@@ -15,6 +15,7 @@ from typing import Any
 from engine.adapter import Adapter, ChannelClosed, ChannelListener, Service
 from engine.control import Ready
 from engine.errors import EngineClosed, InvalidArgument
+from engine.messages import Control
 from engine_wire import SocketChannel, Undriven, WireWorkerHost, connect, notice_silence
 from engine_wire.listening import bind_shared
 
@@ -27,6 +28,8 @@ from .refs import RayCaller
 __all__ = ["RayHost"]
 
 _RETRY_S = 0.2
+_OPEN_WITHIN_S = 20.0
+"""For a connection that TCP itself gives up after 11 s, and the handshake on it."""
 _leave_process = os._exit  # user code's calls are heard of (`engine_ray.worker`); this one is none
 
 
@@ -44,6 +47,7 @@ class RayHost(WireWorkerHost):
 
     def __init__(self, order: Order) -> None:
         self._order = order
+        self._why_lost = ""
         self._standing: dict[type, Any] = {}  # what every controller must know
         self._connector = RayCaller(order.control_address, order.secret)
         super().__init__(order.worker_id, self._reach_controller)
@@ -55,6 +59,14 @@ class RayHost(WireWorkerHost):
             channel = connect(address, listener, on_loop=False, poller=Undriven(), secret=self._order.secret)
         except ChannelClosed as error:
             raise EngineClosed(f"the engine that started this worker is gone: {error}") from error
+        channel.drive(lambda: channel.opened, _OPEN_WITHIN_S)
+        if not channel.opened:
+            channel.close()
+            why = self._why_lost or f"no answer within {_OPEN_WITHIN_S:g} s"
+            raise EngineClosed(
+                f"the controller of the engine cannot be reached at {address} from this worker's node: {why}; are all "
+                "TCP ports open between the nodes?"
+            )
         notice_silence(channel.sock)
         return channel
 
@@ -101,7 +113,8 @@ class RayHost(WireWorkerHost):
         self.tell(Leaving(code))
 
     def control_lost(self, reason: str) -> None:
-        """The engine is gone, or has lost its controller: `_read`, which called this, goes on with that."""
+        """The engine is gone, or has lost its controller: whoever reads the channel goes on with that."""
+        self._why_lost = reason
 
     def _read(self) -> None:
         while True:
@@ -114,10 +127,11 @@ class RayHost(WireWorkerHost):
         while self._connector.returns(self._order.control_address):
             time.sleep(_RETRY_S)
             try:
-                self._channel = self._reach_controller(self)
-            except EngineClosed:
+                channel = self._reach_controller(self)
+                for body in (Hello(self.worker_id), *self._standing.values()):
+                    channel.send(Control(body))
+            except (EngineClosed, ChannelClosed):
                 continue
-            for body in (Hello(self.worker_id), *self._standing.values()):
-                self.tell(body)
+            self._channel = channel  # only now: the first word must be who this is
             return True
         return False

@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine.adapter import Resources, WorkerSpec
+from engine.errors import EngineClosed
 from engine_wire import listen_tcp, listen_unix, tcp_address
 
-__all__ = ["listen_everywhere", "options_of", "shortage", "trifle"]
+__all__ = ["check_connected", "listen_everywhere", "options_of", "shortage", "trifle"]
 
 _OURS = frozenset(
     {
@@ -86,6 +87,18 @@ def _is_for_nodes(strategy: Any) -> bool:
     return strategy == "SPREAD" or hasattr(strategy, "node_id")
 
 
+def check_connected() -> None:
+    """Refuse to ask anything of a Ray that this process has left: Ray would connect anew, to whatever it finds.
+
+    Raises:
+        engine.errors.EngineClosed: The process has left it.
+    """
+    import ray
+
+    if not ray.is_initialized():
+        raise EngineClosed("this process is not connected to Ray any more: ray.shutdown() came before the engine's")
+
+
 def shortage(asked: Resources) -> str | None:
     """Say what a worker that has not started yet asked for and what the cluster has.
 
@@ -103,7 +116,12 @@ def shortage(asked: Resources) -> str | None:
         all(node.get(name, 0) >= amount for name, amount in wanted.items()) for node in free.values()
     ):
         return None
-    has = "; ".join(_described(node, free.get(node["NodeID"], {})) for node in ray.nodes() if node["Alive"])
+    names = sorted({"CPU", "GPU", *wanted})
+    has = "; ".join(
+        f"on {node['NodeManagerAddress']} {_free(names, free.get(node['NodeID'], {}), node['Resources'])}"
+        for node in ray.nodes()
+        if node["Alive"]
+    )
     return f"it asked for {_listed(wanted | chosen)}; the cluster has free: {has or 'nothing'}"
 
 
@@ -111,17 +129,19 @@ _CHOOSING = ("accelerator_type", "label_selector", "placement_group", "schedulin
 """Options that choose among nodes by more than amounts."""
 
 
-def _described(node: Mapping[str, Any], free: Mapping[str, float]) -> str:
-    amounts = [
-        f"{name} {free.get(name, 0):g} of {total:g}"
-        for name, total in sorted(node["Resources"].items())
-        if not name.startswith("node:")
-    ]
-    return f"on {node['NodeManagerAddress']} {', '.join(amounts)}"
+def _free(names: list[str], free: Mapping[str, float], total: Mapping[str, float]) -> str:
+    there = {name: f"{_amount(name, free.get(name, 0))} of {_amount(name, amount)}" for name, amount in total.items()}
+    return ", ".join(f"{name} {there[name]}" if name in there else f"no {name}" for name in names)
 
 
 def _listed(amounts: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {amount}" for name, amount in amounts.items())
+    return ", ".join(f"{name} {_amount(name, amount)}" for name, amount in amounts.items())
+
+
+def _amount(name: str, amount: Any) -> str:
+    if not isinstance(amount, (int, float)):
+        return str(amount)
+    return f"{amount / 2**30:.3g} GiB" if name == "memory" else f"{amount:g}"
 
 
 def listen_everywhere(name: str) -> tuple[list[socket.socket], tuple[str, ...]]:

@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from engine.config import LONGEST_S
 from engine.errors import CallError, DeadlineExceeded, ReplicaDied, RetryLater
+from engine.serialization import refuse
 from engine.waiting import running_asyncio_loop
 
 from .addresses import engine_of
 from .carried import Errand, Placeholder
 from .connector import RayConnector
 from .courier import find_courier
+from .places import check_connected
 
 if TYPE_CHECKING:
     from engine.adapter import PlatformRefs
@@ -59,6 +61,12 @@ class RayRefs:
 
         self._connector = connector
         self._kind = ray.ObjectRef
+        # Pickled by anybody but Ray, a ref forgets its owner, and whoever waits for it waits for ever.
+        refuse(
+            ray.ObjectRef,
+            "a ref can only be an argument on its own, as in handle.remote(ref): get the result first to put it inside "
+            "another object",
+        )
         self._source = os.urandom(6).hex()
         self._numbers = itertools.count()
         self._lock = threading.Lock()  # guards `_courier` while it is made
@@ -82,6 +90,7 @@ class RayRefs:
 
     def start(self, endpoint: str, outgoing: Outgoing, lifted: list[Any], timeout_s: float | None) -> Any:
         """See `engine.adapter.PlatformRefs.start`."""
+        check_connected()
         courier = self._courier or self._find_courier()
         errand = Errand(
             self._source,
@@ -137,11 +146,11 @@ class RayRefs:
     def _translated(error: BaseException, timeout_s: float | None) -> BaseException:
         from ray import exceptions
 
-        if isinstance(error, exceptions.RayTaskError) and not isinstance(error.cause, exceptions.RayError):
-            cause: BaseException = error.cause
-            return cause
         if isinstance(error, exceptions.RayTaskError):
-            error = error.cause  # of the courier itself
+            cause: BaseException = error.cause
+            if not isinstance(cause, exceptions.TaskCancelledError):
+                return cause
+            error = cause  # of the courier's own call
         if isinstance(error, exceptions.GetTimeoutError):
             return DeadlineExceeded(f"the results did not come within timeout={timeout_s:g} s; the calls go on")
         if isinstance(error, exceptions.TaskCancelledError):
@@ -160,7 +169,7 @@ def _cause_of(error: BaseException) -> BaseException | None:
     """What to raise a translated error from: the remote traceback of a user's error, or else Ray's own error."""
     from ray import exceptions
 
-    if isinstance(error, exceptions.RayTaskError) and not isinstance(error.cause, exceptions.RayError):
+    if isinstance(error, exceptions.RayTaskError) and not isinstance(error.cause, exceptions.TaskCancelledError):
         return error.cause.__cause__ if isinstance(error.cause, BaseException) else None
     return error if isinstance(error, exceptions.RayError) else error.__cause__
 

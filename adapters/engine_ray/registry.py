@@ -7,6 +7,7 @@ a handle and must prove that they belong to it, and for a detached engine where 
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 __all__ = ["Entry", "Registry"]
@@ -67,12 +68,12 @@ class Registry:
         return {name: row for name, row in rows.items() if row is not None}
 
     @staticmethod
-    def sweep(dead_jobs: set[str]) -> None:
-        """Remove what engines left whose job ended without a word."""
+    def sweep(is_over: Callable[[Entry], bool]) -> None:
+        """Remove what engines left that ended without a word."""
         for key in _list(b"engine/"):
             registry = Registry(key.decode().partition("/")[2])
             entry = registry.get()
-            if entry is not None and entry.job_id in dead_jobs:
+            if entry is not None and is_over(entry):
                 registry.clear()
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from engine.adapter import Channel, ChannelClosed, WorkerSpec
+from engine.errors import EngineError
 from engine.messages import Control, Message
 from engine_wire import SocketChannel
 
@@ -28,6 +29,7 @@ class WatchedWorker:
         spec: What it is.
         actor: Ray's handle.
         said: Gets what it says (`engine.adapter.AdapterEvents.worker_said`).
+        bound: Told at which port it listens on its public address.
         lost: Told when its control channel has ended.
     """
 
@@ -36,6 +38,7 @@ class WatchedWorker:
         spec: WorkerSpec,
         actor: Any,
         said: Callable[[str, Any], None],
+        bound: Callable[[WatchedWorker, int], None],
         lost: Callable[[WatchedWorker], None],
     ) -> None:
         self.spec = spec
@@ -47,6 +50,7 @@ class WatchedWorker:
         self.deadline: asyncio.TimerHandle | None = None
         self.port: asyncio.Future[int] | None = None  # where it listens, if it is the first on a public address
         self._said = said
+        self._bound = bound
         self._lost = lost
         self._channel: Channel | None = None
         self._untold: deque[Any] = deque()
@@ -60,7 +64,9 @@ class WatchedWorker:
         if self.deadline is not None:
             self.deadline.cancel()
             self.deadline = None
-        self._channel = channel
+        former, self._channel = self._channel, channel
+        if former is not None:
+            former.close()  # it came back before the end of that was noticed
         untold, self._untold = self._untold, deque()
         for body in untold:
             self.tell(body)
@@ -100,14 +106,14 @@ class WatchedWorker:
         if isinstance(body, Leaving):
             self.exit_code = body.code
         elif isinstance(body, Bound):
-            if self.port is not None and not self.port.done():
-                self.port.set_result(body.port)
+            self._bound(self, body.port)
         else:
             self._said(self.worker_id, body)
 
     def lost(self, channel: Channel, reason: str) -> None:
         """See `engine.adapter.ChannelListener.lost`."""
-        self._lost(self)
+        if channel is self._channel:
+            self._lost(self)
 
 
 def described_death(error: BaseException | None) -> str:
@@ -120,7 +126,7 @@ def described_death(error: BaseException | None) -> str:
         return f"could not start, because its runtime_env could not be set up: {error}"
     text = str(error)
     if isinstance(error, exceptions.RayTaskError):
-        return f"failed: {error.cause!r}"
+        return f"failed: {error.cause if isinstance(error.cause, EngineError) else repr(error.cause)}"
     for sign, phrase in _DEATHS.items():
         if sign in text:
             return phrase

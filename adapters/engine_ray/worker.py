@@ -15,7 +15,6 @@ import sys
 from typing import Any
 
 from engine.control import LogLine, StartFailed
-from engine.errors import EngineClosed
 from engine.serialization import pack_exception
 from engine_wire.logs import LogToEngine
 
@@ -44,10 +43,7 @@ class RayWorker:
 
 
 def _live(order: Order) -> None:
-    try:
-        host = RayHost(order)
-    except EngineClosed:
-        return
+    host = RayHost(order)
     _tell_exits(host)
     host.start()
     streams = _settle(order, host)
