@@ -271,6 +271,7 @@ class Caller:
             return
         call_id = next(self._ids)
         slot.call_id, slot.replica = call_id, target
+        channel: Channel | None = None
         try:
             channel = target.channel or self._connect(target)
             slot.channel = channel
@@ -289,16 +290,16 @@ class Caller:
             if watch:
                 channel.watch()
         except ChannelClosed as error:
-            self._not_sent(slot, target, str(error))
+            self._not_sent(slot, target, call_id, channel, str(error))
         except EngineError as error:
-            if self._pending.pop(call_id, None) is slot or slot.channel is None:
+            if channel is None or self._pending.pop(call_id, None) is slot:
                 self._settle(target, None, refused=False)
                 slot.fail(error)
 
-    def _not_sent(self, slot: Slot, target: Target, reason: str) -> None:
-        mine = self._pending.pop(slot.call_id, None) is slot or slot.channel is None
-        channel = slot.channel
-        slot.channel = None
+    def _not_sent(self, slot: Slot, target: Target, call_id: int, channel: Channel | None, reason: str) -> None:
+        # What the slot says may be of a later try already: whoever reads the channel may have found it lost meanwhile,
+        # taken the slot out and sent the call elsewhere. Then there is nothing left to do here but for the channel.
+        mine = channel is None or self._pending.pop(call_id, None) is slot
         if mine:
             with self._lock:
                 target.in_flight -= 1

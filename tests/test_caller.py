@@ -410,6 +410,37 @@ def test_a_call_that_was_never_sent_goes_elsewhere(two: World) -> None:
     assert two.counted() == IDLE
 
 
+@pytest.mark.parametrize("error", [ChannelClosed("the channel is closed"), InvalidArgument("the message is 2 bytes")])
+def test_a_connection_refused_while_a_call_is_written_moves_the_call_once(two: World, error: Exception) -> None:
+    """Whoever reads the channel finds the refusal, and has sent the call elsewhere before its writer hears of it."""
+    opened = two.adapter.open_channel
+
+    def open_channel(*args: Any, **options: Any) -> FakeChannel:
+        two.adapter.open_channel = opened  # type: ignore[method-assign]
+        channel = opened(*args, **options)
+        channel.opened = False
+
+        def send(message: Any) -> None:
+            channel.break_off("nobody answers")
+            raise error
+
+        channel.send = send  # type: ignore[method-assign]
+        return channel
+
+    two.adapter.open_channel = open_channel  # type: ignore[method-assign]
+    slot = two.submit("a")
+    refused, other = two.adapter.channels
+    assert other.address != refused.address
+    assert len(other.of_type(Call)) == 1
+    assert not other.closed
+    assert two.counted() == {**IDLE, "in_flight": 1}
+    two.reply(other.address.removeprefix("fake:"))
+    assert slot.heard and (slot.error, slot.settled) == (None, 1)
+    two.home.fire()
+    assert len(two.adapter.channels) == 2
+    assert two.counted() == IDLE
+
+
 def test_calls_in_flight_die_when_the_next_one_finds_the_channel_broken(world: World) -> None:
     world.show(backend_entry("b", ["r1"], limit=5))
     first = world.submit("a")
