@@ -104,7 +104,7 @@ class Client:
                 raise EngineClosed(
                     f"the engine of this handle was shut down, or cannot be reached from here: {error}"
                 ) from error
-            subscription.lost(None, str(error))
+            subscription.seek(str(error))
         in_time = subscription.first.wait(_ATTACH_TIMEOUT_S) or (
             adapter.returns(control_address) and subscription.first.wait(_RETURN_TIMEOUT_S - _ATTACH_TIMEOUT_S)
         )

@@ -43,7 +43,9 @@ class Subscription:
         self._adapter = adapter
         self._control_address = control_address
         self._request = Control(Subscribe(ingress, worker_id))
-        self._channel: Channel | None = None
+        self._lock = threading.Lock()  # guards the next two, and that nothing is opened once `_ended` is set
+        self._channel: Channel | None = None  # the one that stands, as far as is known
+        self._seeking = False  # a thread looks for the next controller
         self._ended = threading.Event()
         self.first = threading.Event()
 
@@ -53,15 +55,28 @@ class Subscription:
         Raises:
             ChannelClosed: The controller is gone.
         """
-        channel = self._channel = self._adapter.open_channel(self._control_address, self, on_loop=False)
-        channel.send(self._request)
+        channel = self._adapter.open_channel(self._control_address, self, on_loop=False)
+        with self._lock:
+            ended = self._ended.is_set()
+            if not ended:
+                self._channel = channel
+        try:
+            if ended:
+                raise ChannelClosed("the client was closed")
+            channel.send(self._request)
+        except ChannelClosed:
+            self._forget(channel)
+            channel.close()
+            raise
         channel.watch()
 
     def end(self) -> None:
         """Hang up, for good."""
         self._ended.set()
-        if self._channel is not None:
-            self._channel.close()
+        with self._lock:
+            channel, self._channel = self._channel, None
+        if channel is not None:
+            channel.close()
 
     def received(self, channel: Channel, message: Message) -> None:
         """See `engine.adapter.ChannelListener.received`."""
@@ -71,27 +86,49 @@ class Subscription:
             self.first.set()
             try:
                 channel.send(Control(Applied(snapshot.version)))
-            except ChannelClosed as error:
-                self.lost(channel, str(error))
+            except ChannelClosed:
+                pass  # whoever reads the channel will find that, and say so
 
-    def lost(self, channel: Channel | None, reason: str) -> None:
+    def lost(self, channel: Channel, reason: str) -> None:
         """See `engine.adapter.ChannelListener.lost`: without its controller there is no engine."""
+        if self._forget(channel):
+            self.seek(reason)
+
+    def seek(self, reason: str) -> None:
+        """Look for the next controller; does nothing if that is being done, or one was found already.
+
+        Args:
+            reason: Why there is none, for those whose calls fail if there will be no other.
+        """
+        with self._lock:
+            if self._seeking or self._channel is not None:
+                return
+            self._seeking = True
         if not self._ended.is_set() and self._adapter.returns(self._control_address):
             threading.Thread(target=self._begin_again, args=(reason,), name="engine-subscribe", daemon=True).start()
         else:
             self._give_up(reason)
+
+    def _forget(self, channel: Channel) -> bool:
+        """Let go of a channel that broke; False if it is not the one that stands, so that it is nobody's loss."""
+        with self._lock:
+            stood = self._channel is channel
+            if stood:
+                self._channel = None
+        return stood
 
     def _begin_again(self, reason: str) -> None:
         while not self._ended.wait(_RETRY_S):
             try:
                 self.begin()
             except ChannelClosed:
-                if not self._adapter.returns(self._control_address):
-                    break
-            else:
-                if self._ended.is_set():  # meanwhile
-                    self.end()
-                return
+                pass
+            with self._lock:
+                if self._channel is not None:  # else it was lost again meanwhile, and left to this thread
+                    self._seeking = False
+                    return
+            if not self._adapter.returns(self._control_address):
+                break
         self._give_up(reason)
 
     def _give_up(self, reason: str) -> None:

@@ -14,7 +14,7 @@ from fakes import FakeAdapter, FakeChannel, FakeStore, snapshot, until
 from harness import eventually
 
 from engine import Engine, errors, subscription
-from engine.adapter import Node, Resources, WorkerExit, WorkerSpec
+from engine.adapter import ChannelClosed, Node, Resources, WorkerExit, WorkerSpec
 from engine.backend_plan import BackendPlan, pack_target
 from engine.checkpoint import Checkpoint, KnownWorker, Picture
 from engine.client import Client
@@ -553,6 +553,99 @@ def test_a_caller_that_comes_while_there_is_no_controller_waits(monkeypatch: pyt
     client.close()
 
 
+def let_seekers_end() -> int:
+    """Wait until nobody looks for a controller any more; how many there were."""
+    seekers = [thread for thread in threading.enumerate() if thread.name == "engine-subscribe"]
+    for seeker in seekers:
+        seeker.join()
+    return len(seekers)
+
+
+def test_a_word_that_does_not_arrive_is_no_second_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reader of the channel tells of it, once; and a channel that was given up long ago is nobody's loss."""
+    adapter = Returning()
+    client, channel = subscribed(adapter, monkeypatch)
+    channel.raises = ChannelClosed("the peer is gone (Broken pipe)")
+    channel.answer(Control(Publish(snapshot(2))))
+    assert client.snapshot.version == 2
+    assert let_seekers_end() == 0
+    channel.break_off()
+    assert let_seekers_end() == 1
+    channel.break_off()
+    assert let_seekers_end() == 0
+    assert len(adapter.channels) == 2
+    client.close()
+    assert adapter.channels[1].closed
+
+
+@pytest.mark.usefixtures("leaves_nothing")
+@pytest.mark.parametrize("opened", ["first", "again"])
+@pytest.mark.parametrize("found", ["before it is known", "before it is asked", "afterwards"])
+def test_a_connection_refused_at_once_is_sought_again_once(
+    monkeypatch: pytest.MonkeyPatch, opened: str, found: str
+) -> None:
+    """The poller finds the refusal at any moment of the new channel's first ones."""
+    monkeypatch.setattr(subscription, "_RETRY_S", 0.01)
+    adapter = Returning()
+    original = adapter.open_channel
+    refused: list[FakeChannel] = []
+    most = 0
+
+    def open_channel(*args: Any, **options: Any) -> FakeChannel:
+        nonlocal most
+        most = max(most, sum(thread.name == "engine-subscribe" for thread in threading.enumerate()))
+        channel = original(*args, **options)
+        if len(adapter.channels) == (1 if opened == "first" else 2):
+            refused.append(channel)
+            send = channel.send
+
+            def refuse(message: Any) -> None:
+                if found == "afterwards":
+                    send(message)
+                channel.break_off("nobody answers")
+                if found == "before it is asked":
+                    send(message)
+
+            if found == "before it is known":
+                channel.break_off("nobody answers")
+            else:
+                channel.send = refuse  # type: ignore[method-assign]
+        return channel
+
+    adapter.open_channel = open_channel  # type: ignore[method-assign]
+    coming = attached(adapter)
+    expected = 2
+    if opened == "again":
+        expected = 3
+        first, *_ = eventually(lambda: adapter.channels)
+        eventually(lambda: first.watched)
+        first.break_off()
+    eventually(lambda: len(adapter.channels) >= expected and adapter.channels[-1].watched)
+    let_seekers_end()
+    assert len(adapter.channels) == expected
+    assert most == 1
+    adapter.channels[-1].answer(Control(Publish(snapshot(1001))))
+    client = coming.result(20)
+    client.close()
+    assert [channel.closed for channel in adapter.channels] == [True] * expected
+
+
+@pytest.mark.usefixtures("leaves_nothing")
+def test_a_caller_that_leaves_while_it_connects_closes_what_it_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = Returning()
+    client, channel = subscribed(adapter, monkeypatch)
+    original = adapter.open_channel
+
+    def open_channel(*args: Any, **options: Any) -> FakeChannel:
+        client.close()
+        return original(*args, **options)
+
+    adapter.open_channel = open_channel  # type: ignore[method-assign]
+    channel.break_off()
+    assert let_seekers_end() == 1
+    assert [(one.closed, one.sent) for one in adapter.channels[1:]] == [(True, [])]
+
+
 @pytest.mark.usefixtures("leaves_nothing")
 @pytest.mark.parametrize("why", ["there is none", "it is shut down meanwhile", "it does not come"])
 def test_a_caller_that_comes_too_late(monkeypatch: pytest.MonkeyPatch, why: str) -> None:
@@ -576,10 +669,7 @@ def test_a_caller_that_has_left_looks_for_no_controller(monkeypatch: pytest.Monk
     monkeypatch.setattr(subscription, "_RETRY_S", 0.2)
     channel.break_off()
     client.close()
-    seekers = [thread for thread in threading.enumerate() if thread.name == "engine-subscribe"]
-    for seeker in seekers:
-        seeker.join()
-    assert seekers
+    assert let_seekers_end() == 1
     assert len(adapter.channels) == 1
 
 
