@@ -82,6 +82,7 @@ class Controller:
         self._ingresses = IngressFleet(engine_id, adapter, self._workers, http)
         self._checkpoint = Checkpoint(adapter.store)
         self._background: set[asyncio.Task[None]] = set()
+        self._restoring = False  # what is held is not yet all there is: nothing is published, kept or refilled
         self._closing = False
 
     # -- AdapterEvents -----------------------------------------------------------------------------------------------
@@ -100,7 +101,7 @@ class Controller:
 
     def nodes_changed(self) -> None:
         """See `engine.adapter.AdapterEvents.nodes_changed`."""
-        if not self._closing:
+        if not self._closing and not self._restoring:
             self._spawn(self._refill_ingresses())
 
     # -- life ----------------------------------------------------------------------------------------------------------
@@ -115,6 +116,7 @@ class Controller:
             self._publish()  # now that it is known that there was no other
 
     async def _restore(self, picture: Picture, plans: dict[str, BackendPlan]) -> None:
+        self._restoring = True
         self._publisher.resume(picture.version)
         self._endpoints = dict(picture.endpoints)
         restoring = []
@@ -126,6 +128,7 @@ class Controller:
             restoring.append(self._ingresses.restore(*picture.ingresses))
         await asyncio.gather(*restoring)
         self._publish()
+        self._restoring = False
         for backend in self._backends.values():
             self._refill(backend)
         if picture.ingresses is not None:
@@ -358,6 +361,33 @@ class Controller:
         return endpoint
 
     def _publish(self) -> int:
+        """Keep the picture, then let it rule; returns its version.
+
+        Raises:
+            BaseException: Why the store did not keep it. Then it does not rule.
+        """
+        if not self._closing:
+            self._checkpoint.keep(self._picture())
+        return self._let_rule()
+
+    def _publish_anyway(self) -> None:
+        """As `_publish`, where nobody waits who could be told that the store is away: callers need the news."""
+        self._keep_if_possible()
+        self._let_rule()
+
+    def _keep_if_possible(self) -> None:
+        if self._closing:
+            return
+        try:
+            self._checkpoint.keep(self._picture())
+        except Exception as error:
+            _logger.error(
+                "the engine's state could not be kept, and goes on unkept until the next change: %r. "
+                "Should the controller die before that, the next one finds an older state",
+                error,
+            )
+
+    def _let_rule(self) -> int:
         backends = {}
         for tag, backend in self._backends.items():
             ready = [worker for worker in backend.replicas if worker.life is Life.READY]
@@ -369,8 +399,6 @@ class Controller:
                 expecting=backend.failed_starts < _HOPELESS_AFTER,
                 dead=tuple(backend.dead),
             )
-        if not self._closing:
-            self._checkpoint.keep(self._picture())
         return self._publisher.publish(dict(self._endpoints), backends)
 
     def _picture(self) -> Picture:
@@ -470,12 +498,14 @@ class Controller:
                 lived = time.monotonic() - worker.ready_at
                 _logger.warning("%s %s after %.1f s; replacing it", worker.spec.name, worker.exit_reason, lived)
                 backend.failed_starts = 0 if lived > _STABLE_S else backend.failed_starts + 1
-                self._publish()
-                self._refill(backend)
+                if not self._restoring:
+                    self._publish_anyway()
+                    self._refill(backend)
                 return
         if self._ingresses.forget(worker):
             _logger.warning("%s %s; replacing it", worker.spec.name, worker.exit_reason)
-            self._spawn(self._refill_ingresses())
+            if not self._restoring:
+                self._spawn(self._refill_ingresses())
 
     def _refill(self, backend: _Backend) -> None:
         if len(backend.replicas) < backend.config.num_replicas:
@@ -491,7 +521,7 @@ class Controller:
                 _logger.error("an ingress could not be started: %r", error)
             await asyncio.sleep(delay)
             delay = min(_LONGEST_BACKOFF_S, 2 * delay)
-        self._checkpoint.keep(self._picture())
+        self._keep_if_possible()
 
     async def _replace_replicas(self, backend: _Backend) -> None:
         while True:
@@ -506,7 +536,7 @@ class Controller:
                 except Exception as error:
                     backend.failed_starts += 1
                     _logger.error("backend %r: a replica could not be replaced: %r", backend.plan.tag, error)
-                self._publish()
+                self._publish_anyway()
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
@@ -233,6 +234,75 @@ async def test_nothing_rules_elsewhere_until_everything_came_back_or_is_certain_
         assert first.version > one.version
         assert first.endpoints == one.client.snapshot.endpoints
         assert [replica.replica_id for replica in first.backends["a"].replicas] == ["a#2"]
+
+
+@on_loop
+async def test_what_dies_while_the_rest_has_yet_to_come_back_is_replaced_afterwards(platform: Platform) -> None:
+    """Else callers would lose the replicas that are still to come back, and the next controller never hear of them."""
+    one = await furnished(platform)
+    platform.silent.add("a#1")
+    two = platform.controller()
+    starting = asyncio.ensure_future(two.started())
+    caller = two.subscribe()
+
+    async def seen() -> tuple[list[str], list[str]]:
+        statistics = await two.controller.statistics([])
+        return [*statistics["backends"].get("b", {}).get("replicas", {})], sorted(statistics["ingresses"])
+
+    while await seen() != (["b#1"], ["ingress#1", "ingress#2"]):
+        await asyncio.sleep(0)
+    platform.store.log.clear()
+    two.die("b#1", "was killed by SIGKILL")
+    two.die("ingress#1", "was killed by SIGKILL")
+    two.controller.nodes_changed()
+    while await seen() != ([], ["ingress#2"]):
+        await asyncio.sleep(0)
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert (published(caller), platform.store.log, two.adapter.started) == ([], [], [])
+    two.die("a#1", "did not come back to the controller")
+    await starting
+    assert platform.store.log == ["picture"]
+    (first,) = published(caller)
+    assert first.endpoints == one.client.snapshot.endpoints
+    entries = first.backends
+    assert {tag: [replica.replica_id for replica in entry.replicas] for tag, entry in entries.items()} == {
+        "a": ["a#2"],
+        "b": [],
+    }
+    assert {tag: entry.dead for tag, entry in entries.items()} == {"a": ("a#1",), "b": ("b#1",)}
+    await until(lambda: two.replicas("a") == ["a#2", "a#3"] and two.replicas("b") == ["b#2"])
+    await until(lambda: "ingress#3" in platform.alive)
+    assert two.ids(two.adapter.started) == ["a#3", "b#2", "ingress#3"]
+
+
+def test_without_its_store_a_controller_goes_on_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    def away(name: str, state: bytes) -> None:
+        raise ConnectionError("the control plane is away")
+
+    def unkept() -> list[logging.LogRecord]:
+        return [record for record in caplog.records if "could not be kept" in record.message]
+
+    async def go_on(platform: Platform) -> None:
+        one = await furnished(platform)
+        save, platform.store.save = platform.store.save, away  # type: ignore[method-assign]
+        one.die("b#1", "was killed by SIGKILL")
+        one.die("ingress#1", "was killed by SIGKILL")
+        await until(lambda: one.replicas("b") == ["b#2"] and "ingress#3" in platform.alive)
+        # when the replica died, when it was replaced, and when the ingress was
+        await until(lambda: len(unkept()) == 3)
+        logged = unkept()
+        assert {record.levelname for record in logged} == {"ERROR"}
+        assert "the control plane is away" in logged[0].message
+        with pytest.raises(ConnectionError, match="the control plane is away"):
+            await one.controller.create_endpoint(endpoint("g", "b"))
+        platform.store.save = save  # type: ignore[method-assign]
+        await one.controller.set_traffic("f", {"a": 1.0})
+        two = await platform.controller().started()
+        assert two.ids(two.adapter.adopted) == ["a#1", "a#2", "b#2", "ingress#2", "ingress#3"]
+
+    asyncio.run(asyncio.wait_for(go_on(Platform()), 20))
+    assert "replacing a worker failed" not in caplog.text
 
 
 @on_loop
