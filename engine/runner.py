@@ -32,6 +32,8 @@ class Runner:
         self._ready = threading.Event()
         self._lock = threading.Lock()  # guards `_closed`, so that nothing is handed to a loop that ends
         self._closed = False
+        self._stop_lock = threading.RLock()  # held by who stops; a signal handler may stop what its thread is stopping
+        self._stopped = False  # or about to be: only who holds the lock touches it
         self._failure: BaseException | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping: asyncio.Event
@@ -81,12 +83,21 @@ class Runner:
             raise
 
     def stop(self, grace_s: float) -> None:
-        """Shut the controller down and end the thread (idempotent)."""
+        """Shut the controller down and end the thread (idempotent).
+
+        Who comes while another thread does it waits for that; within itself, as in a signal handler, it does nothing.
+        """
+        self._ready.wait()
+        with self._stop_lock:
+            if not self._stopped:
+                self._stopped = True
+                self._stop(grace_s)
+
+    def _stop(self, grace_s: float) -> None:
         import asyncio
 
-        self._ready.wait()
         loop = self._loop
-        if loop is None or self._closed:
+        if loop is None:
             self._thread.join()
             return
         try:

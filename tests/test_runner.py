@@ -1,12 +1,19 @@
-"""The controller's thread: what happens when it cannot start."""
+"""The controller's thread: what happens when it cannot start, and when more than one party stops it."""
 
 from __future__ import annotations
 
 import asyncio
+import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from fakes import FakeAdapter
 
 from engine import Engine, errors
+from engine.client import Client
+from engine.config import HTTPOptions
+from engine.runner import Runner
 
 
 def test_without_a_loop_there_is_an_error_and_an_end(monkeypatch, leaves_nothing):
@@ -20,3 +27,67 @@ def test_without_a_loop_there_is_an_error_and_an_end(monkeypatch, leaves_nothing
     engine.shutdown()
     with pytest.raises(errors.EngineClosed):
         engine.create_backend("b", len)
+
+
+@pytest.fixture
+def held():
+    """A runner whose adapter, when it is stopped, says so and waits for leave: ``(runner, stopping, leave, stops)``."""
+    stopping, leave, stops = threading.Event(), threading.Event(), []
+    adapter = FakeAdapter()
+
+    async def stop():
+        stops.append(adapter)
+        stopping.set()
+        await asyncio.to_thread(leave.wait, 20)
+
+    adapter.stop = stop
+    runner = Runner("e", adapter, Client("e", adapter), HTTPOptions.of(None))
+    runner.wait_started()
+    yield runner, stopping, leave, stops
+    leave.set()
+    runner.stop(0.0)
+
+
+def test_two_that_stop_at_once_both_wait_for_the_end(held, monkeypatch):
+    runner, stopping, leave, stops = held
+    second_is_at_it = threading.Event()
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(runner.stop, 0.0)
+        assert stopping.wait(20)
+        wait = runner._ready.wait
+        monkeypatch.setattr(runner._ready, "wait", lambda: (wait(), second_is_at_it.set()))
+        second = pool.submit(runner.stop, 0.0)
+        assert second_is_at_it.wait(20)
+        assert not second.done()
+        leave.set()
+        assert first.result(20) is second.result(20) is None
+    assert len(stops) == 1
+    assert not runner._thread.is_alive()
+
+
+def test_a_signal_handler_may_stop_what_its_thread_is_stopping(held):
+    runner, stopping, leave, stops = held
+    main = threading.get_ident()
+    handled = []
+
+    def handler(*_):
+        runner.stop(0.0)
+        handled.append(True)
+        leave.set()
+
+    def interrupt():
+        stopping.wait(20)
+        signal.pthread_kill(main, signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, handler)
+    interrupting = threading.Thread(target=interrupt)
+    try:
+        interrupting.start()
+        runner.stop(0.0)
+        interrupting.join()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert handled == [True]
+    assert len(stops) == 1
+    with pytest.raises(errors.EngineClosed):
+        runner.run("list_backends")
