@@ -94,7 +94,11 @@ class Engine:
         adapter = _adapter_of(backend)
         engine = cls.__new__(cls)
         runner = engine._attach(name, adapter, adapter.detach(name, None))
-        engine._http = runner.http_options()
+        try:
+            engine._http = runner.http_options()
+        except BaseException:
+            engine._close(runner.leave)
+            raise
         return engine
 
     def _attach(self, name: str, adapter: Adapter, controller: RemoteController) -> RemoteRunner:
@@ -104,6 +108,7 @@ class Engine:
         try:
             self._client = Client.subscribe(self._id, adapter, controller.control_address)
         except BaseException:
+            self._unhook()
             controller.leave(ended=False)
             raise
         self._detached = True
@@ -120,6 +125,11 @@ class Engine:
         self._shutdown_lock = threading.RLock()  # a signal handler may shut down what is shutting down
         register_connector(self._id, adapter)
         atexit.register(self._at_exit)
+
+    def _unhook(self) -> None:
+        """Take back what `_set_up` left with this process."""
+        unregister_connector(self._id)
+        atexit.unregister(self._at_exit)
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "open"
@@ -369,8 +379,7 @@ class Engine:
             try:
                 finish()
             finally:
-                unregister_connector(self._id)
-                atexit.unregister(self._at_exit)
+                self._unhook()
 
     def _leave(self, timeout_s: float) -> None:
         """Shut down; or, if the engine is detached, let go of it."""

@@ -8,13 +8,14 @@ import threading
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from fakes import FakeAdapter, FakeChannel, FakeStore, snapshot, until
 from harness import eventually
 
-from engine import Engine, errors, subscription
+from engine import Engine, connectors, errors, subscription
 from engine.adapter import ChannelClosed, Node, Resources, WorkerExit, WorkerSpec
 from engine.backend_plan import BackendPlan, pack_target
 from engine.checkpoint import Checkpoint, KnownWorker, Picture
@@ -741,6 +742,52 @@ def test_a_caller_that_has_left_looks_for_no_controller(monkeypatch: pytest.Monk
     client.close()
     assert let_seekers_end() == 1
     assert len(adapter.channels) == 1
+
+
+# -- applications that come later ------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("leaves_nothing")
+@pytest.mark.parametrize("fails", ["the subscription", "the first operation", "nothing"])
+def test_an_application_that_cannot_take_an_engine_over_keeps_nothing_of_it(
+    monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    hooks: list[Any] = []
+    at_exit = SimpleNamespace(register=hooks.append, unregister=hooks.remove)
+    monkeypatch.setattr("engine.engine.atexit", at_exit)
+    remote = Remote()
+    adapter = FakeAdapter(unreachable={"controller"} if fails == "the subscription" else set())
+    adapter.detach = lambda name, http: remote  # type: ignore[method-assign]
+    opened = adapter.open_channel
+
+    def open_channel(*args: Any, **options: Any) -> FakeChannel:
+        channel = opened(*args, **options)
+        channel.on_send = lambda message: (
+            channel.answer(Control(Publish(snapshot(1)))) if isinstance(message.body, Subscribe) else None
+        )
+        return channel
+
+    def answer(operation: str, args: Any, kwargs: Any) -> bytes:
+        if fails != "nothing":
+            raise errors.EngineClosed("it was shut down meanwhile")
+        return dumps((HTTP, None, 1), "it")
+
+    adapter.open_channel = open_channel  # type: ignore[method-assign]
+    remote.answer = answer
+    if fails == "nothing":
+        engine = Engine.connect("n", backend=adapter)
+        (hook,) = hooks
+        hook()
+        with pytest.raises(errors.EngineClosed):
+            engine.list_backends()
+    else:
+        with pytest.raises(errors.EngineClosed):
+            Engine.connect("n", backend=adapter)
+    assert hooks == []
+    assert "e" not in connectors._connectors
+    assert Client.find("e") is None
+    assert remote.left == [False]
+    assert [channel.closed for channel in adapter.channels] == [True] * (fails != "the subscription")
 
 
 # -- adapters whose engines end with their process -------------------------------------------------------------------
