@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 from .adapter import RemoteController
@@ -13,6 +14,8 @@ from .serialization import dumps, loads, unpack_exception
 __all__ = ["RemoteRunner"]
 
 _APPLIED_TIMEOUT_S = 10.0
+_RETRY_S = 0.2
+"""Between tries while there is no controller: it takes seconds to start again, and each try costs the platform."""
 _REPEATABLE = frozenset(
     {
         "get_backend_config",
@@ -40,6 +43,7 @@ class RemoteRunner:
     def __init__(self, controller: RemoteController, client: Client) -> None:
         self._controller = controller
         self._client = client
+        self._left = threading.Event()
 
     def wait_started(self) -> None:
         """Nothing to wait for: the controller was there before."""
@@ -48,7 +52,7 @@ class RemoteRunner:
         """Have the controller do something and wait for it; this process then sees what it changed.
 
         Raises:
-            errors.EngineClosed: The engine was shut down.
+            errors.EngineClosed: The engine was shut down, or let go of meanwhile.
             errors.RetryLater: The controller died meanwhile, and may or may not have done it.
             BaseException: What the operation raised.
         """
@@ -60,6 +64,8 @@ class RemoteRunner:
             except RetryLater:
                 if operation not in _REPEATABLE:
                     raise
+                if self._left.wait(_RETRY_S):
+                    raise EngineClosed("the engine was let go while its controller was away") from None
         result, error, version = loads(outcome)
         if error is not None:
             raise unpack_exception(error)
@@ -87,5 +93,6 @@ class RemoteRunner:
 
     def leave(self, *, ended: bool = False) -> None:
         """Let go of the engine, which goes on unless it has ended."""
+        self._left.set()
         self._client.close()
         self._controller.leave(ended=ended)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +17,7 @@ import pytest
 from fakes import FakeAdapter, FakeChannel, FakeStore, snapshot, until
 from harness import eventually
 
-from engine import Engine, connectors, errors, subscription
+from engine import Engine, connectors, errors, remote_runner, subscription
 from engine.adapter import ChannelClosed, Node, Resources, WorkerExit, WorkerSpec
 from engine.backend_plan import BackendPlan, pack_target
 from engine.checkpoint import Checkpoint, KnownWorker, Picture
@@ -429,11 +431,13 @@ class Remote:
     def __init__(self, deaths: int = 0) -> None:
         self.deaths = deaths
         self.asked: list[str] = []
+        self.asked_at: list[float] = []  # monotonic seconds
         self.left: list[bool] = []
         self.answer: Callable[[str, Any, Any], bytes] = lambda operation, args, kwargs: dumps((None, None, 0), "it")
 
     def run(self, operation: str, arguments: bytes) -> bytes:
         self.asked.append(operation)
+        self.asked_at.append(time.monotonic())
         if self.deaths:
             self.deaths -= 1
             raise RetryLater("the controller died")
@@ -475,7 +479,8 @@ OPERATIONS = {
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_what_is_repeated_when_the_controller_dies(operation: str) -> None:
+def test_what_is_repeated_when_the_controller_dies(monkeypatch: pytest.MonkeyPatch, operation: str) -> None:
+    monkeypatch.setattr(remote_runner, "_RETRY_S", 0.01)
     remote, client = Remote(deaths=2), Waited()
     runner = RemoteRunner(remote, client)
     if operation in _REPEATABLE:
@@ -485,6 +490,47 @@ def test_what_is_repeated_when_the_controller_dies(operation: str) -> None:
         with pytest.raises(RetryLater, match="the controller died"):
             runner.run(operation, *OPERATIONS[operation])
         assert remote.asked == [operation]
+
+
+def test_between_tries_there_is_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A controller takes seconds to come back, and each try costs the platform."""
+    assert remote_runner._RETRY_S >= 0.1
+    monkeypatch.setattr(remote_runner, "_RETRY_S", 0.05)
+    remote = Remote(deaths=3)
+    RemoteRunner(remote, Waited()).run("list_backends")
+    assert [later - earlier > 0.04 for earlier, later in pairwise(remote.asked_at)] == [True] * 3
+
+
+@pytest.mark.parametrize("how", ["shut down", "let go"])
+def test_tries_end_with_the_engine(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    if how == "shut down":
+        monkeypatch.setattr(remote_runner, "_RETRY_S", 0.01)
+    else:
+        monkeypatch.setattr(remote_runner, "_RETRY_S", 20.0)  # of which nothing must be waited for
+    remote, client = Remote(deaths=2 if how == "shut down" else 1000), Waited()
+    runner = RemoteRunner(remote, client)
+
+    def answer(operation: str, args: Any, kwargs: Any) -> bytes:
+        raise errors.EngineClosed("the engine was shut down")
+
+    remote.answer = answer
+    trying: Future[Any] = Future()
+
+    def try_it() -> None:
+        try:
+            trying.set_result(runner.run("list_backends"))
+        except BaseException as error:
+            trying.set_exception(error)
+
+    thread = threading.Thread(target=try_it)
+    thread.start()
+    if how == "let go":
+        eventually(lambda: remote.asked)
+        runner.leave()
+    with pytest.raises(errors.EngineClosed, match=how):
+        trying.result(10)
+    thread.join()
+    assert len(remote.asked) == (3 if how == "shut down" else 1)
 
 
 def test_only_what_can_be_done_twice_is_repeated() -> None:
