@@ -339,7 +339,10 @@ class Adapter(Protocol):
         """Release what `open_channel` needs in this process (threads, wake-up descriptors)."""
 
     async def stop(self) -> None:
-        """Kill what still runs, reap it and release everything `start` took (idempotent)."""
+        """Kill what still runs, reap it and release everything `start` took (idempotent).
+
+        With a store, it is called after a failed `start`, too, and ends what a former controller of the engine left.
+        """
 
 
 class WorkerHost(Protocol):

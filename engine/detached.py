@@ -36,7 +36,11 @@ class DetachedController:
         self._runner = Runner(engine_id, adapter, self._client, http)
 
     def wait_started(self) -> None:
-        """Wait for the controller; raises what kept it from starting."""
+        """Wait for the controller; raises what kept it from starting.
+
+        Then only ``"stop"`` works, which has the adapter clear what a former controller left. Whoever runs this may
+        also let the process end, for the platform to start it again.
+        """
         self._runner.wait_started()
 
     def run(self, operation: str, arguments: bytes) -> bytes:
@@ -52,7 +56,8 @@ class DetachedController:
         """
         try:
             args, kwargs = loads(arguments)
-            self._runner.wait_started()
+            if operation != "stop":  # also an engine whose controller cannot start can be shut down
+                self._runner.wait_started()
             result = self._do(operation, args, kwargs)
             return dumps((result, None, self._client.snapshot.version), "the result")
         except BaseException as error:

@@ -29,6 +29,7 @@ class Runner:
 
     def __init__(self, engine_id: str, adapter: Adapter, client: Client, http: HTTPOptions) -> None:
         self.controller: Controller
+        self._adapter = adapter
         self._ready = threading.Event()
         self._lock = threading.Lock()  # guards `_closed`, so that nothing is handed to a loop that ends
         self._closed = False
@@ -83,7 +84,7 @@ class Runner:
             raise
 
     def stop(self, grace_s: float) -> None:
-        """Shut the controller down and end the thread (idempotent).
+        """Shut the controller down and end the thread (idempotent). If it could not start, what it found is cleared up.
 
         Who comes while another thread does it waits for that; within itself, as in a signal handler, it does nothing.
         """
@@ -101,14 +102,22 @@ class Runner:
             self._thread.join()
             return
         try:
-            if self._failure is None:
-                future = asyncio.run_coroutine_threadsafe(self.controller.shutdown(grace_s), loop)
-                future.result(grace_s + _SHUTDOWN_MARGIN_S)
+            future = asyncio.run_coroutine_threadsafe(self._shut_down(grace_s), loop)
+            future.result(grace_s + _SHUTDOWN_MARGIN_S)
         finally:
             with self._lock:
                 self._closed = True
                 loop.call_soon_threadsafe(self._stopping.set)
             self._thread.join()
+
+    async def _shut_down(self, grace_s: float) -> None:
+        if self._failure is None:
+            await self.controller.shutdown(grace_s)
+        elif self._adapter.store is not None:
+            # What a former controller left there, workers included, is nobody else's to clear. An adapter without a
+            # store has cleared up when it could not start, and may be another engine's.
+            await self._adapter.stop()
+            self._adapter.close()
 
     def _main(self, engine_id: str, adapter: Adapter, client: Client, http: HTTPOptions) -> None:
         try:

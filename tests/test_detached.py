@@ -419,6 +419,43 @@ def test_the_operations_that_are_no_methods_of_the_controller(detached: Any) -> 
     assert do(detached, "http_options")[0] == HTTP
 
 
+@pytest.mark.usefixtures("leaves_nothing")
+@pytest.mark.parametrize("fails", ["the adapter", "the store", "the adoption"])
+def test_an_engine_whose_next_controller_cannot_start_can_be_shut_down(fails: str) -> None:
+    platform = Platform()
+    Checkpoint(platform.store).keep_backend(plan("b"))
+    Checkpoint(platform.store).keep(PICTURE)
+    adapter = FakeAdapter(store=platform.store)
+    ended: list[str] = []
+
+    async def failing(*args: Any) -> None:
+        raise ConnectionError("the control plane is away")
+
+    def away() -> dict[str, bytes]:
+        raise ConnectionError("the control plane is away")
+
+    async def stop() -> None:
+        ended.append("stop")
+
+    if fails == "the adapter":
+        adapter.start = failing  # type: ignore[method-assign]
+    elif fails == "the store":
+        platform.store.load = away  # type: ignore[method-assign]
+    else:
+        adapter.adopt_worker = failing  # type: ignore[method-assign]
+    adapter.stop = stop  # type: ignore[method-assign]
+    adapter.close = lambda: ended.append("close")  # type: ignore[method-assign]
+    controller = DetachedController("e", adapter, HTTP)
+    with pytest.raises(ConnectionError, match="the control plane is away"):
+        controller.wait_started()
+    _, error, _ = do(controller, "list_backends")
+    assert isinstance(unpack_exception(error), ConnectionError)
+    for _ in range(2):
+        assert do(controller, "stop", 0.0)[:2] == (None, None)
+    assert ended == ["stop", "close"]
+    assert "picture" in platform.store.rows  # it is the adapter's to clear
+
+
 # -- the application's side ------------------------------------------------------------------------------------------
 
 

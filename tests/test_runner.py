@@ -91,3 +91,22 @@ def test_a_signal_handler_may_stop_what_its_thread_is_stopping(held):
     assert len(stops) == 1
     with pytest.raises(errors.EngineClosed):
         runner.run("list_backends")
+
+
+def test_an_adapter_that_is_another_engines_is_left_alone(leaves_nothing):
+    """Else a mistaken second use of an adapter ended the first engine."""
+    adapter = FakeAdapter()
+    ended = []
+
+    async def start(engine_id, events):
+        raise errors.InvalidArgument("this adapter already serves an engine")
+
+    async def stop():
+        ended.append(adapter)
+
+    adapter.start, adapter.stop, adapter.close = start, stop, lambda: ended.append(adapter)
+    runner = Runner("e", adapter, Client("e", adapter), HTTPOptions.of(None))
+    with pytest.raises(errors.InvalidArgument):
+        runner.wait_started()
+    runner.stop(0.0)
+    assert ended == []
