@@ -248,18 +248,21 @@ async def test_what_dies_while_the_rest_has_yet_to_come_back_is_replaced_afterwa
     starting = asyncio.ensure_future(two.started())
     caller = two.subscribe()
 
-    async def seen() -> tuple[list[str], list[str]]:
-        statistics = await two.controller.statistics([])
-        return [*statistics["backends"].get("b", {}).get("replicas", {})], sorted(statistics["ingresses"])
+    async def until_seen(*expected: list[str]) -> None:
+        for _ in range(1000):
+            there = await two.controller.statistics([])
+            replicas = there["backends"].get("b", {}).get("replicas", {})
+            if ([*replicas], sorted(there["ingresses"])) == expected:
+                return
+            await asyncio.sleep(0)
+        pytest.fail(f"still {there}")
 
-    while await seen() != (["b#1"], ["ingress#1", "ingress#2"]):
-        await asyncio.sleep(0)
+    await until_seen(["b#1"], ["ingress#1", "ingress#2"])
     platform.store.log.clear()
     two.die("b#1", "was killed by SIGKILL")
     two.die("ingress#1", "was killed by SIGKILL")
     two.controller.nodes_changed()
-    while await seen() != ([], ["ingress#2"]):
-        await asyncio.sleep(0)
+    await until_seen([], ["ingress#2"])
     for _ in range(10):
         await asyncio.sleep(0)
     assert (published(caller), platform.store.log, two.adapter.started) == ([], [], [])
