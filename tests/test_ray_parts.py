@@ -860,3 +860,49 @@ def test_the_names_are_there_when_they_are_used() -> None:
     with pytest.raises(AttributeError, match="'engine_ray' has no attribute 'Nothing'"):
         _ = engine_ray.Nothing
     assert isinstance(watched.WatchedWorker, type)
+
+
+# -- the controller's adapter ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("detached", [False, True])
+def test_a_start_that_fails_ends_only_an_engine_that_ends_with_it(
+    kv: FakeKV, monkeypatch: pytest.MonkeyPatch, detached: bool
+) -> None:
+    """A detached engine has workers that wait for its next controller, which finds the engine by its entry."""
+    monkeypatch.setattr("engine_ray.cluster.connection.join", lambda address, options: False)
+    monkeypatch.setattr("engine_ray.cluster.listen_everywhere", lambda name: ([], ()))
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+
+    def failing(adapter: Any) -> Any:
+        raise ConnectionError("the control plane is away")
+
+    monkeypatch.setattr(ClusterAdapter, "_look_for_nodes", failing)
+    adapter: ClusterAdapter
+    if detached:
+        from engine_ray.detached import DetachedAdapter
+        from engine_ray.order import Surroundings
+
+        adapter = DetachedAdapter("e", {}, Surroundings.here())
+    else:
+        adapter = ClusterAdapter(None, {}, {})
+    Registry("e").put(Entry(b"a secret of some length", "", CONTROLLER))
+
+    async def start() -> None:
+        with pytest.raises(ConnectionError):
+            await adapter.start("e", FakeEvents())
+
+    asyncio.run(start())
+    assert (Registry("e").get() is not None) is detached
+
+
+class FakeEvents:
+    """Hears nothing."""
+
+    def worker_said(self, worker_id: str, body: Any) -> None: ...
+
+    def worker_exited(self, exit: Any) -> None: ...
+
+    def peer_connected(self, channel: Any) -> Any: ...
+
+    def nodes_changed(self) -> None: ...

@@ -124,8 +124,11 @@ class ClusterAdapter(RayCaller):
             address = Address(engine_id, self.node_id(), (*sockets, f"gcs:{connected_cluster()}"))
             self.control_address = await asyncio.to_thread(self._announce, registry, str(address))
         except BaseException:
-            if self._running is not None:
+            if self._running is not None and self.store is None:
                 await self.stop()
+            elif self._running is not None:  # the engine is not over: the next controller takes it up
+                self._running.acceptor.close()
+                self._running = None
             elif connected:
                 connection.leave()
             raise

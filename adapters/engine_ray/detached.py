@@ -241,6 +241,7 @@ def create_controller(
         ray.get(actor.identify.remote())
     except BaseException:
         ray.kill(actor)
+        Registry(engine_id).clear()
         raise
     return RayController(actor, engine_id, adapter)
 
