@@ -269,7 +269,8 @@ class Controller:
         self._endpoints[entry.name] = entry
         if entry.route is not None:
             try:
-                await self._ingresses.ensure_started()
+                if not await self._ingresses.ensure_started():
+                    self._spawn(self._refill_ingresses())
             except BaseException:
                 if self._endpoints.get(entry.name) is entry:
                     del self._endpoints[entry.name]
@@ -515,8 +516,8 @@ class Controller:
         delay = _FIRST_BACKOFF_S
         while True:
             try:
-                await self._ingresses.refill()
-                break
+                if await self._ingresses.refill():
+                    break
             except Exception as error:
                 _logger.error("an ingress could not be started: %r", error)
             await asyncio.sleep(delay)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import defaultdict
 
 from .adapter import Adapter, Listen, Node, WorkerSpec
 from .checkpoint import KnownWorker
 from .config import HTTPOptions
+from .errors import BackendStartError
 from .ingress_server import load_server
 from .serialization import dumps_by_value
 from .workers import Life, Worker, Workers
 
 __all__ = ["IngressFleet"]
 
+_logger = logging.getLogger("engine.controller")
 _START_TIMEOUT_S = 60.0
 _ENTRY = "engine.ingress_worker:main"
 _SERVER = "hypercorn"
@@ -40,8 +43,8 @@ class IngressFleet:
         self._wanted = False
         self._count = 0
 
-    async def ensure_started(self) -> None:
-        """Have every ingress running (idempotent); returns when all of them serve.
+    async def ensure_started(self) -> bool:
+        """Have every ingress running (idempotent); returns when all of them serve, as `refill` does.
 
         Raises:
             errors.InvalidArgument: The address cannot be bound, or an option of the server is wrong.
@@ -51,16 +54,28 @@ class IngressFleet:
             self._wanted = True
             if self._http.location == "EveryNode":
                 self._adapter.watch_nodes()
-            await self.refill()
+            return await self.refill()
+        return True
 
-    async def refill(self) -> None:
-        """Start the ingresses that are missing; a node on which that takes long holds up no other."""
+    async def refill(self) -> bool:
+        """Start the ingresses that are missing; a node on which that takes long holds up no other.
+
+        Returns:
+            Whether all are there. On a node other than the first an ingress may fail to start because the node is about
+            to leave: that is no error of whoever wants an ingress, but to be tried again.
+        """
         nodes = [node.node_id for node in self._wanted_nodes()] if self._wanted else []
         outcomes = await asyncio.gather(*[self._refill_on(node_id) for node_id in nodes], return_exceptions=True)
         there = {node.node_id for node in self._wanted_nodes()}
+        complete = True
         for node_id, outcome in zip(nodes, outcomes, strict=True):
-            if outcome is not None and node_id in there:  # else the node left meanwhile
+            if outcome is None or node_id not in there:  # or the node left meanwhile
+                continue
+            if node_id == nodes[0] or not isinstance(outcome, BackendStartError):
                 raise outcome
+            _logger.warning("no ingress on node %s yet: %s", node_id, outcome)
+            complete = False
+        return complete
 
     async def _refill_on(self, node_id: str) -> None:
         async with self._locks[node_id]:

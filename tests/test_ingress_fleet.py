@@ -39,6 +39,8 @@ class Platform(FakeAdapter):
         state = self.there.get(str(spec.node_id))
         if state == "bad":
             raise errors.InvalidArgument(f"{spec.node_id} is bad")
+        if state == "dying":
+            asyncio.get_running_loop().call_soon(self.workers.worker_exited, WorkerExit(spec.worker_id, "died"))
         if state == "sound":
             asyncio.get_running_loop().call_soon(self.workers.worker_said, spec.worker_id, Ready(""))
 
@@ -100,3 +102,19 @@ async def test_a_node_that_fails_is_told_of_unless_it_has_left() -> None:
     other = leaving.fleet()
     await other.ensure_started()
     assert served(other) == ["http://address of a:80"]
+
+
+async def test_a_node_that_is_about_to_leave_is_tried_again_later() -> None:
+    """Whoever creates an endpoint meanwhile has done nothing wrong."""
+    platform = Platform("a", "b")
+    platform.there["b"] = "dying"
+    fleet = platform.fleet()
+    assert await fleet.ensure_started() is False
+    assert served(fleet) == ["http://address of a:80"]
+    platform.there["b"] = "sound"
+    assert await fleet.refill() is True
+    assert served(fleet) == ["http://address of a:80", "http://address of b:80"]
+    first = Platform("a")
+    first.there["a"] = "dying"
+    with pytest.raises(errors.BackendStartError):
+        await first.fleet().ensure_started()

@@ -46,9 +46,10 @@ class RayConnector(WireConnector):
 
     def open_channel(self, address: str, listener: ChannelListener, *, on_loop: bool) -> Channel:
         """See `engine.adapter.Adapter.open_channel`."""
+        poller = self._poller  # of now: looking an address up takes a while, and `close` may come in between
         party = self.locate(address)
         channel = connect(
-            party.seen_from(self.node_id()), listener, on_loop=on_loop, poller=self._poller, secret=self.secret()
+            party.seen_from(self.node_id()), listener, on_loop=on_loop, poller=poller, secret=self.secret()
         )
         if address == self.control_address or is_symbolic(address):
             notice_silence(channel.sock)
