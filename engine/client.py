@@ -51,6 +51,7 @@ class Client:
         self._threads: Caller | None = None
         self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Caller] = weakref.WeakKeyDictionary()
         self._closed = False
+        self._owns_adapter = False
         self._subscription: Subscription | None = None  # to a controller in another process
         self._moved = threading.Condition()  # told whenever a snapshot came to rule
 
@@ -68,9 +69,18 @@ class Client:
 
     @classmethod
     def attach(
-        cls, engine_id: str, adapter: Adapter, control_address: str, *, ingress: bool = False, worker_id: str = ""
+        cls,
+        engine_id: str,
+        adapter: Adapter,
+        control_address: str,
+        *,
+        ingress: bool = False,
+        worker_id: str = "",
+        owns_adapter: bool = False,
     ) -> Client:
         """This process's client of an engine that another process created; subscribes if there is none here yet.
+
+        Such a client closes the adapter with itself if it owns it.
 
         Raises:
             errors.EngineClosed: The engine cannot be reached.
@@ -79,13 +89,27 @@ class Client:
             known = cls.find(engine_id)
             if known is not None:
                 return known
-            return cls.subscribe(engine_id, adapter, control_address, ingress=ingress, worker_id=worker_id)
+            return cls.subscribe(
+                engine_id,
+                adapter,
+                control_address,
+                ingress=ingress,
+                worker_id=worker_id,
+                owns_adapter=owns_adapter,
+            )
 
     @classmethod
     def subscribe(
-        cls, engine_id: str, adapter: Adapter, control_address: str, *, ingress: bool = False, worker_id: str = ""
+        cls,
+        engine_id: str,
+        adapter: Adapter,
+        control_address: str,
+        *,
+        ingress: bool = False,
+        worker_id: str = "",
+        owns_adapter: bool = False,
     ) -> Client:
-        """A further client of such an engine, with a life of its own.
+        """A further client of such an engine, with a life of its own. As `attach`.
 
         Raises:
             errors.EngineClosed: The engine cannot be reached.
@@ -93,6 +117,7 @@ class Client:
         from .subscription import Subscription
 
         client = cls(engine_id, adapter)
+        client._owns_adapter = owns_adapter
         subscription = client._subscription = Subscription(
             client, adapter, control_address, ingress=ingress, worker_id=worker_id
         )
@@ -208,6 +233,8 @@ class Client:
             # A loop that does not run now may never run again.
             if not (loop.is_running() and _on_loop(loop, caller.close, error)):
                 caller.close(error)
+        if self._owns_adapter:
+            self._adapter.close()
 
     def _drop_closed_loops(self) -> None:
         """Hang up for loops that ended: nobody calls from there any more, and nobody waits for what they called."""

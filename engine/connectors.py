@@ -25,11 +25,11 @@ def unregister_connector(engine_id: str) -> None:
         _connectors.pop(engine_id, None)
 
 
-def connector_for(engine_id: str, adapter_name: str) -> Adapter:
-    """The adapter that opens this engine's channels in this process."""
+def connector_for(engine_id: str, adapter_name: str) -> tuple[Adapter, bool]:
+    """The adapter that opens this engine's channels in this process, and whether it was made for whoever asks."""
     from .plugins import load_adapter
 
     with _lock:
         pid, known = _connectors.get(engine_id, (0, None))
     # A forked copy's threads and selectors are not its own: a handle passed on to it needs an adapter that is.
-    return known if known is not None and pid == os.getpid() else load_adapter(adapter_name)
+    return (known, False) if known is not None and pid == os.getpid() else (load_adapter(adapter_name), True)

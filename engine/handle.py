@@ -135,8 +135,8 @@ class _BaseHandle:
         if client is None:
             client = Client.find(self._engine_id)
             if client is None:
-                adapter = connector_for(self._engine_id, self._adapter_name)
-                client = Client.attach(self._engine_id, adapter, self._control_address)
+                adapter, made = connector_for(self._engine_id, self._adapter_name)
+                client = Client.attach(self._engine_id, adapter, self._control_address, owns_adapter=made)
             self._client = client
         if client.pid != os.getpid():
             raise EngineClosed(

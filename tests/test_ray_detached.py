@@ -173,7 +173,8 @@ def test_names(name: str) -> None:
     elsewhere = Engine(backend=RayAdapter(namespace="elsewhere"), name=name, detached=True, http_options=HTTP)
     assert elsewhere.list_backends() == engine.list_backends() == {}
     elsewhere.shutdown()
-    assert Engine.connect(name, backend="ray").list_endpoints() == {}
+    with Engine.connect(name, backend="ray") as connected:
+        assert connected.list_endpoints() == {}
     engine.shutdown()
     with Engine(backend="ray", name=name, detached=True, http_options=HTTP) as engine:  # the name is free again
         engine.shutdown()
