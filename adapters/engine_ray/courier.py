@@ -34,7 +34,10 @@ from .turns import Turns
 __all__ = ["NAMESPACE", "Courier", "courier_name", "end_courier", "find_courier"]
 
 NAMESPACE = "mpengine"
-"""Of the actors that belong to engines: found by name, whatever the namespace of the process that looks for them."""
+"""Of the actors that belong to engines: found by name, whatever the namespace of the process that looks for them.
+
+Also of the names of detached engines whose adapter names no other.
+"""
 _MAX_CALLS = 1_000_000
 """Calls at a time: as many as an async replica holds. The queues of the routers bound them, not this."""
 _LOOK_S = 0.02

@@ -24,7 +24,7 @@ from engine.errors import EngineClosed, InvalidArgument, RetryLater
 
 from .addresses import symbolic
 from .cluster import SECRET_BYTES, ClusterAdapter, connected_cluster
-from .courier import end_courier
+from .courier import NAMESPACE, end_courier
 from .order import Surroundings
 from .places import check_connected, trifle
 from .registry import Entry, Registry
@@ -33,8 +33,6 @@ __all__ = ["ControllerActor", "RayController", "create_controller", "find_contro
 
 _log = logging.getLogger("engine.ray")
 
-NAMESPACE = "mpengine"
-"""Of detached engines whose adapter names no other."""
 _INCARNATION = "~"
 """Between the id of a worker and that of the controller that started it, in the name of its actor."""
 _UNHEARD_S = 30.0
