@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import faulthandler
 import gc
 import http.client
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -26,6 +28,8 @@ from urllib.parse import urlsplit
 __all__ = ["Failed", "Process", "Record"]
 
 _ANSWER = "answer "
+_ANSWER_S = 60.0
+"""Longer than anything takes that a test asks for; who takes longer hangs, and says where."""
 _PAUSE_S = 0.002
 """Between two calls of one caller under load: on few processors the others need some, too."""
 
@@ -367,13 +371,18 @@ class Process:
 
     def answer(self) -> Any:
         """Wait for what a function gave."""
-        for line in self._process.stdout:
-            if line.startswith(_ANSWER):  # Ray has something to say there, too
-                answer = json.loads(line.removeprefix(_ANSWER))
-                if "error" in answer:
-                    raise Failed(answer["error"])
-                return answer["result"]
-        code = self._process.wait()
+        impatience = threading.Timer(_ANSWER_S, self._process.send_signal, [signal.SIGABRT])
+        impatience.start()
+        try:
+            for line in self._process.stdout:
+                if line.startswith(_ANSWER):  # Ray has something to say there, too
+                    answer = json.loads(line.removeprefix(_ANSWER))
+                    if "error" in answer:
+                        raise Failed(answer["error"])
+                    return answer["result"]
+            code = self._process.wait()
+        finally:
+            impatience.cancel()
         raise AssertionError(f"the process on {self.host} ended with exit code {code}:\n{self.log()}")
 
     def log(self) -> str:
@@ -389,6 +398,7 @@ class Process:
 
 
 def main() -> None:
+    faulthandler.enable()  # SIGABRT is the test's way to ask where this process hangs
     for line in sys.stdin:
         name, args, arguments = json.loads(line)
         try:
