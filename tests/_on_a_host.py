@@ -1,7 +1,7 @@
 """A process on a host, told line by line what to do: an application with an engine on Ray, or a client over HTTP.
 
-As a script it reads lines of JSON, ``["name of a function below", {arguments}]``, and answers each in turn by a line
-``answer {"result": ...}`` or ``answer {"error": "Type: message"}``. `Process` is the test's side.
+As a script it reads lines of JSON, ``["name of a function below", [arguments], {arguments}]``, and answers each in turn
+by a line ``{"result": ...}`` or ``{"error": "Type: message"}``. `Process` is the test's side.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from harness import take_stdout
+
 __all__ = ["Failed", "Process", "Record"]
 
-_ANSWER = "answer "
-_ANSWER_S = 60.0
+_ANSWER_S = 90.0
 """Longer than anything takes that a test asks for; who takes longer hangs, and says where."""
 _PAUSE_S = 0.002
 """Between two calls of one caller under load: on few processors the others need some, too."""
@@ -374,15 +375,15 @@ class Process:
         impatience = threading.Timer(_ANSWER_S, self._process.send_signal, [signal.SIGABRT])
         impatience.start()
         try:
-            for line in self._process.stdout:
-                if line.startswith(_ANSWER):  # Ray has something to say there, too
-                    answer = json.loads(line.removeprefix(_ANSWER))
-                    if "error" in answer:
-                        raise Failed(answer["error"])
-                    return answer["result"]
-            code = self._process.wait()
+            line = self._process.stdout.readline()
         finally:
             impatience.cancel()
+        if line:
+            answer = json.loads(line)
+            if "error" in answer:
+                raise Failed(answer["error"])
+            return answer["result"]
+        code = self._process.wait()
         raise AssertionError(f"the process on {self.host} ended with exit code {code}:\n{self.log()}")
 
     def log(self) -> str:
@@ -398,6 +399,7 @@ class Process:
 
 
 def main() -> None:
+    answers = take_stdout()
     faulthandler.enable()  # SIGABRT is the test's way to ask where this process hangs
     for line in sys.stdin:
         name, args, arguments = json.loads(line)
@@ -405,8 +407,7 @@ def main() -> None:
             answer = {"result": globals()[name](*args, **arguments)}
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}"}
-        sys.stdout.write(f"{_ANSWER}{json.dumps(answer)}\n")
-        sys.stdout.flush()
+        answers.write(f"{json.dumps(answer)}\n")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 T = TypeVar("T")
 
@@ -38,6 +38,17 @@ def eventually(condition: Callable[[], T], timeout_s: float = PATIENCE_S) -> T:
             raise AssertionError(f"still {value!r} after {timeout_s} s: {condition}")
         time.sleep(_POLL_S)
     return value
+
+
+def take_stdout() -> TextIO:
+    """This program's standard output, for its own lines alone: what anybody else prints goes to standard error now.
+
+    A library that prints from a thread writes a line and its end separately, and what the program says in between would
+    be lost to whoever reads line by line.
+    """
+    own = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    return own
 
 
 class Gate:

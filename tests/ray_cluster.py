@@ -13,6 +13,8 @@ import sys
 import tempfile
 from types import TracebackType
 
+from harness import take_stdout
+
 __all__ = ["ENVIRONMENT", "RayCluster", "why_not"]
 
 ENVIRONMENT = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
@@ -86,6 +88,7 @@ def main() -> None:
     """Be the cluster."""
     import ray
 
+    answers = take_stdout()
     os.setpgid(0, 0)  # a terminal's Ctrl-C is for the test run to handle
     ray.init(
         address="local",
@@ -95,8 +98,7 @@ def main() -> None:
         object_store_memory=200 * 1024 * 1024,
         _temp_dir=sys.argv[1],
     )
-    sys.stdout.write(f"{ray.get_runtime_context().gcs_address}\n")
-    sys.stdout.flush()
+    answers.write(f"{ray.get_runtime_context().gcs_address}\n")
     sys.stdin.read()
     ray.shutdown()
 

@@ -22,11 +22,12 @@ import json, os, sys, threading, time
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from engine import Engine, errors
 from engine_ray import RayAdapter
-from harness import eventually
+from harness import eventually, take_stdout
+
+answers = take_stdout()
 
 def say(value):
-    sys.stdout.write(json.dumps(value) + "\\n")
-    sys.stdout.flush()
+    answers.write(json.dumps(value) + "\\n")
 
 def hear():
     return json.loads(sys.stdin.readline())
@@ -63,13 +64,10 @@ class Driver(subprocess.Popen[str]):
     def hear(self) -> Any:
         """What it says next."""
         assert self.stdout is not None
-        for line in self.stdout:
-            if line[:1] in '[{"tfn0123456789-':  # Ray prints there, too
-                try:
-                    return json.loads(line)
-                except ValueError:
-                    continue
-        raise AssertionError(f"the program ended with exit code {self.wait()}")
+        line = self.stdout.readline()
+        if not line:
+            raise AssertionError(f"the program ended with exit code {self.wait()}")
+        return json.loads(line)
 
     def tell(self, value: Any) -> None:
         """Let it hear this."""

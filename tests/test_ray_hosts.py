@@ -22,8 +22,13 @@ pytestmark = [
     pytest.mark.usefixtures("leaves_nothing"),
 ]
 
-_DRIVER = """
-import ray, socket, sys, time
+_DRIVER = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import ray, socket, time
+from harness import take_stdout
+
+answers = take_stdout()
 
 def alive():
     return sorted(node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"])
@@ -35,10 +40,10 @@ class Place:
         return context.get_node_id(), ray.util.get_node_ip_address(), socket.gethostname()
 
 ray.init(sys.argv[1], log_to_driver=False)
-places = {host: Place.options(resources={host: 1}).remote() for host in ("host1", "host2")}
+places = {{host: Place.options(resources={{host: 1}}).remote() for host in ("host1", "host2")}}
 for command, host in map(str.split, sys.stdin):
     if command == "where":
-        print("answer", *ray.get(places[host].where.remote()), *alive(), flush=True)
+        print(*ray.get(places[host].where.remote()), *alive(), file=answers)
     else:
         try:
             ray.get(places[host].where.remote(), timeout=30)
@@ -46,7 +51,7 @@ for command, host in map(str.split, sys.stdin):
             pass
         while len(left := alive()) > 1:
             time.sleep(0.05)
-        print("answer", *left, flush=True)
+        print(*left, file=answers)
 """
 _ABANDON = """
 import sys
@@ -95,10 +100,9 @@ def ask(driver: subprocess.Popen[str], *words: str) -> list[str]:
 
 def answer(driver: subprocess.Popen[str]) -> list[str]:
     assert driver.stdout is not None
-    for line in driver.stdout:  # Ray announces the death of a node there, too
-        if line.startswith("answer "):
-            return line.split()[1:]
-    raise AssertionError(f"the driver ended with exit code {driver.wait()}")
+    line = driver.stdout.readline()
+    assert line, f"the driver ended with exit code {driver.wait()}"
+    return line.split()
 
 
 def say(driver: subprocess.Popen[str], *words: str) -> None:
