@@ -8,56 +8,32 @@ operations on different ones run side by side.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
-import time
-from collections import deque
 from collections.abc import Coroutine
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
-from .adapter import Adapter, Channel, ChannelListener, WorkerExit, WorkerSpec
+from .adapter import Adapter, Channel, ChannelListener, WorkerExit
 from .backend_plan import BackendPlan
-from .checkpoint import Checkpoint, KnownWorker, Picture
+from .backend_replicas import BackendReplicas
+from .backoff import backoff_s
+from .checkpoint import Checkpoint, Picture
 from .client import Client
 from .config import BackendConfig, HTTPOptions
+from .endpoint_table import EndpointTable
 from .errors import InvalidArgument
 from .ingress_fleet import IngressFleet
 from .publisher import Publisher
-from .replica_spec import ReplicaSpec
 from .serialization import dumps
-from .snapshot import BackendEntry, EndpointEntry, ReplicaEntry
-from .workers import Life, Worker, Workers
+from .snapshot import EndpointEntry
+from .workers import Worker, Workers
 
 __all__ = ["Controller"]
 
 _logger = logging.getLogger("engine.controller")
 
-_ENTRY = "engine.replica_worker:main"
 _APPLIED_TIMEOUT_S = 5.0
-_FIRST_BACKOFF_S = 0.1
-_LONGEST_BACKOFF_S = 10.0
-_STABLE_S = 10.0
-"""A replica that lived this long died of bad luck: the next one starts at once. Others wait longer and longer."""
-_KEPT_DEAD = 100
-"""Deaths that callers are told of: far more than happen between two snapshots that a caller gets."""
-_HOPELESS_AFTER = 3
-"""Failed starts in a row after which callers are told that there is no replica, rather than left waiting for one."""
-
-
-@dataclass
-class _Backend:
-    plan: BackendPlan
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    replicas: list[Worker] = field(default_factory=list)
-    started: int = 0  # numbers the replicas
-    failed_starts: int = 0  # in a row
-    dead: deque[str] = field(default_factory=lambda: deque(maxlen=_KEPT_DEAD))  # ids of replicas, the last ones
-    live: bool = False  # created: replicas that die are replaced
-    deleted: bool = False
-
-    @property
-    def config(self) -> BackendConfig:
-        return self.plan.config
 
 
 class Controller:
@@ -75,8 +51,8 @@ class Controller:
         self._adapter = adapter
         self._client = client
         self._http = http
-        self._backends: dict[str, _Backend] = {}
-        self._endpoints: dict[str, EndpointEntry] = {}
+        self._backends: dict[str, BackendReplicas] = {}
+        self._endpoints = EndpointTable({})
         self._workers = Workers(adapter, self._replace_worker)
         self._publisher = Publisher(client, silent=adapter.store is not None)
         self._ingresses = IngressFleet(engine_id, adapter, self._workers, http)
@@ -118,12 +94,12 @@ class Controller:
     async def _restore(self, picture: Picture, plans: dict[str, BackendPlan]) -> None:
         self._restoring = True
         self._publisher.resume(picture.version)
-        self._endpoints = dict(picture.endpoints)
+        self._endpoints = EndpointTable(picture.endpoints)
         restoring = []
         for tag, plan in plans.items():
             started, known = picture.replicas.get(tag, (0, ()))
-            backend = self._backends[tag] = _Backend(plan, started=started, live=True)
-            restoring.append(self._restore_replicas(backend, known))
+            backend = self._backends[tag] = self._new_backend(plan)
+            restoring.append(backend.restore(started, known))
         if picture.ingresses is not None:
             restoring.append(self._ingresses.restore(*picture.ingresses))
         await asyncio.gather(*restoring)
@@ -134,12 +110,6 @@ class Controller:
         if picture.ingresses is not None:
             self._spawn(self._refill_ingresses())
 
-    async def _restore_replicas(self, backend: _Backend, known: tuple[KnownWorker, ...]) -> None:
-        specs = [WorkerSpec(one.worker_id, one.name, _ENTRY, b"", resources=backend.plan.resources) for one in known]
-        workers = await asyncio.gather(*[self._workers.adopt(spec) for spec in specs])
-        backend.replicas = [worker for worker in workers if worker.life is Life.READY]
-        backend.dead += [worker.spec.worker_id for worker in workers if worker.life is not Life.READY]
-
     async def shutdown(self, grace_s: float) -> None:
         """Stop taking calls, give those in flight ``grace_s`` seconds, end every worker."""
         self._closing = True
@@ -149,13 +119,7 @@ class Controller:
         await self._ingresses.stop(grace_s)
         self._client.begin_close()
         self._publisher.publish({}, {})
-        await asyncio.gather(
-            *[
-                self._workers.drain(worker, min(grace_s, backend.config.graceful_shutdown_timeout_s))
-                for backend in self._backends.values()
-                for worker in backend.replicas
-            ]
-        )
+        await asyncio.gather(*[one.end(list(one.running), grace_s=grace_s) for one in self._backends.values()])
         self._client.close()
         await self._adapter.stop()
         self._adapter.close()
@@ -171,10 +135,10 @@ class Controller:
         """
         if plan.tag in self._backends:
             raise InvalidArgument(f"backend {plan.tag!r} exists already: choose another tag or delete it first")
-        backend = self._backends[plan.tag] = _Backend(plan)
+        backend = self._backends[plan.tag] = self._new_backend(plan)
         async with backend.lock:
             try:
-                await self._add_replicas(backend, plan.config.num_replicas)
+                await backend.add(plan.config.num_replicas)
             except BaseException:
                 backend.deleted = True
                 del self._backends[plan.tag]
@@ -198,14 +162,13 @@ class Controller:
             after = before.updated(changes)
             backend.plan.check(after)
             packed = dumps(after, f"config: user_config of backend {tag!r}")
-            await self._reconfigure(backend, before, after, packed)
+            await backend.reconfigure(after, packed)
             backend.plan = replace(backend.plan, config=after)
-            surplus = len(backend.replicas) - after.num_replicas
-            if surplus > 0:
-                await self._remove_replicas(backend, backend.replicas[-surplus:])
-            elif surplus < 0:
+            if backend.missing < 0:
+                await self._remove_replicas(backend, backend.running[backend.missing :])
+            elif backend.missing > 0:
                 try:
-                    await self._add_replicas(backend, -surplus)
+                    await backend.add(backend.missing)
                 except BaseException:
                     backend.plan = replace(backend.plan, config=replace(after, num_replicas=before.num_replicas))
                     self._checkpoint.keep_backend(backend.plan)
@@ -222,22 +185,13 @@ class Controller:
             InvalidArgument: It is unknown, or in use.
         """
         backend = self._backend(tag)
-        users = [
-            name
-            for name, endpoint in self._endpoints.items()
-            if any(tag == used for used, _ in endpoint.traffic + endpoint.shadows)
-        ]
-        if users:
-            raise InvalidArgument(
-                f"backend {tag!r} is in use by endpoint {', '.join(map(repr, users))}: "
-                "set_traffic (or shadow_traffic) to another backend, or delete the endpoint, first"
-            )
+        self._endpoints.check_unused(tag)
         backend.deleted = True
         async with backend.lock:
             if self._backends.get(tag) is backend:
                 del self._backends[tag]
                 self._checkpoint.drop_backend(tag)
-                await self._remove_replicas(backend, list(backend.replicas), force=force)
+                await self._remove_replicas(backend, list(backend.running), at_once=force)
 
     async def get_backend_config(self, tag: str) -> BackendConfig:
         """A backend's configuration.
@@ -259,21 +213,17 @@ class Controller:
         Raises:
             InvalidArgument: The name or the route is taken, or the backend is unknown.
         """
-        if entry.name in self._endpoints:
-            raise InvalidArgument(f"endpoint {entry.name!r} exists already: choose another name or delete it first")
+        endpoints = self._endpoints.with_new(entry)
         for tag, _ in entry.traffic:
             self._backend(tag)
-        for other in self._endpoints.values():
-            if entry.route is not None and entry.route == other.route:
-                raise InvalidArgument(f"route {entry.route!r} is taken by endpoint {other.name!r}")
-        self._endpoints[entry.name] = entry
+        self._endpoints = endpoints
         if entry.route is not None:
             try:
                 if not await self._ingresses.ensure_started():
                     self._spawn(self._refill_ingresses())
             except BaseException:
-                if self._endpoints.get(entry.name) is entry:
-                    del self._endpoints[entry.name]
+                if self._endpoints.holds(entry):
+                    self._endpoints = self._endpoints.without(entry.name)
                     self._publish()  # somebody else may have published it meanwhile
                 raise
         await self._publish_and_wait()
@@ -284,8 +234,7 @@ class Controller:
         Raises:
             InvalidArgument: It is unknown.
         """
-        self._endpoint(name)
-        del self._endpoints[name]
+        self._endpoints = self._endpoints.without(name)
         await self._publish_and_wait()
 
     async def set_traffic(self, name: str, weights: dict[str, float]) -> None:
@@ -294,10 +243,10 @@ class Controller:
         Raises:
             InvalidArgument: The endpoint or a backend is unknown.
         """
-        endpoint = self._endpoint(name)
+        endpoints = self._endpoints.with_traffic(name, weights)
         for tag in weights:
             self._backend(tag)
-        self._endpoints[name] = replace(endpoint, traffic=tuple(sorted(weights.items())))
+        self._endpoints = endpoints
         await self._publish_and_wait()
 
     async def shadow_traffic(self, name: str, tag: str, proportion: float) -> None:
@@ -306,16 +255,14 @@ class Controller:
         Raises:
             InvalidArgument: The endpoint or the backend is unknown.
         """
-        endpoint = self._endpoint(name)
+        endpoints = self._endpoints.with_shadow(name, tag, proportion)
         self._backend(tag)
-        shadows = {**dict(endpoint.shadows), tag: proportion}
-        kept = tuple(sorted((known, share) for known, share in shadows.items() if share > 0))
-        self._endpoints[name] = replace(endpoint, shadows=kept)
+        self._endpoints = endpoints
         await self._publish_and_wait()
 
     async def list_endpoints(self) -> dict[str, EndpointEntry]:
         """Every endpoint by name."""
-        return dict(self._endpoints)
+        return self._endpoints.entries()
 
     # -- looking at it -------------------------------------------------------------------------------------------------
 
@@ -326,15 +273,10 @@ class Controller:
     async def statistics(self, counts: list[dict[str, Any]]) -> dict[str, Any]:
         """Replicas by backend, and what the asking process's callers counted (`engine.client.Client.statistics`)."""
         backends = {
-            tag: {
-                "replicas": {worker.spec.worker_id: worker.life.value for worker in backend.replicas},
-                "queued": 0,
-                "in_flight": 0,
-                "dropped_copies": 0,
-            }
+            tag: {"replicas": backend.describe(), "queued": 0, "in_flight": 0, "dropped_copies": 0}
             for tag, backend in self._backends.items()
         }
-        endpoints: dict[str, dict[str, Any]] = {name: {"calls": 0} for name in self._endpoints}
+        endpoints: dict[str, dict[str, Any]] = {name: {"calls": 0} for name in self._endpoints.entries()}
         for counted in counts:
             for tag, numbers in counted["backends"].items():
                 for name, value in numbers.items():
@@ -347,19 +289,22 @@ class Controller:
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
-    def _backend(self, tag: str) -> _Backend:
+    def _new_backend(self, plan: BackendPlan) -> BackendReplicas:
+        return BackendReplicas(
+            self._engine_id,
+            self._adapter,
+            self._workers,
+            plan,
+            debug=self._http.debug,
+            changed=self._publish_anyway,
+        )
+
+    def _backend(self, tag: str) -> BackendReplicas:
         backend = self._backends.get(tag)
         if backend is None or not backend.live or backend.deleted:
             known = ", ".join(repr(other) for other, one in self._backends.items() if one.live) or "none"
             raise InvalidArgument(f"there is no backend {tag!r}; the backends are: {known}")
         return backend
-
-    def _endpoint(self, name: str) -> EndpointEntry:
-        endpoint = self._endpoints.get(name)
-        if endpoint is None:
-            known = ", ".join(map(repr, self._endpoints)) or "none"
-            raise InvalidArgument(f"there is no endpoint {name!r}; the endpoints are: {known}")
-        return endpoint
 
     def _publish(self) -> int:
         """Keep the picture, then let it rule; returns its version.
@@ -389,116 +334,33 @@ class Controller:
             )
 
     def _let_rule(self) -> int:
-        backends = {}
-        for tag, backend in self._backends.items():
-            ready = [worker for worker in backend.replicas if worker.life is Life.READY]
-            backends[tag] = BackendEntry(
-                tag,
-                tuple(ReplicaEntry(worker.spec.worker_id, worker.address) for worker in ready),
-                backend.config.concurrency(blocking=backend.plan.blocking),
-                backend.config.max_queued_requests,
-                expecting=backend.failed_starts < _HOPELESS_AFTER,
-                dead=tuple(backend.dead),
-            )
-        return self._publisher.publish(dict(self._endpoints), backends)
+        backends = {tag: backend.entry() for tag, backend in self._backends.items()}
+        return self._publisher.publish(self._endpoints.entries(), backends)
 
     def _picture(self) -> Picture:
-        replicas = {
-            tag: (
-                backend.started,
-                tuple(KnownWorker(worker.spec.worker_id, worker.spec.name, None) for worker in backend.replicas),
-            )
-            for tag, backend in self._backends.items()
-            if backend.live
-        }
-        return Picture(self._publisher.version, dict(self._endpoints), replicas, self._ingresses.known())
+        replicas = {tag: backend.known() for tag, backend in self._backends.items() if backend.live}
+        return Picture(self._publisher.version, self._endpoints.entries(), replicas, self._ingresses.known())
 
     async def _publish_and_wait(self) -> None:
         version = self._publish()
         if not await self._publisher.applied(version, _APPLIED_TIMEOUT_S, ingress_only=True):
             _logger.warning("an ingress has not taken the newest routes within %g s", _APPLIED_TIMEOUT_S)
 
-    # -- replicas ------------------------------------------------------------------------------------------------------
+    # -- workers -------------------------------------------------------------------------------------------------------
 
-    async def _add_replicas(self, backend: _Backend, count: int) -> None:
-        starts = [asyncio.ensure_future(self._start_replica(backend)) for _ in range(count)]
-        try:
-            await asyncio.gather(*starts)
-        except BaseException:
-            for start in starts:
-                start.cancel()
-            done = await asyncio.gather(*starts, return_exceptions=True)
-            started = [worker for worker in done if isinstance(worker, Worker)]
-            await asyncio.gather(*[self._workers.kill(worker) for worker in started])
-            raise
-        for start in starts:
-            worker = start.result()
-            if worker.life is Life.READY:
-                backend.replicas.append(worker)
-            else:  # while the others were still starting
-                backend.failed_starts += 1
-                _logger.warning("%s %s as soon as it was ready", worker.spec.name, worker.exit_reason)
-
-    async def _start_replica(self, backend: _Backend) -> Worker:
-        backend.started += 1
-        plan = backend.plan
-        replica_tag = f"{plan.tag}#{backend.started}"
-        spec = ReplicaSpec(
-            engine_id=self._engine_id,
-            adapter_name=self._adapter.name,
-            control_address=self._adapter.control_address,
-            backend_tag=plan.tag,
-            replica_tag=replica_tag,
-            target=plan.target,
-            config=plan.config,
-            debug=self._http.debug,
-            shares_process=self._adapter.shares_process,
-        )
-        return await self._workers.start(
-            WorkerSpec(
-                worker_id=replica_tag,
-                name=f"replica.{plan.tag}.{backend.started}",
-                entry=_ENTRY,
-                payload=dumps(spec, f"config: user_config of backend {plan.tag!r}"),
-                resources=plan.resources,
-            ),
-            plan.config.start_timeout_s,
-        )
-
-    async def _remove_replicas(self, backend: _Backend, leaving: list[Worker], *, force: bool = False) -> None:
-        backend.replicas = [worker for worker in backend.replicas if worker not in leaving]
+    async def _remove_replicas(self, backend: BackendReplicas, leaving: list[Worker], *, at_once: bool = False) -> None:
+        backend.running = [worker for worker in backend.running if worker not in leaving]
         version = self._publish()
-        if force:
-            await asyncio.gather(*[self._workers.kill(worker) for worker in leaving])
-            return
-        await self._publisher.applied(version, 1.0, ingress_only=False)
-        grace_s = backend.config.graceful_shutdown_timeout_s
-        await asyncio.gather(*[self._workers.drain(worker, grace_s) for worker in leaving])
-
-    async def _reconfigure(self, backend: _Backend, before: BackendConfig, after: BackendConfig, packed: bytes) -> None:
-        changed = not _equal(after.user_config, before.user_config)
-        if not changed and replace(after, num_replicas=before.num_replicas, user_config=before.user_config) == before:
-            return
-        replicas = [worker for worker in backend.replicas if worker.life is Life.READY]
-        outcomes = await asyncio.gather(
-            *[self._workers.reconfigure(worker, packed, user_config_changed=changed) for worker in replicas],
-            return_exceptions=True,  # the next operation may only begin when all have answered
-        )
-        for outcome in outcomes:
-            if isinstance(outcome, BaseException):
-                raise outcome
+        if not at_once:
+            await self._publisher.applied(version, 1.0, ingress_only=False)
+        await backend.end(leaving, at_once=at_once)
 
     def _replace_worker(self, worker: Worker) -> None:
         """A ready worker died."""
         if self._closing:
             return
         for backend in self._backends.values():
-            if worker in backend.replicas:
-                backend.replicas.remove(worker)
-                backend.dead.append(worker.spec.worker_id)
-                lived = time.monotonic() - worker.ready_at
-                _logger.warning("%s %s after %.1f s; replacing it", worker.spec.name, worker.exit_reason, lived)
-                backend.failed_starts = 0 if lived > _STABLE_S else backend.failed_starts + 1
+            if backend.lost(worker):
                 if not self._restoring:
                     self._publish_anyway()
                     self._refill(backend)
@@ -508,36 +370,19 @@ class Controller:
             if not self._restoring:
                 self._spawn(self._refill_ingresses())
 
-    def _refill(self, backend: _Backend) -> None:
-        if len(backend.replicas) < backend.config.num_replicas:
-            self._spawn(self._replace_replicas(backend))
+    def _refill(self, backend: BackendReplicas) -> None:
+        if backend.missing > 0:
+            self._spawn(backend.refill())
 
     async def _refill_ingresses(self) -> None:
-        delay = _FIRST_BACKOFF_S
-        while True:
+        for failures in itertools.count(1):
             try:
                 if await self._ingresses.refill():
                     break
             except Exception as error:
                 _logger.error("an ingress could not be started: %r", error)
-            await asyncio.sleep(delay)
-            delay = min(_LONGEST_BACKOFF_S, 2 * delay)
+            await asyncio.sleep(backoff_s(failures))
         self._keep_if_possible()
-
-    async def _replace_replicas(self, backend: _Backend) -> None:
-        while True:
-            if backend.failed_starts > 1:
-                delay = _FIRST_BACKOFF_S * 2 ** min(backend.failed_starts - 2, 16)
-                await asyncio.sleep(min(_LONGEST_BACKOFF_S, delay))
-            async with backend.lock:
-                if backend.deleted or len(backend.replicas) >= backend.config.num_replicas:
-                    return
-                try:
-                    await self._add_replicas(backend, 1)
-                except Exception as error:
-                    backend.failed_starts += 1
-                    _logger.error("backend %r: a replica could not be replaced: %r", backend.plan.tag, error)
-                self._publish_anyway()
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
@@ -548,11 +393,3 @@ class Controller:
         self._background.discard(task)
         if not task.cancelled() and task.exception() is not None and not self._closing:
             _logger.error("replacing a worker failed", exc_info=task.exception())
-
-
-def _equal(one: Any, other: Any) -> bool:
-    """Whether two values are known to be equal; arrays, for one, do not say so in one word."""
-    try:
-        return bool(one == other)
-    except Exception:
-        return False

@@ -1,0 +1,245 @@
+"""The replicas of one backend, as the controller keeps them: started, configured, counted, replaced and ended.
+
+Runs on the controller's loop. Callers learn of nothing here before the controller publishes it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from .adapter import Adapter, WorkerSpec
+from .backend_plan import BackendPlan
+from .backoff import backoff_s
+from .checkpoint import KnownWorker
+from .config import BackendConfig
+from .replica_spec import ReplicaSpec
+from .serialization import dumps
+from .snapshot import BackendEntry, ReplicaEntry
+from .workers import Life, Worker, Workers
+
+__all__ = ["BackendReplicas"]
+
+_logger = logging.getLogger("engine.controller")
+
+_ENTRY = "engine.replica_worker:main"
+_STABLE_S = 10.0
+"""A replica that lived this long died of bad luck: the next one starts at once. Others wait longer and longer."""
+_KEPT_DEAD = 100
+"""Deaths that callers are told of: far more than happen between two snapshots that a caller gets."""
+_HOPELESS_AFTER = 3
+"""Failed starts in a row after which callers are told that there is no replica, rather than left waiting for one."""
+
+
+class BackendReplicas:
+    """Owns the workers that run one backend.
+
+    Args:
+        engine_id: For replicas to attach to.
+        adapter: Runs them.
+        workers: Keeps them.
+        plan: What they run.
+        debug: Whether they send tracebacks to HTTP clients.
+        changed: Called after `refill` changed what there is.
+
+    Attributes:
+        plan: What rules now.
+        lock: Held by whoever starts, configures or removes replicas.
+        running: The replicas in service, oldest first.
+        live: It was created: replicas that die are replaced.
+        deleted: It was, or is about to be.
+    """
+
+    def __init__(
+        self,
+        engine_id: str,
+        adapter: Adapter,
+        workers: Workers,
+        plan: BackendPlan,
+        *,
+        debug: bool,
+        changed: Callable[[], None],
+    ) -> None:
+        self._engine_id = engine_id
+        self._adapter = adapter
+        self._workers = workers
+        self._debug = debug
+        self._changed = changed
+        self._started = 0  # numbers the replicas
+        self._failures = 0  # replicas in a row that did not start, or died soon
+        self._dead: deque[str] = deque(maxlen=_KEPT_DEAD)  # ids of the last ones
+        self.plan = plan
+        self.lock = asyncio.Lock()
+        self.running: list[Worker] = []
+        self.live = False
+        self.deleted = False
+
+    # -- looking at it -------------------------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> BackendConfig:
+        """Its configuration."""
+        return self.plan.config
+
+    @property
+    def missing(self) -> int:
+        """How many replicas there are too few; negative if there are too many."""
+        return self.config.num_replicas - len(self.running)
+
+    def entry(self) -> BackendEntry:
+        """The backend as callers are to see it."""
+        return BackendEntry(
+            self.plan.tag,
+            tuple(ReplicaEntry(one.spec.worker_id, one.address) for one in self.running if one.life is Life.READY),
+            self.config.concurrency(blocking=self.plan.blocking),
+            self.config.max_queued_requests,
+            expecting=self._failures < _HOPELESS_AFTER,
+            dead=tuple(self._dead),
+        )
+
+    def known(self) -> tuple[int, tuple[KnownWorker, ...]]:
+        """For the checkpoint: see `engine.checkpoint.Picture.replicas`."""
+        return self._started, tuple(KnownWorker(one.spec.worker_id, one.spec.name, None) for one in self.running)
+
+    def describe(self) -> dict[str, str]:
+        """The stage of each replica's life by its id."""
+        return {one.spec.worker_id: one.life.value for one in self.running}
+
+    # -- starting and ending them --------------------------------------------------------------------------------------
+
+    async def restore(self, started: int, known: tuple[KnownWorker, ...]) -> None:
+        """Take over the replicas of a former controller; returns when each has come back or is certain not to."""
+        self._started = started
+        self.live = True
+        specs = [WorkerSpec(one.worker_id, one.name, _ENTRY, b"", resources=self.plan.resources) for one in known]
+        workers = await asyncio.gather(*[self._workers.adopt(spec) for spec in specs])
+        self.running = [one for one in workers if one.life is Life.READY]
+        self._dead += [one.spec.worker_id for one in workers if one.life is not Life.READY]
+
+    async def add(self, count: int) -> None:
+        """Start replicas, all or none, and put them in service.
+
+        Raises:
+            BaseException: What a replica's constructor raised, or why it did not become ready.
+        """
+        starts = [asyncio.ensure_future(self._start()) for _ in range(count)]
+        try:
+            await asyncio.gather(*starts)
+        except BaseException:
+            for start in starts:
+                start.cancel()
+            done = await asyncio.gather(*starts, return_exceptions=True)
+            await self.end([one for one in done if isinstance(one, Worker)], at_once=True)
+            raise
+        for start in starts:
+            worker = start.result()
+            if worker.life is Life.READY:
+                self.running.append(worker)
+            else:  # while the others were still starting
+                self._failures += 1
+                _logger.warning("%s %s as soon as it was ready", worker.spec.name, worker.exit_reason)
+
+    async def _start(self) -> Worker:
+        self._started += 1
+        plan = self.plan
+        replica_tag = f"{plan.tag}#{self._started}"
+        spec = ReplicaSpec(
+            engine_id=self._engine_id,
+            adapter_name=self._adapter.name,
+            control_address=self._adapter.control_address,
+            backend_tag=plan.tag,
+            replica_tag=replica_tag,
+            target=plan.target,
+            config=plan.config,
+            debug=self._debug,
+            shares_process=self._adapter.shares_process,
+        )
+        return await self._workers.start(
+            WorkerSpec(
+                worker_id=replica_tag,
+                name=f"replica.{plan.tag}.{self._started}",
+                entry=_ENTRY,
+                payload=dumps(spec, f"config: user_config of backend {plan.tag!r}"),
+                resources=plan.resources,
+            ),
+            plan.config.start_timeout_s,
+        )
+
+    async def end(self, leaving: list[Worker], *, at_once: bool = False, grace_s: float | None = None) -> None:
+        """End replicas that are out of service: when they have finished what they hold, or ``at_once``.
+
+        Args:
+            leaving: The replicas.
+            at_once: Let them finish nothing.
+            grace_s: Seconds that they get at most, if less than the configuration grants.
+        """
+        if at_once:
+            await asyncio.gather(*[self._workers.kill(worker) for worker in leaving])
+            return
+        granted_s = self.config.graceful_shutdown_timeout_s
+        timeout_s = granted_s if grace_s is None else min(grace_s, granted_s)
+        await asyncio.gather(*[self._workers.drain(worker, timeout_s) for worker in leaving])
+
+    # -- while they run ------------------------------------------------------------------------------------------------
+
+    async def reconfigure(self, after: BackendConfig, packed: bytes) -> None:
+        """Pass a configuration to the replicas, if it changes anything for them; returns when all have answered.
+
+        Args:
+            after: It; `plan` still has the one that it follows.
+            packed: The same, pickled.
+
+        Raises:
+            BaseException: What the backend's ``reconfigure`` raised.
+        """
+        before = self.config
+        changed = not _equal(after.user_config, before.user_config)
+        if not changed and replace(after, num_replicas=before.num_replicas, user_config=before.user_config) == before:
+            return
+        replicas = [worker for worker in self.running if worker.life is Life.READY]
+        outcomes = await asyncio.gather(
+            *[self._workers.reconfigure(worker, packed, user_config_changed=changed) for worker in replicas],
+            return_exceptions=True,  # the next operation may only begin when all have answered
+        )
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
+
+    def lost(self, worker: Worker) -> bool:
+        """A worker died; returns whether it was a replica in service here."""
+        if worker not in self.running:
+            return False
+        self.running.remove(worker)
+        self._dead.append(worker.spec.worker_id)
+        lived = time.monotonic() - worker.ready_at
+        _logger.warning("%s %s after %.1f s; replacing it", worker.spec.name, worker.exit_reason, lived)
+        self._failures = 0 if lived > _STABLE_S else self._failures + 1
+        return True
+
+    async def refill(self) -> None:
+        """Start the replicas that are missing, one after the other; the more fail in a row, the more slowly."""
+        while True:
+            if self._failures > 1:
+                await asyncio.sleep(backoff_s(self._failures - 1))
+            async with self.lock:
+                if self.deleted or self.missing <= 0:
+                    return
+                try:
+                    await self.add(1)
+                except Exception as error:
+                    self._failures += 1
+                    _logger.error("backend %r: a replica could not be replaced: %r", self.plan.tag, error)
+                self._changed()
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two values are known to be equal; arrays, for one, do not say so in one word."""
+    try:
+        return bool(one == other)
+    except Exception:
+        return False
