@@ -16,7 +16,7 @@ from typing import Any
 from .adapter import Adapter, WorkerSpec
 from .backend_plan import BackendPlan
 from .backoff import backoff_s
-from .checkpoint import KnownWorker
+from .checkpoint import KnownBackend, KnownWorker
 from .config import BackendConfig
 from .replica_spec import ReplicaSpec
 from .serialization import dumps
@@ -102,9 +102,10 @@ class BackendReplicas:
             dead=tuple(self._dead),
         )
 
-    def known(self) -> tuple[int, tuple[KnownWorker, ...]]:
-        """For the checkpoint: see `engine.checkpoint.Picture.replicas`."""
-        return self._started, tuple(KnownWorker(one.spec.worker_id, one.spec.name, None) for one in self.running)
+    def known(self) -> KnownBackend:
+        """The backend as the next controller is to find it."""
+        running = tuple(KnownWorker(one.spec.worker_id, one.spec.name, None) for one in self.running)
+        return KnownBackend(self.plan, self._started, running)
 
     def describe(self) -> dict[str, str]:
         """The stage of each replica's life by its id."""
@@ -112,22 +113,23 @@ class BackendReplicas:
 
     # -- starting and ending them --------------------------------------------------------------------------------------
 
-    async def restore(self, started: int, known: tuple[KnownWorker, ...]) -> None:
+    async def restore(self, known: KnownBackend) -> None:
         """Take over the replicas of a former controller; returns when each has come back or is certain not to."""
-        self._started = started
+        self._started = known.started
         self.live = True
-        specs = [WorkerSpec(one.worker_id, one.name, _ENTRY, b"", resources=self.plan.resources) for one in known]
+        resources = self.plan.resources
+        specs = [WorkerSpec(one.worker_id, one.name, _ENTRY, b"", resources=resources) for one in known.running]
         workers = await asyncio.gather(*[self._workers.adopt(spec) for spec in specs])
         self.running = [one for one in workers if one.life is Life.READY]
         self._dead += [one.spec.worker_id for one in workers if one.life is not Life.READY]
 
-    async def add(self, count: int) -> None:
-        """Start replicas, all or none, and put them in service.
+    async def start(self, plan: BackendPlan, count: int) -> list[Worker]:
+        """Start replicas, all or none; they are ready to be put in service, but for those that died meanwhile.
 
         Raises:
             BaseException: What a replica's constructor raised, or why it did not become ready.
         """
-        starts = [asyncio.ensure_future(self._start()) for _ in range(count)]
+        starts = [asyncio.ensure_future(self._start(plan)) for _ in range(count)]
         try:
             await asyncio.gather(*starts)
         except BaseException:
@@ -136,17 +138,18 @@ class BackendReplicas:
             done = await asyncio.gather(*starts, return_exceptions=True)
             await self.end([one for one in done if isinstance(one, Worker)], at_once=True)
             raise
+        ready = []
         for start in starts:
             worker = start.result()
             if worker.life is Life.READY:
-                self.running.append(worker)
+                ready.append(worker)
             else:  # while the others were still starting
                 self._failures += 1
                 _logger.warning("%s %s as soon as it was ready", worker.spec.name, worker.exit_reason)
+        return ready
 
-    async def _start(self) -> Worker:
+    async def _start(self, plan: BackendPlan) -> Worker:
         self._started += 1
-        plan = self.plan
         replica_tag = f"{plan.tag}#{self._started}"
         spec = ReplicaSpec(
             engine_id=self._engine_id,
@@ -187,28 +190,26 @@ class BackendReplicas:
 
     # -- while they run ------------------------------------------------------------------------------------------------
 
-    async def reconfigure(self, after: BackendConfig, packed: bytes) -> None:
-        """Pass a configuration to the replicas, if it changes anything for them; returns when all have answered.
+    async def reconfigure(self, before: BackendConfig, after: BackendConfig) -> dict[Worker, BaseException]:
+        """Have the replicas go from one configuration to another, if it is another for them.
 
-        Args:
-            after: It; `plan` still has the one that it follows.
-            packed: The same, pickled.
+        Returns:
+            Once all have answered, those that did not take it, and why: what the backend's ``reconfigure`` raised.
 
         Raises:
-            BaseException: What the backend's ``reconfigure`` raised.
+            NotSerializable: ``user_config`` cannot be pickled.
         """
-        before = self.config
+        packed = dumps(after, f"config: user_config of backend {self.plan.tag!r}")
         changed = not _equal(after.user_config, before.user_config)
         if not changed and replace(after, num_replicas=before.num_replicas, user_config=before.user_config) == before:
-            return
+            return {}
         replicas = [worker for worker in self.running if worker.life is Life.READY]
         outcomes = await asyncio.gather(
             *[self._workers.reconfigure(worker, packed, user_config_changed=changed) for worker in replicas],
             return_exceptions=True,  # the next operation may only begin when all have answered
         )
-        for outcome in outcomes:
-            if isinstance(outcome, BaseException):
-                raise outcome
+        pairs = zip(replicas, outcomes, strict=True)
+        return {worker: outcome for worker, outcome in pairs if isinstance(outcome, BaseException)}
 
     def lost(self, worker: Worker) -> bool:
         """A worker died; returns whether it was a replica in service here."""
@@ -230,7 +231,8 @@ class BackendReplicas:
                 if self.deleted or self.missing <= 0:
                     return
                 try:
-                    await self.add(1)
+                    ready = await self.start(self.plan, 1)
+                    self.running += ready
                 except Exception as error:
                     self._failures += 1
                     _logger.error("backend %r: a replica could not be replaced: %r", self.plan.tag, error)

@@ -1,11 +1,14 @@
 """What of a controller outlives it, where its adapter has a store: what was asked for, and which workers there are.
 
 The picture is written whenever it changes and before anybody is told, so that whoever was told that something is done
-finds it done after the controller's death, too. Backends have rows of their own: what they are made of may be large.
+finds it done after the controller's death, too. What backends are made of may be large, so their plans have rows of
+their own. Such a row is written once and never changed; those count that the picture names. So writing the picture
+makes a change, all of it or nothing.
 """
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 from .adapter import StateStore
@@ -13,7 +16,7 @@ from .backend_plan import BackendPlan
 from .serialization import dumps, loads
 from .snapshot import EndpointEntry
 
-__all__ = ["Checkpoint", "KnownWorker", "Picture"]
+__all__ = ["Checkpoint", "KnownBackend", "KnownWorker", "Picture"]
 
 _PICTURE = "picture"
 _BACKEND = "backend:"
@@ -29,19 +32,27 @@ class KnownWorker(NamedTuple):
     node_id: str | None
 
 
+class KnownBackend(NamedTuple):
+    """A backend: what it runs, how many replicas were ever started, and those that run."""
+
+    plan: BackendPlan
+    started: int
+    running: tuple[KnownWorker, ...]
+
+
 class Picture(NamedTuple):
-    """All but the backends' plans.
+    """All that a controller must know to go on where another one stopped.
 
     Attributes:
         version: Of the ruling snapshot.
         endpoints: By name.
-        replicas: For each backend, how many were ever started, and those that run.
+        backends: By tag.
         ingresses: How many were ever started, and those that run; None where none was wanted.
     """
 
     version: int
     endpoints: dict[str, EndpointEntry]
-    replicas: dict[str, tuple[int, tuple[KnownWorker, ...]]]
+    backends: dict[str, KnownBackend]
     ingresses: tuple[int, tuple[KnownWorker, ...]] | None
 
 
@@ -54,27 +65,54 @@ class Checkpoint:
 
     def __init__(self, store: StateStore | None) -> None:
         self._store = store
-
-    def keep_backend(self, plan: BackendPlan) -> None:
-        """Write what a backend is made of."""
-        if self._store is not None:
-            self._store.save(_BACKEND + plan.tag, dumps(plan, "the backend"))
-
-    def drop_backend(self, tag: str) -> None:
-        """Forget a backend."""
-        if self._store is not None:
-            self._store.remove(_BACKEND + tag)
+        self._plans: dict[
+            str, tuple[str, BackendPlan]
+        ] = {}  # by tag: the row that the kept picture names, and its plan
+        self._stray: set[str] = set()  # rows that it does not name
 
     def keep(self, picture: Picture) -> None:
-        """Write the picture."""
-        if self._store is not None:
-            self._store.save(_PICTURE, dumps(picture, "the controller's state"))
+        """Write the picture, and the plans that are new in it.
 
-    def load(self) -> tuple[Picture, dict[str, BackendPlan]] | None:
-        """What a former controller left: the picture and the plans by tag, or None if there was none."""
+        Raises:
+            BaseException: What the store raised. Then the former picture is kept, or this one if the store took it but
+                could not say so; nothing in between.
+        """
+        if self._store is None:
+            return
+        plans = {}
+        for tag, backend in picture.backends.items():
+            row, plan = self._plans.get(tag, ("", None))
+            if plan is not backend.plan:
+                row = f"{_BACKEND}{tag}:{os.urandom(8).hex()}"
+                self._stray.add(row)  # until the picture names it
+                self._store.save(row, dumps(backend.plan, "the backend"))
+            plans[tag] = (row, backend.plan)
+        named = {tag: (row, *picture.backends[tag][1:]) for tag, (row, _) in plans.items()}
+        self._store.save(_PICTURE, dumps((picture._replace(backends={}), named), "the controller's state"))
+        self._stray |= {row for row, _ in self._plans.values()}
+        self._stray -= {row for row, _ in plans.values()}
+        self._plans = plans
+        self._sweep(self._store)
+
+    def _sweep(self, store: StateStore) -> None:
+        for row in list(self._stray):
+            try:
+                store.remove(row)
+            except Exception:
+                return  # it only takes up room, until the next time
+            self._stray.discard(row)
+
+    def load(self) -> Picture | None:
+        """What a former controller left, or None if there was none."""
         rows = self._store.load() if self._store is not None else {}
+        self._stray = {row for row in rows if row.startswith(_BACKEND)}
         if _PICTURE not in rows:
             return None
-        picture: Picture = loads(rows[_PICTURE])
-        plans = {name.removeprefix(_BACKEND): loads(row) for name, row in rows.items() if name.startswith(_BACKEND)}
-        return picture._replace(version=picture.version + _VERSION_GAP), plans
+        picture, named = loads(rows[_PICTURE])
+        for tag, (row, started, running) in named.items():
+            plan = loads(rows[row])
+            picture.backends[tag] = KnownBackend(plan, started, running)
+            self._plans[tag] = (row, plan)
+            self._stray.discard(row)
+        restored: Picture = picture._replace(version=picture.version + _VERSION_GAP)
+        return restored

@@ -24,8 +24,8 @@ from .config import BackendConfig, HTTPOptions
 from .endpoint_table import EndpointTable
 from .errors import InvalidArgument
 from .ingress_fleet import IngressFleet
+from .keeper import Keeper
 from .publisher import Publisher
-from .serialization import dumps
 from .snapshot import EndpointEntry
 from .workers import Worker, Workers
 
@@ -34,6 +34,8 @@ __all__ = ["Controller"]
 _logger = logging.getLogger("engine.controller")
 
 _APPLIED_TIMEOUT_S = 5.0
+_LEFT_ALONE_TIMEOUT_S = 1.0
+"""For callers to learn that a replica leaves. What comes later is refused there, and placed elsewhere."""
 
 
 class Controller:
@@ -57,6 +59,7 @@ class Controller:
         self._publisher = Publisher(client, silent=adapter.store is not None)
         self._ingresses = IngressFleet(engine_id, adapter, self._workers, http)
         self._checkpoint = Checkpoint(adapter.store)
+        self._keeper = Keeper(self._checkpoint, self._picture)
         self._background: set[asyncio.Task[None]] = set()
         self._restoring = False  # what is held is not yet all there is: nothing is published, kept or refilled
         self._closing = False
@@ -87,19 +90,18 @@ class Controller:
         await self._adapter.start(self._engine_id, self)
         left = self._checkpoint.load()
         if left is not None:
-            await self._restore(*left)
+            await self._restore(left)
         elif self._adapter.store is not None:
             self._publish()  # now that it is known that there was no other
 
-    async def _restore(self, picture: Picture, plans: dict[str, BackendPlan]) -> None:
+    async def _restore(self, picture: Picture) -> None:
         self._restoring = True
         self._publisher.resume(picture.version)
         self._endpoints = EndpointTable(picture.endpoints)
         restoring = []
-        for tag, plan in plans.items():
-            started, known = picture.replicas.get(tag, (0, ()))
-            backend = self._backends[tag] = self._new_backend(plan)
-            restoring.append(backend.restore(started, known))
+        for tag, known in picture.backends.items():
+            backend = self._backends[tag] = self._new_backend(known.plan)
+            restoring.append(backend.restore(known))
         if picture.ingresses is not None:
             restoring.append(self._ingresses.restore(*picture.ingresses))
         await asyncio.gather(*restoring)
@@ -113,6 +115,7 @@ class Controller:
     async def shutdown(self, grace_s: float) -> None:
         """Stop taking calls, give those in flight ``grace_s`` seconds, end every worker."""
         self._closing = True
+        self._keeper.close()
         for task in self._background:
             task.cancel()
         await self._workers.close()
@@ -131,29 +134,34 @@ class Controller:
 
         Raises:
             InvalidArgument: The tag is taken.
-            BaseException: What a replica's constructor raised, or why it did not become ready.
+            BaseException: What a replica's constructor raised, why it did not become ready, or why the store does not
+                keep it.
         """
         if plan.tag in self._backends:
             raise InvalidArgument(f"backend {plan.tag!r} exists already: choose another tag or delete it first")
         backend = self._backends[plan.tag] = self._new_backend(plan)
         async with backend.lock:
             try:
-                await backend.add(plan.config.num_replicas)
+                backend.running = await backend.start(plan, plan.config.num_replicas)
+                backend.live = True
+                self._publish()
             except BaseException:
-                backend.deleted = True
-                del self._backends[plan.tag]
+                backend.live, backend.deleted = False, True
+                await backend.end(backend.running, at_once=True)
+                del self._backends[plan.tag]  # only now: the next one's replicas have the same names
                 raise
-            backend.live = True
-            self._checkpoint.keep_backend(plan)
-            self._publish()
             self._refill(backend)
 
     async def update_backend_config(self, tag: str, changes: Any) -> None:
         """Change a backend's configuration; the change rules once this returns.
 
+        If a new replica does not start, all of the change rules but the number of replicas. If the store does not keep
+        it, nothing does: replicas are reconfigured back. One whose ``reconfigure`` refuses that is replaced.
+
         Raises:
             InvalidArgument: The backend is unknown, or the change is not valid.
-            BaseException: What ``reconfigure`` or a new replica's constructor raised.
+            BaseException: What ``reconfigure`` or a new replica's constructor raised, or why the store does not keep
+                the change.
         """
         backend = self._backend(tag)
         async with backend.lock:
@@ -161,37 +169,50 @@ class Controller:
             before = backend.config
             after = before.updated(changes)
             backend.plan.check(after)
-            packed = dumps(after, f"config: user_config of backend {tag!r}")
-            await backend.reconfigure(after, packed)
-            backend.plan = replace(backend.plan, config=after)
-            if backend.missing < 0:
-                await self._remove_replicas(backend, backend.running[backend.missing :])
-            elif backend.missing > 0:
-                try:
-                    await backend.add(backend.missing)
-                except BaseException:
-                    backend.plan = replace(backend.plan, config=replace(after, num_replicas=before.num_replicas))
-                    self._checkpoint.keep_backend(backend.plan)
-                    self._publish()
-                    raise
-            self._checkpoint.keep_backend(backend.plan)
-            self._publish()
+            refused = await backend.reconfigure(before, after)
+            if refused:
+                raise next(iter(refused.values()))
+            plan = replace(backend.plan, config=after)
+            failure: BaseException | None = None
+            started: list[Worker] = []
+            try:
+                started = await backend.start(plan, after.num_replicas - len(backend.running))
+            except BaseException as error:
+                failure = error
+                plan = replace(plan, config=replace(after, num_replicas=before.num_replicas))
+            running = backend.running + started
+            staying, leaving = running[: plan.config.num_replicas], running[plan.config.num_replicas :]
+            try:
+                version = self._change_backend(backend, plan, staying)
+            except BaseException:
+                await backend.end(started, at_once=True)
+                await self._reconfigure_back(backend, after)
+                raise
+            if failure is not None:
+                raise failure
             self._refill(backend)
+            await self._end_replicas(backend, leaving, version)
 
     async def delete_backend(self, tag: str, *, force: bool) -> None:
         """End a backend that no endpoint uses.
 
         Raises:
             InvalidArgument: It is unknown, or in use.
+            BaseException: Why the store does not keep that. Then the backend goes on.
         """
         backend = self._backend(tag)
         self._endpoints.check_unused(tag)
-        backend.deleted = True
-        async with backend.lock:
-            if self._backends.get(tag) is backend:
+        backend.deleted = True  # nobody begins anything with it any more
+        try:
+            async with backend.lock:
                 del self._backends[tag]
-                self._checkpoint.drop_backend(tag)
-                await self._remove_replicas(backend, list(backend.running), at_once=force)
+                version = self._publish()
+        except BaseException:
+            self._backends[tag] = backend
+            backend.deleted = False
+            self._refill(backend)
+            raise
+        await self._end_replicas(backend, backend.running, version, at_once=force)
 
     async def get_backend_config(self, tag: str) -> BackendConfig:
         """A backend's configuration.
@@ -210,55 +231,48 @@ class Controller:
     async def create_endpoint(self, entry: EndpointEntry) -> None:
         """Name a backend for callers; a route is served by every ingress when this returns.
 
+        Ingresses that were started for it stay if it fails afterwards, and serve what routes there are.
+
         Raises:
             InvalidArgument: The name or the route is taken, or the backend is unknown.
+            BaseException: Why an ingress did not become ready, or why the store does not keep the endpoint.
         """
-        endpoints = self._endpoints.with_new(entry)
-        for tag, _ in entry.traffic:
-            self._backend(tag)
-        self._endpoints = endpoints
-        if entry.route is not None:
-            try:
-                if not await self._ingresses.ensure_started():
-                    self._spawn(self._refill_ingresses())
-            except BaseException:
-                if self._endpoints.holds(entry):
-                    self._endpoints = self._endpoints.without(entry.name)
-                    self._publish()  # somebody else may have published it meanwhile
-                raise
-        await self._publish_and_wait()
+        self._with_new(entry)  # before anything is started for it
+        if entry.route is not None and not await self._ingresses.ensure_started():
+            self._spawn(self._refill_ingresses())
+        await self._change_endpoints(self._with_new(entry))  # and afterwards: others change endpoints, too
 
     async def delete_endpoint(self, name: str) -> None:
         """Remove a name; calls in flight finish.
 
         Raises:
             InvalidArgument: It is unknown.
+            BaseException: Why the store does not keep that. Then the endpoint goes on.
         """
-        self._endpoints = self._endpoints.without(name)
-        await self._publish_and_wait()
+        await self._change_endpoints(self._endpoints.without(name))
 
     async def set_traffic(self, name: str, weights: dict[str, float]) -> None:
         """Split an endpoint's calls over backends.
 
         Raises:
             InvalidArgument: The endpoint or a backend is unknown.
+            BaseException: Why the store does not keep that. Then calls are split as before.
         """
         endpoints = self._endpoints.with_traffic(name, weights)
         for tag in weights:
             self._backend(tag)
-        self._endpoints = endpoints
-        await self._publish_and_wait()
+        await self._change_endpoints(endpoints)
 
     async def shadow_traffic(self, name: str, tag: str, proportion: float) -> None:
         """Copy a proportion of an endpoint's calls to a backend; 0 ends it.
 
         Raises:
             InvalidArgument: The endpoint or the backend is unknown.
+            BaseException: Why the store does not keep that. Then copies are made as before.
         """
         endpoints = self._endpoints.with_shadow(name, tag, proportion)
         self._backend(tag)
-        self._endpoints = endpoints
-        await self._publish_and_wait()
+        await self._change_endpoints(endpoints)
 
     async def list_endpoints(self) -> dict[str, EndpointEntry]:
         """Every endpoint by name."""
@@ -306,54 +320,78 @@ class Controller:
             raise InvalidArgument(f"there is no backend {tag!r}; the backends are: {known}")
         return backend
 
+    def _with_new(self, entry: EndpointEntry) -> EndpointTable:
+        endpoints = self._endpoints.with_new(entry)
+        for tag, _ in entry.traffic:
+            self._backend(tag)
+        return endpoints
+
+    # -- changes -------------------------------------------------------------------------------------------------------
+
     def _publish(self) -> int:
         """Keep the picture, then let it rule; returns its version.
 
         Raises:
-            BaseException: Why the store did not keep it. Then it does not rule.
+            BaseException: Why the store did not keep it. Then it does not rule, and whoever changed it takes that back
+                before anybody else can look.
         """
-        if not self._closing:
-            self._checkpoint.keep(self._picture())
+        self._keeper.keep()
         return self._let_rule()
 
     def _publish_anyway(self) -> None:
-        """As `_publish`, where nobody waits who could be told that the store is away: callers need the news."""
-        self._keep_if_possible()
+        """As `_publish`, for what has happened and cannot be taken back: callers need the news."""
+        self._keeper.keep_soon()
         self._let_rule()
-
-    def _keep_if_possible(self) -> None:
-        if self._closing:
-            return
-        try:
-            self._checkpoint.keep(self._picture())
-        except Exception as error:
-            _logger.error(
-                "the engine's state could not be kept, and goes on unkept until the next change: %r. "
-                "Should the controller die before that, the next one finds an older state",
-                error,
-            )
 
     def _let_rule(self) -> int:
         backends = {tag: backend.entry() for tag, backend in self._backends.items()}
         return self._publisher.publish(self._endpoints.entries(), backends)
 
     def _picture(self) -> Picture:
-        replicas = {tag: backend.known() for tag, backend in self._backends.items() if backend.live}
-        return Picture(self._publisher.version, self._endpoints.entries(), replicas, self._ingresses.known())
+        backends = {tag: backend.known() for tag, backend in self._backends.items() if backend.live}
+        return Picture(self._publisher.version, self._endpoints.entries(), backends, self._ingresses.known())
 
-    async def _publish_and_wait(self) -> None:
-        version = self._publish()
+    async def _change_endpoints(self, endpoints: EndpointTable) -> None:
+        before, self._endpoints = self._endpoints, endpoints
+        try:
+            version = self._publish()
+        except BaseException:
+            self._endpoints = before
+            raise
         if not await self._publisher.applied(version, _APPLIED_TIMEOUT_S, ingress_only=True):
             _logger.warning("an ingress has not taken the newest routes within %g s", _APPLIED_TIMEOUT_S)
 
-    # -- workers -------------------------------------------------------------------------------------------------------
+    def _change_backend(self, backend: BackendReplicas, plan: BackendPlan, running: list[Worker]) -> int:
+        before = backend.plan, backend.running
+        backend.plan, backend.running = plan, running
+        try:
+            return self._publish()
+        except BaseException:
+            backend.plan, backend.running = before
+            raise
 
-    async def _remove_replicas(self, backend: BackendReplicas, leaving: list[Worker], *, at_once: bool = False) -> None:
-        backend.running = [worker for worker in backend.running if worker not in leaving]
-        version = self._publish()
-        if not at_once:
-            await self._publisher.applied(version, 1.0, ingress_only=False)
+    async def _reconfigure_back(self, backend: BackendReplicas, taken: BackendConfig) -> None:
+        """Have the replicas return from a configuration that does not rule to the one that does."""
+        refused = await backend.reconfigure(taken, backend.config)
+        if refused:
+            for worker, error in refused.items():
+                _logger.error(
+                    "%s does not take its former configuration back: %r; replacing it", worker.spec.name, error
+                )
+            backend.running = [worker for worker in backend.running if worker not in refused]
+            self._publish_anyway()
+            self._refill(backend)
+            await self._end_replicas(backend, list(refused), self._publisher.version)
+
+    async def _end_replicas(
+        self, backend: BackendReplicas, leaving: list[Worker], version: int, *, at_once: bool = False
+    ) -> None:
+        """End replicas that are out of service as of this version."""
+        if leaving and not at_once:
+            await self._publisher.applied(version, _LEFT_ALONE_TIMEOUT_S, ingress_only=False)
         await backend.end(leaving, at_once=at_once)
+
+    # -- workers -------------------------------------------------------------------------------------------------------
 
     def _replace_worker(self, worker: Worker) -> None:
         """A ready worker died."""
@@ -371,7 +409,7 @@ class Controller:
                 self._spawn(self._refill_ingresses())
 
     def _refill(self, backend: BackendReplicas) -> None:
-        if backend.missing > 0:
+        if backend.missing > 0 and not self._closing:
             self._spawn(backend.refill())
 
     async def _refill_ingresses(self) -> None:
@@ -382,7 +420,7 @@ class Controller:
             except Exception as error:
                 _logger.error("an ingress could not be started: %r", error)
             await asyncio.sleep(backoff_s(failures))
-        self._keep_if_possible()
+        self._keeper.keep_soon()
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)

@@ -189,19 +189,32 @@ class FakeHome:
 
 
 class FakeStore:
-    """A `engine.adapter.StateStore` in memory; `log` says in which order rows were written."""
+    """A `engine.adapter.StateStore` in memory; `log` says in which order rows were written.
+
+    It is away from rows whose names begin with one of `away`, and takes those of `mute` without being able to say so.
+    """
 
     def __init__(self) -> None:
         self.rows: dict[str, bytes] = {}
         self.log: list[str] = []
+        self.away: tuple[str, ...] = ()
+        self.mute: tuple[str, ...] = ()
 
     def save(self, name: str, state: bytes) -> None:
+        self._check(name, self.away)
         self.rows[name] = state
         self.log.append(name)
+        self._check(name, self.mute)
 
     def remove(self, name: str) -> None:
+        self._check(name, self.away)
         self.rows.pop(name, None)
         self.log.append(f"-{name}")
+        self._check(name, self.mute)
+
+    def _check(self, name: str, prefixes: tuple[str, ...]) -> None:
+        if name.startswith(prefixes):
+            raise ConnectionError("the control plane is away")
 
     def load(self) -> dict[str, bytes]:
         return dict(self.rows)

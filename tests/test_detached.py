@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
@@ -20,16 +19,16 @@ from harness import eventually
 from engine import Engine, connectors, errors, remote_runner, subscription
 from engine.adapter import ChannelClosed, Node, Resources, WorkerExit, WorkerSpec
 from engine.backend_plan import BackendPlan, pack_target
-from engine.checkpoint import Checkpoint, KnownWorker, Picture
+from engine.checkpoint import Checkpoint, KnownBackend, KnownWorker, Picture
 from engine.client import Client
 from engine.config import BackendConfig, HTTPOptions
-from engine.control import Drain, Publish, Ready, Subscribe
+from engine.control import Drain, Publish, Ready, Reconfigure, Reconfigured, Subscribe
 from engine.controller import Controller
 from engine.detached import DetachedController
 from engine.errors import InvalidArgument, RemoteTraceback, RetryLater
 from engine.messages import Control
 from engine.remote_runner import _REPEATABLE, RemoteRunner
-from engine.serialization import dumps, loads, unpack_exception
+from engine.serialization import dumps, loads, pack_exception, unpack_exception
 from engine.snapshot import EndpointEntry
 from engine.subscription import Subscription
 
@@ -57,31 +56,82 @@ def endpoint(name: str, tag: str, route: str | None = None) -> EndpointEntry:
 PICTURE = Picture(
     7,
     {"e": endpoint("e", "b")},
-    {"b": (3, (KnownWorker("b#3", "replica.b.3", None),))},
+    {"b": KnownBackend(plan("b", num_replicas=2), 3, (KnownWorker("b#3", "replica.b.3", None),))},
     (2, (KnownWorker("ingress#2", "ingress.2", "node"),)),
 )
 
 
+def picture_of(*plans: BackendPlan) -> Picture:
+    """As `PICTURE`, with these backends."""
+    return PICTURE._replace(backends={one.tag: KnownBackend(one, 1, ()) for one in plans})
+
+
+def loaded(store: FakeStore) -> Picture:
+    """What the next controller finds, but for the version."""
+    picture = Checkpoint(store).load()
+    assert picture is not None
+    assert picture.version > 7 + 100  # above whatever was published after the last word to the store
+    return picture._replace(version=7)
+
+
+def backend_rows(store: FakeStore) -> int:
+    return sum(name.startswith("backend:") for name in store.rows)
+
+
 def test_what_was_kept_is_loaded() -> None:
     store = FakeStore()
-    first = Checkpoint(store)
-    assert first.load() is None
-    first.keep_backend(plan("gone"))
-    first.keep_backend(plan("b", num_replicas=2))
-    first.keep_backend(plan("b", num_replicas=5))
-    first.drop_backend("gone")
-    assert first.load() is None  # nobody was told yet that it is done
-    first.keep(PICTURE)
-    picture, plans = Checkpoint(store).load() or pytest.fail("nothing was kept")
-    assert picture._replace(version=7) == PICTURE
-    assert picture.version > 7 + 100  # above whatever was published after the last word to the store
-    assert plans == {"b": plan("b", num_replicas=5)}
+    checkpoint = Checkpoint(store)
+    assert checkpoint.load() is None
+    for picture in (PICTURE, picture_of(plan("b"), plan("c")), picture_of(plan("b", num_replicas=5)), picture_of()):
+        checkpoint.keep(picture)
+        assert loaded(store) == picture
+        assert backend_rows(store) == len(picture.backends)
+
+
+def test_a_plan_that_stays_is_written_once() -> None:
+    store = FakeStore()
+    Checkpoint(store).keep(PICTURE)
+    next_one = Checkpoint(store)
+    found = next_one.load() or pytest.fail("nothing was kept")
+    store.log.clear()
+    next_one.keep(found._replace(endpoints={}))
+    assert store.log == ["picture"]
+
+
+@pytest.mark.parametrize("row", ["picture", "backend:"])
+def test_what_was_not_kept_whole_is_not_kept_at_all(row: str) -> None:
+    store = FakeStore()
+    checkpoint = Checkpoint(store)
+    checkpoint.keep(PICTURE)
+    store.away = (row,)
+    with pytest.raises(ConnectionError):
+        checkpoint.keep(picture_of(plan("b", num_replicas=9), plan("new")))
+    assert loaded(store) == PICTURE
+    store.away = ()
+    checkpoint.keep(PICTURE)
+    assert loaded(store) == PICTURE
+    assert backend_rows(store) == 1
+
+
+@pytest.mark.parametrize("by", ["the same", "the next"])
+def test_a_row_that_could_not_be_removed_is_removed_later(by: str) -> None:
+    store = FakeStore()
+    checkpoint = Checkpoint(store)
+    checkpoint.keep(picture_of(plan("b")))
+    remove, store.remove = store.remove, lambda name: store._check(name, ("",))  # type: ignore[method-assign]
+    checkpoint.keep(picture_of())
+    assert loaded(store) == picture_of()
+    assert backend_rows(store) == 1
+    store.remove = remove  # type: ignore[method-assign]
+    if by == "the next":
+        checkpoint = Checkpoint(store)
+        checkpoint.load()
+    checkpoint.keep(picture_of())
+    assert backend_rows(store) == 0
 
 
 def test_without_a_store_nothing_is_kept() -> None:
     checkpoint = Checkpoint(None)
-    checkpoint.keep_backend(plan("b"))
-    checkpoint.drop_backend("b")
     checkpoint.keep(PICTURE)
     assert checkpoint.load() is None
 
@@ -115,6 +165,7 @@ class Incarnation:
             on_kill=self.die,
         )
         self.adapter.nodes = lambda: platform.nodes  # type: ignore[method-assign]
+        self.refusal: Callable[[BackendConfig], bytes | None] = lambda config: None  # what replicas say to it
         self.client = Client("e", self.adapter)
         self.controller = Controller("e", self.adapter, self.client, HTTP)
 
@@ -153,6 +204,9 @@ class Incarnation:
     def _tell(self, worker_id: str, body: Any) -> None:
         if isinstance(body, Drain):
             self.die(worker_id, "left")
+        elif isinstance(body, Reconfigure):
+            reply = Reconfigured(body.token, self.refusal(loads(body.config)))
+            asyncio.get_running_loop().call_soon(self.controller.worker_said, worker_id, reply)
 
     def subscribe(self, *, ingress: bool = False) -> FakeChannel:
         """A caller elsewhere."""
@@ -283,32 +337,213 @@ async def test_what_dies_while_the_rest_has_yet_to_come_back_is_replaced_afterwa
 
 
 def test_without_its_store_a_controller_goes_on_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    def away(name: str, state: bytes) -> None:
-        raise ConnectionError("the control plane is away")
-
-    def unkept() -> list[logging.LogRecord]:
-        return [record for record in caplog.records if "could not be kept" in record.message]
+    def logged(words: str) -> list[str]:
+        return [record.levelname for record in caplog.records if words in record.message]
 
     async def go_on(platform: Platform) -> None:
         one = await furnished(platform)
-        save, platform.store.save = platform.store.save, away  # type: ignore[method-assign]
+        platform.store.away = ("",)
         one.die("b#1", "was killed by SIGKILL")
         one.die("ingress#1", "was killed by SIGKILL")
         await until(lambda: one.replicas("b") == ["b#2"] and "ingress#3" in platform.alive)
-        # when the replica died, when it was replaced, and when the ingress was
-        await until(lambda: len(unkept()) == 3)
-        logged = unkept()
-        assert {record.levelname for record in logged} == {"ERROR"}
-        assert "the control plane is away" in logged[0].message
-        with pytest.raises(ConnectionError, match="the control plane is away"):
-            await one.controller.create_endpoint(endpoint("g", "b"))
-        platform.store.save = save  # type: ignore[method-assign]
-        await one.controller.set_traffic("f", {"a": 1.0})
+        assert logged("could not be kept: ConnectionError('the control plane is away')") == ["ERROR"], "once"
+        platform.store.away = ()
+        await until(lambda: logged("is kept again"))
         two = await platform.controller().started()
         assert two.ids(two.adapter.adopted) == ["a#1", "a#2", "b#2", "ingress#2", "ingress#3"]
 
     asyncio.run(asyncio.wait_for(go_on(Platform()), 20))
+    assert logged("is kept again") == ["WARNING"]
     assert "replacing a worker failed" not in caplog.text
+
+
+@on_loop
+async def test_what_could_not_be_kept_is_tried_until_something_newer_is_kept(platform: Platform) -> None:
+    one = await furnished(platform)
+    platform.store.away = ("",)
+    one.die("b#1", "was killed by SIGKILL")
+    await until(lambda: one.replicas("b") == ["b#2"])
+    platform.store.away = ()
+    await one.controller.set_traffic("f", {"a": 1.0})
+    two = await platform.controller().started()
+    assert two.ids(two.adapter.adopted) == ["a#1", "a#2", "b#2", "ingress#1", "ingress#2"]
+    await nothing_is_left_to_do()
+
+
+@on_loop
+async def test_nothing_is_tried_once_the_engine_closes(platform: Platform) -> None:
+    one = await furnished(platform)
+    platform.store.away = ("",)
+    one.die("b#1", "was killed by SIGKILL")
+    await until(lambda: one.replicas("b") == ["b#2"])
+    platform.store.log.clear()
+    await one.controller.shutdown(1.0)
+    await nothing_is_left_to_do()
+    platform.store.away = ()
+    assert platform.store.log == []
+
+
+async def nothing_is_left_to_do() -> None:
+    """Give what was cancelled a few turns of the loop to end; then nobody tries anything any more."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert not [task for task in asyncio.all_tasks() if "_try_again" in repr(task.get_coro())]
+
+
+# -- changes that the store does not take ----------------------------------------------------------------------------
+
+CHANGES: dict[str, Callable[[Controller], Coroutine[Any, Any, None]]] = {
+    "a new backend": lambda one: one.create_backend(plan("c", num_replicas=2)),
+    "more replicas": lambda one: one.update_backend_config("a", {"num_replicas": 4}),
+    "fewer replicas": lambda one: one.update_backend_config("a", {"num_replicas": 1}),
+    "another configuration": lambda one: one.update_backend_config("b", {"max_queued_requests": 9}),
+    "a backend less": lambda one: one.delete_backend("spare", force=False),
+    "a backend less at once": lambda one: one.delete_backend("spare", force=True),
+    "a new endpoint": lambda one: one.create_endpoint(endpoint("g", "b")),
+    "a new route": lambda one: one.create_endpoint(endpoint("g", "b", "/g")),
+    "an endpoint less": lambda one: one.delete_endpoint("f"),
+    "another split": lambda one: one.set_traffic("e", {"a": 0.5, "b": 0.5}),
+    "more copies": lambda one: one.shadow_traffic("f", "a", 0.5),
+    "no copies": lambda one: one.shadow_traffic("e", "b", 0.0),
+}
+STORES = {
+    "takes nothing": {"away": ("",)},
+    "takes plans": {"away": ("picture",)},
+    "takes it in silence": {"mute": ("picture",)},
+}
+
+
+async def state(one: Incarnation) -> list[Any]:
+    """All that callers and applications see, and which workers there are."""
+    seen = one.client.snapshot
+    asked = one.controller
+    return [
+        seen.endpoints,
+        seen.backends,
+        await asked.list_backends(),
+        await asked.list_endpoints(),
+        await asked.statistics([]),
+        {tag: await asked.get_backend_config(tag) for tag in await asked.list_backends()},
+        sorted(one.platform.alive),
+    ]
+
+
+@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_that_is_not_kept_is_not_made(change: str, store: str) -> None:
+    """Whoever was told of a failure finds all as it was, now and after the controller's death; and may try again."""
+
+    async def fail(platform: Platform) -> None:
+        one = await furnished(platform)
+        await one.controller.create_backend(plan("spare", num_replicas=2))
+        before, version, kept = await state(one), one.version, loaded(platform.store)
+        vars(platform.store).update(STORES[store])
+        one.adapter.told.clear()
+        with pytest.raises(ConnectionError, match="the control plane is away"):
+            await CHANGES[change](one.controller)
+        assert await state(one) == before
+        assert one.version == version, "nobody was told"
+        assert not [worker for worker, body in one.adapter.told if isinstance(body, Drain)]
+        platform.store.away = platform.store.mute = ()
+        found = {tag: (known.plan, known.running) for tag, known in kept.backends.items()}
+
+        def as_before() -> bool:
+            now = loaded(platform.store)
+            known = {tag: (known.plan, known.running) for tag, known in now.backends.items()}
+            return (now.endpoints, known) == (kept.endpoints, found)
+
+        if store != "takes it in silence":
+            assert as_before()
+        await until(as_before)
+        two = await platform.controller().started()
+        assert (await state(two))[:4] == before[:4]
+        await CHANGES[change](two.controller)
+        assert await state(two) != before
+
+    asyncio.run(asyncio.wait_for(fail(Platform()), 20))
+
+
+@on_loop
+async def test_replicas_return_to_the_configuration_that_is_kept(platform: Platform) -> None:
+    one = await furnished(platform)
+    platform.store.away = ("picture",)
+    with pytest.raises(ConnectionError):
+        await one.controller.update_backend_config("b", {"max_queued_requests": 9, "num_replicas": 2})
+    told = [(worker, loads(body.config)) for worker, body in one.adapter.told if isinstance(body, Reconfigure)]
+    assert [(worker, config.max_queued_requests) for worker, config in told] == [("b#1", 9), ("b#1", 5)]
+    assert "b#2" in one.adapter.killed
+    assert one.replicas("b") == ["b#1"]
+
+
+@on_loop
+async def test_a_replica_that_does_not_return_to_it_is_replaced(platform: Platform) -> None:
+    one = await furnished(platform)
+    platform.store.away = ("picture",)
+    one.refusal = lambda config: pack_exception(ValueError("never again")) if config.max_queued_requests == 5 else None
+    with pytest.raises(ConnectionError):
+        await one.controller.update_backend_config("b", {"max_queued_requests": 9})
+    assert ("b#1", Drain(20.0)) in one.adapter.told
+    await until(lambda: one.replicas("b") == ["b#2"])
+    (spec,) = [spec for spec in one.adapter.started if spec.worker_id == "b#2"]
+    assert loads(spec.payload).config.max_queued_requests == 5
+
+
+@on_loop
+async def test_a_backend_whose_deletion_is_not_kept_is_looked_after(platform: Platform) -> None:
+    """Also if whoever was about to replace a replica of it left that, because of the deletion."""
+    one = await furnished(platform)
+    await one.controller.create_backend(plan("spare", num_replicas=2))
+    tell, asked = one.adapter.on_tell, dict[str, Any]()
+    one.adapter.on_tell = asked.__setitem__
+    configuring = asyncio.ensure_future(one.controller.update_backend_config("spare", {"max_queued_requests": 9}))
+    await until(lambda: len(asked) == 2)
+    platform.store.away = ("picture",)
+    one.die("spare#1", "was killed by SIGKILL")
+    await until(lambda: one.replicas("spare") == ["spare#2"])
+    deleting = asyncio.ensure_future(one.controller.delete_backend("spare", force=False))
+    await asyncio.sleep(0)
+    one.adapter.on_tell = tell
+    one.controller.worker_said("spare#2", Reconfigured(asked["spare#2"].token, None))
+    with pytest.raises(errors.EngineError, match=r"replica\.spare\.1 was killed by SIGKILL"):
+        await configuring
+    with pytest.raises(ConnectionError):
+        await deleting
+    await until(lambda: one.replicas("spare") == ["spare#2", "spare#3"])
+    assert "spare" in await one.controller.list_backends()
+
+
+@on_loop
+async def test_a_deletion_that_was_given_up_while_it_waited_changes_nothing(platform: Platform) -> None:
+    one = await furnished(platform)
+    await one.controller.create_backend(plan("spare"))
+    one.adapter.on_start = None
+    growing = asyncio.ensure_future(one.controller.update_backend_config("spare", {"num_replicas": 2}))
+    await until(lambda: "spare#2" in one.ids(one.adapter.started))
+    deleting = asyncio.ensure_future(one.controller.delete_backend("spare", force=False))
+    await asyncio.sleep(0)
+    deleting.cancel()
+    await asyncio.wait([deleting])
+    one._start(next(spec for spec in one.adapter.started if spec.worker_id == "spare#2"))
+    await growing
+    assert one.replicas("spare") == ["spare#1", "spare#2"]
+    assert (await one.controller.get_backend_config("spare")).num_replicas == 2
+
+
+@on_loop
+async def test_of_two_endpoints_of_one_name_the_first_one_ready_is_created(platform: Platform) -> None:
+    """Nobody sees an endpoint before it serves; and an ingress may take its time."""
+    one = await platform.controller().started()
+    await one.controller.create_backend(plan("a"))
+    one.adapter.on_start = None
+    routed = asyncio.ensure_future(one.controller.create_endpoint(endpoint("e", "a", "/e")))
+    await until(lambda: "ingress#2" in one.ids(one.adapter.started))
+    assert await one.controller.list_endpoints() == {}
+    await one.controller.create_endpoint(endpoint("e", "a"))
+    for spec in one.adapter.started[1:]:
+        one._start(spec)
+    with pytest.raises(InvalidArgument, match="endpoint 'e' exists already"):
+        await routed
+    assert (await one.controller.list_endpoints())["e"].route is None
 
 
 @on_loop
@@ -358,7 +593,8 @@ async def test_a_backend_is_kept_before_it_is_announced(platform: Platform) -> N
     one = await platform.controller().started()
     platform.store.log.clear()
     await one.controller.create_backend(plan("a"))
-    assert platform.store.log[0] == "backend:a"
+    first, second = platform.store.log
+    assert (first.startswith("backend:a:"), second) == (True, "picture")
     del platform.store.rows["picture"]  # the controller died in between
     two = await platform.controller().started()
     assert await two.controller.list_backends() == {}
@@ -426,7 +662,6 @@ def test_the_operations_that_are_no_methods_of_the_controller(detached: Any) -> 
 @pytest.mark.parametrize("fails", ["the adapter", "the store", "the adoption"])
 def test_an_engine_whose_next_controller_cannot_start_can_be_shut_down(fails: str) -> None:
     platform = Platform()
-    Checkpoint(platform.store).keep_backend(plan("b"))
     Checkpoint(platform.store).keep(PICTURE)
     adapter = FakeAdapter(store=platform.store)
     ended: list[str] = []
