@@ -54,6 +54,7 @@ class Controller:
         self._client = client
         self._http = http
         self._backends: dict[str, BackendReplicas] = {}
+        self._leaving: set[str] = set()  # tags of deleted backends with replicas that have yet to end
         self._endpoints = EndpointTable({})
         self._workers = Workers(adapter, self._replace_worker)
         self._publisher = Publisher(client, silent=adapter.store is not None)
@@ -133,12 +134,14 @@ class Controller:
         """Start a backend; it exists once all of its replicas are ready, or not at all.
 
         Raises:
-            InvalidArgument: The tag is taken.
+            InvalidArgument: The tag is taken, also by a backend whose deletion goes on.
             BaseException: What a replica's constructor raised, why it did not become ready, or why the store does not
                 keep it.
         """
         if plan.tag in self._backends:
             raise InvalidArgument(f"backend {plan.tag!r} exists already: choose another tag or delete it first")
+        if plan.tag in self._leaving:  # the new replicas would be taken for the old ones, whose names they have
+            raise InvalidArgument(f"backend {plan.tag!r} is still being deleted: wait until delete_backend returns")
         backend = self._backends[plan.tag] = self._new_backend(plan)
         async with backend.lock:
             try:
@@ -212,7 +215,11 @@ class Controller:
             backend.deleted = False
             self._refill(backend)
             raise
-        await self._end_replicas(backend, backend.running, version, at_once=force)
+        self._leaving.add(tag)
+        try:
+            await self._end_replicas(backend, backend.running, version, at_once=force)
+        finally:
+            self._leaving.discard(tag)
 
     async def get_backend_config(self, tag: str) -> BackendConfig:
         """A backend's configuration.

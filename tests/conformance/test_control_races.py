@@ -200,6 +200,33 @@ def test_configuring_waits_behind_a_deletion_in_vain(engine, gate, pool):
     assert not [name for name in engine.statistics()["backends"] if name == "leaving"]
 
 
+def test_a_tag_is_free_once_the_deletion_is_done(engine, gate, pool):
+    """Before that its replicas still have the names that the next ones would get."""
+
+    class Held:
+        def __call__(self, request):
+            gate.pass_through()
+            return "old"
+
+    engine.create_backend("leaving", Held)
+    engine.create_endpoint("held", backend="leaving")
+    ref = engine.get_handle("held").remote()
+    gate.wait_for_arrivals(1)
+    engine.delete_endpoint("held")
+    deleting = pool.submit(outcome, engine.delete_backend, "leaving")
+    eventually(lambda: "leaving" not in engine.list_backends())
+    with pytest.raises(errors.InvalidArgument, match="backend 'leaving' is still being deleted"):
+        engine.create_backend("leaving", ok)
+    gate.open()
+    assert engine.get(ref, timeout=20) == "old"
+    assert deleting.result(20) is None
+    engine.create_backend("leaving", ok)
+    engine.create_endpoint("held", backend="leaving")
+    assert engine.get_handle("held").call() == "ok"
+    engine.delete_endpoint("held")
+    engine.delete_backend("leaving")
+
+
 def test_a_failed_reconfigure_waits_for_the_others(engine, serve, journal, gate, tmp_path):
     """The next operation begins when every replica has answered, not when the first one has failed."""
 
