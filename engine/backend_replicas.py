@@ -33,7 +33,7 @@ _STABLE_S = 10.0
 _KEPT_DEAD = 100
 """Deaths that callers are told of: far more than happen between two snapshots that a caller gets."""
 _HOPELESS_AFTER = 3
-"""Failed starts in a row after which callers are told that there is no replica, rather than left waiting for one."""
+"""Failures in a row after which callers are told that there is no replica, rather than left waiting for one."""
 
 
 class BackendReplicas:
@@ -99,6 +99,7 @@ class BackendReplicas:
             self.config.concurrency(blocking=self.plan.blocking),
             self.config.max_queued_requests,
             expecting=self._failures < _HOPELESS_AFTER,
+            failures=self._failures,
             dead=tuple(self._dead),
         )
 

@@ -358,7 +358,7 @@ class Caller:
                 replica_set.dropped_copies += 1
                 slot.outgoing = None
             elif stays and slot.outgoing is not None:
-                failure = self._closed or replica_set.overloaded()
+                failure = self._closed or replica_set.refusal()
                 if failure is None:
                     replica_set.waiting.appendleft(slot)
                     slot.pool = replica_set

@@ -48,7 +48,10 @@ class Overloaded(RetryLater):
 
 
 class NoReplica(RetryLater):
-    """The backend has no living replica and none is on its way (HTTP: 503 with Retry-After)."""
+    """The backend has no replica: the last ones died soon or did not start (HTTP: 503 with Retry-After).
+
+    The engine keeps trying, more and more slowly.
+    """
 
 
 class DeadlineExceeded(RetryLater, TimeoutError):

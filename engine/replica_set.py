@@ -83,6 +83,7 @@ class ReplicaSet:
         self.limit = entry.max_concurrent_queries
         self.max_queued = entry.max_queued_requests
         self.expecting = entry.expecting
+        self.failures = entry.failures
         listed = {replica.replica_id: replica for replica in entry.replicas}
         left = [target for key, target in self.targets.items() if key not in listed]
         for target in left:
@@ -107,16 +108,25 @@ class ReplicaSet:
             if target is not None:
                 target.in_flight += 1
                 return target
-        if not self._open and not self.expecting:
-            raise NoReplica(f"backend {self.tag!r} has no replica; see the log for why it could not be replaced")
-        full = self.overloaded()
-        if full is not None:
-            raise full
+        refusal = self.refusal()
+        if refusal is not None:
+            raise refusal
         self.waiting.append(slot)
         return None
 
-    def overloaded(self) -> Overloaded | None:
-        """What a call is told that finds the queue full; None while there is room."""
+    @property
+    def hopeless(self) -> bool:
+        """There is no replica to wait for."""
+        return not self._open and not self.expecting
+
+    def refusal(self) -> NoReplica | Overloaded | None:
+        """What a call is told that may not even wait: there is nothing to wait for, or the queue is full."""
+        if self.hopeless:
+            return NoReplica(
+                f"backend {self.tag!r} has no replica: the last {self.failures} in a row died or did not start. "
+                "The engine keeps trying, more and more slowly: retry later, and see the log (engine.controller) for "
+                "the reasons"
+            )
         if self.max_queued is None or len(self.waiting) < self.max_queued:
             return None
         return Overloaded(
@@ -124,6 +134,12 @@ class ReplicaSet:
             f"{len(self.waiting)} calls of this caller wait already (max_queued_requests={self.max_queued}); "
             "retry later or raise num_replicas"
         )
+
+    def give_up_waiting(self) -> list[Slot]:
+        """Take everything from the queue."""
+        waiting = list(self.waiting)
+        self.waiting.clear()
+        return waiting
 
     def next_placements(self, now: float) -> Iterator[tuple[Slot, Target]]:
         """Take from the queue what can be placed now, in order."""

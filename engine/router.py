@@ -44,7 +44,8 @@ class Router:
         """Replace the picture by a newer one.
 
         Returns:
-            The targets that left it, and the queued calls whose backend left it (to be routed again).
+            The targets that left it, and the queued calls whose backend left it or has no replica to wait for (to be
+            routed again).
         """
         if snapshot.version <= self.snapshot.version:
             return [], []
@@ -53,8 +54,7 @@ class Router:
         homeless: list[Slot] = []
         for tag in [tag for tag in self.replica_sets if tag not in snapshot.backends]:
             removed = self.replica_sets.pop(tag)
-            homeless += removed.waiting
-            removed.waiting.clear()
+            homeless += removed.give_up_waiting()
             left += removed.targets.values()
             for target in removed.targets.values():
                 target.gone = True
@@ -64,6 +64,8 @@ class Router:
                 self.replica_sets[tag] = ReplicaSet(entry)
             else:
                 left += known.apply(entry)
+                if known.hopeless:
+                    homeless += known.give_up_waiting()
         self.endpoints = {name: self._endpoint(entry) for name, entry in snapshot.endpoints.items()}
         return left, homeless
 

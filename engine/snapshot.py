@@ -32,6 +32,7 @@ class BackendEntry:
         max_concurrent_queries: Calls one replica holds at once.
         max_queued_requests: Calls a caller may queue for this backend; None for any number.
         expecting: More replicas are on their way, so that calls may wait where there is none yet.
+        failures: Replicas in a row that died soon, or did not start.
         dead: Ids of replicas that ended unasked, the last ones. No answer will come from there, though a caller's
             connection may not show it for long: that of a host which lost its power just falls silent.
     """
@@ -41,6 +42,7 @@ class BackendEntry:
     max_concurrent_queries: int
     max_queued_requests: int | None
     expecting: bool = True
+    failures: int = 0
     dead: tuple[str, ...] = ()
 
 

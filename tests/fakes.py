@@ -35,11 +35,12 @@ def backend_entry(
     limit: int = 1,
     max_queued: int | None = None,
     expecting: bool = True,
+    failures: int = 0,
     dead: Sequence[str] = (),
 ) -> BackendEntry:
     """A backend whose replicas live at ``fake:ID``."""
     entries = tuple(ReplicaEntry(replica, f"fake:{replica}") for replica in replicas)
-    return BackendEntry(tag, entries, limit, max_queued, expecting, tuple(dead))
+    return BackendEntry(tag, entries, limit, max_queued, expecting, failures, tuple(dead))
 
 
 def snapshot(

@@ -210,6 +210,42 @@ def test_calls_wait_until_there_is_room(world: World) -> None:
     assert world.counted() == IDLE
 
 
+def test_calls_that_wait_for_no_replica_learn_of_it(world: World) -> None:
+    """At first one is expected; later the last ones have failed, one after another."""
+    held, waiting = world.submit("a"), world.submit("b")
+    world.show(backend_entry("b", [], failures=1, dead=["r1"]))
+    late = world.submit("c")
+    assert (waiting.settled, late.settled) == (0, 0)
+    world.show(backend_entry("b", [], expecting=False, failures=3, dead=["r1"]))
+    for slot in (waiting, late):
+        assert isinstance(slot.error, NoReplica)
+        assert slot.settled == 1
+        assert "the last 3 in a row died or did not start" in str(slot.error)
+    assert world.counted()["queued"] == 0
+    assert not held.settled
+    world.show(backend_entry("b", ["r2"]))
+    assert world.submit("d").error is None
+    assert world.names("r2") == ["d"]
+
+
+def test_calls_that_wait_for_no_replica_go_to_the_backend_that_gets_the_calls_now(world: World) -> None:
+    world.submit("a")
+    waiting = world.submit("b")
+    hopeless = backend_entry("b", [], expecting=False, failures=3, dead=["r1"])
+    world.show(hopeless, backend_entry("c", ["r2"]), endpoints={"e": {"c": 1.0}})
+    assert waiting.error is None
+    assert world.names("r2") == ["b"]
+
+
+def test_a_call_that_was_never_sent_does_not_wait_for_no_replica(world: World) -> None:
+    slot = world.submit("a")
+    world.channel("r1").opened = False
+    world.show(backend_entry("b", [], expecting=False, failures=3, dead=["r1"]))
+    world.home.fire()
+    assert isinstance(slot.error, NoReplica)
+    assert slot.settled == 1
+
+
 def test_a_refused_call_keeps_its_place(world: World) -> None:
     slots = [world.submit(name) for name in "abc"]
     world.refuse("r1")

@@ -390,6 +390,23 @@ async def nothing_is_left_to_do() -> None:
     assert not [task for task in asyncio.all_tasks() if "_try_again" in repr(task.get_coro())]
 
 
+@on_loop
+async def test_callers_learn_how_often_in_a_row_a_replica_failed(platform: Platform) -> None:
+    one = await furnished(platform)
+    caller = one.subscribe()
+    one.adapter.refuses = errors.BackendStartError("replica.b.2 has had enough")
+    one.die("b#1", "was killed by SIGKILL")
+
+    def counted() -> list[tuple[bool, int, int]]:
+        entries = [snapshot.backends["b"] for snapshot in published(caller)]
+        return [(entry.expecting, entry.failures, len(entry.replicas)) for entry in entries]
+
+    await until(lambda: len(counted()) >= 5)
+    assert counted()[:5] == [(True, 0, 1), (True, 1, 0), (True, 2, 0), (False, 3, 0), (False, 4, 0)]
+    one.adapter.refuses = None
+    await until(lambda: counted()[-1][2] == 1)
+
+
 # -- changes that the store does not take ----------------------------------------------------------------------------
 
 CHANGES: dict[str, Callable[[Controller], Coroutine[Any, Any, None]]] = {

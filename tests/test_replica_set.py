@@ -158,7 +158,7 @@ def test_the_queue_may_be_without_bound() -> None:
     for _ in range(5000):
         place(known)
     assert len(known.waiting) == 4999
-    assert known.overloaded() is None
+    assert known.refusal() is None
 
 
 def test_calls_wait_for_a_replica_that_is_expected() -> None:
@@ -169,9 +169,13 @@ def test_calls_wait_for_a_replica_that_is_expected() -> None:
 
 
 def test_calls_are_refused_when_no_replica_is_expected() -> None:
-    known = make(expecting=False)
-    with pytest.raises(NoReplica, match="backend 'b' has no replica"):
+    known = make(expecting=False, failures=4)
+    with pytest.raises(
+        NoReplica, match="backend 'b' has no replica: the last 4 in a row died or did not start"
+    ) as caught:
         place(known)
+    assert "The engine keeps trying" in str(caught.value)
+    assert "see the log (engine.controller)" in str(caught.value)
     assert not known.waiting
 
 

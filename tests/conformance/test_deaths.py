@@ -94,6 +94,42 @@ def test_calls_that_wait_survive_a_death(serve, engine, gate):
     assert pid not in answers
 
 
+def test_calls_that_wait_learn_that_replicas_fail_one_after_another(serve, engine, gate, tmp_path):
+    """They would else wait for ever; and the engine keeps trying, so that later calls are served again."""
+    broken = tmp_path / "broken"
+
+    class Backend(Mortal):
+        def __init__(self, gate):
+            super().__init__(gate)
+            if broken.exists():
+                raise ValueError("broken for now")
+
+    served = serve(Backend, gate, route=None, config={"max_concurrent_queries": 1})
+    pid = served.call()
+    held = served.handle.remote("hold")
+    gate.wait_for_arrivals(1)
+    waiting = [served.handle.remote() for _ in range(3)]
+    broken.touch()
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(errors.ReplicaDied):
+        engine.get(held, timeout=20)
+    told = r"backend '.*' has no replica: the last \d+ in a row died or did not start. The engine keeps trying"
+    for ref in waiting:
+        with pytest.raises(errors.NoReplica, match=told):
+            engine.get(ref, timeout=20)
+    with pytest.raises(errors.NoReplica, match=told):
+        served.call()
+    broken.unlink()
+
+    def served_again():
+        try:
+            return served.call() != pid
+        except errors.NoReplica:
+            return False
+
+    eventually(served_again)
+
+
 def test_a_death_leaves_the_other_replica_serving(serve, gate):
     served = serve(Mortal, gate, route=None, config={"num_replicas": 2})
     pids = set()
