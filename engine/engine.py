@@ -77,7 +77,12 @@ class Engine:
         self._set_up(name, adapter, os.urandom(6).hex())
         self._client = Client(self._id, adapter)
         self._client.register()
-        self._runner: Runner | RemoteRunner = Runner(self._id, adapter, self._client, self._http)
+        try:
+            self._runner: Runner | RemoteRunner = Runner(self._id, adapter, self._client, self._http)
+        except BaseException:  # there is no thread to be had
+            self._client.close()
+            self._unhook()
+            raise
 
     @classmethod
     def connect(cls, name: str, *, backend: str | Adapter = "ray") -> Engine:

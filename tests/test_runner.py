@@ -6,11 +6,12 @@ import asyncio
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 from fakes import FakeAdapter
 
-from engine import Engine, errors
+from engine import Engine, client, connectors, errors
 from engine.client import Client
 from engine.config import HTTPOptions
 from engine.runner import Runner
@@ -27,6 +28,22 @@ def test_without_a_loop_there_is_an_error_and_an_end(monkeypatch, leaves_nothing
     engine.shutdown()
     with pytest.raises(errors.EngineClosed):
         engine.create_backend("b", len)
+
+
+def test_without_a_thread_there_is_no_engine(monkeypatch, leaves_nothing):
+    """Nor anything of it: at exit, a hook would shut down what never was."""
+
+    def lacking(thread):
+        raise RuntimeError("can't start new thread")
+
+    hooks = []
+    monkeypatch.setattr("engine.engine.atexit", SimpleNamespace(register=hooks.append, unregister=hooks.remove))
+    monkeypatch.setattr(threading.Thread, "start", lacking)
+    known = dict(connectors._connectors), dict(client._clients)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        Engine(backend=FakeAdapter())
+    assert hooks == []
+    assert (connectors._connectors, client._clients) == known
 
 
 @pytest.fixture
