@@ -45,7 +45,8 @@ class BackendReplicas:
         workers: Keeps them.
         plan: What they run.
         debug: Whether they send tracebacks to HTTP clients.
-        changed: Called after `refill` changed what there is.
+        publish: Keeps what there is and lets callers know, or raises.
+        announce: Lets callers know come what may: of what has happened and cannot be taken back.
 
     Attributes:
         plan: What rules now.
@@ -63,13 +64,15 @@ class BackendReplicas:
         plan: BackendPlan,
         *,
         debug: bool,
-        changed: Callable[[], None],
+        publish: Callable[[], int],
+        announce: Callable[[], None],
     ) -> None:
         self._engine_id = engine_id
         self._adapter = adapter
         self._workers = workers
         self._debug = debug
-        self._changed = changed
+        self._publish = publish
+        self._announce = announce
         self._started = 0  # numbers the replicas
         self._failures = 0  # replicas in a row that did not start, or died soon
         self._dead: deque[str] = deque(maxlen=_KEPT_DEAD)  # ids of the last ones
@@ -112,6 +115,94 @@ class BackendReplicas:
         """The stage of each replica's life by its id."""
         return {one.spec.worker_id: one.life.value for one in self.running}
 
+    # -- changes of what is wanted -------------------------------------------------------------------------------------
+
+    async def create(self) -> None:
+        """Start as many replicas as are wanted, and be there.
+
+        Raises:
+            BaseException: What a replica's constructor raised, why it did not become ready, or why the store does not
+                keep the backend. Then no replica of it is left.
+        """
+        try:
+            self.running = await self._start(self.plan, self.missing)
+            self.live = True
+            self._publish()
+        except BaseException:
+            self.live, self.deleted = False, True
+            await self.end(self.running, at_once=True)
+            raise
+
+    async def update(self, changes: Any) -> list[Worker]:
+        """Change the configuration.
+
+        If ``reconfigure`` raises in some replicas, the others keep what they took, and the former configuration rules.
+        If a new replica does not start, all of the change rules but the number of replicas. If the store does not keep
+        the change, nothing of it rules: replicas return to the former configuration, and one that refuses is ended.
+
+        Returns:
+            The replicas that are too many now. They are out of service, and the caller's to end.
+
+        Raises:
+            InvalidArgument: The change is not valid.
+            BaseException: What ``reconfigure`` or a new replica's constructor raised, or why the store does not keep
+                the change.
+        """
+        before = self.plan
+        after = before.config.updated(changes)
+        before.check(after)
+        refused = await self._reconfigure(before.config, after)
+        if refused:
+            raise next(iter(refused.values()))
+        plan = replace(before, config=after)
+        failure: BaseException | None = None
+        started: list[Worker] = []
+        try:
+            started = await self._start(plan, after.num_replicas - len(self.running))
+        except BaseException as error:
+            failure = error
+            plan = replace(plan, config=replace(after, num_replicas=before.config.num_replicas))
+        running = self.running
+        self.plan, self.running = plan, (running + started)[: plan.config.num_replicas]
+        try:
+            self._publish()
+        except BaseException:
+            self.plan, self.running = before, running
+            await self.end(started, at_once=True)
+            await self._return_from(after)
+            raise
+        if failure is not None:
+            raise failure
+        return running[plan.config.num_replicas :]
+
+    async def _return_from(self, taken: BackendConfig) -> None:
+        """Have the replicas return from a configuration that does not rule to the one that does."""
+        refused = await self._reconfigure(taken, self.config)
+        if refused:
+            for worker, error in refused.items():
+                _logger.error("%s does not return to its former configuration: %r; ending it", worker.spec.name, error)
+            self.running = [worker for worker in self.running if worker not in refused]
+            self._announce()
+            await self.end(list(refused))
+
+    async def _reconfigure(self, before: BackendConfig, after: BackendConfig) -> dict[Worker, BaseException]:
+        """Have the replicas go from one configuration to another, if it is another for them.
+
+        Returns:
+            Once all have answered, those that did not take it, and why: what the backend's ``reconfigure`` raised.
+        """
+        packed = dumps(after, f"config: user_config of backend {self.plan.tag!r}")
+        changed = not _equal(after.user_config, before.user_config)
+        if not changed and replace(after, num_replicas=before.num_replicas, user_config=before.user_config) == before:
+            return {}
+        replicas = [worker for worker in self.running if worker.life is Life.READY]
+        outcomes = await asyncio.gather(
+            *[self._workers.reconfigure(worker, packed, user_config_changed=changed) for worker in replicas],
+            return_exceptions=True,  # the next operation may only begin when all have answered
+        )
+        pairs = zip(replicas, outcomes, strict=True)
+        return {worker: outcome for worker, outcome in pairs if isinstance(outcome, BaseException)}
+
     # -- starting and ending them --------------------------------------------------------------------------------------
 
     async def restore(self, known: KnownBackend) -> None:
@@ -124,13 +215,13 @@ class BackendReplicas:
         self.running = [one for one in workers if one.life is Life.READY]
         self._dead += [one.spec.worker_id for one in workers if one.life is not Life.READY]
 
-    async def start(self, plan: BackendPlan, count: int) -> list[Worker]:
+    async def _start(self, plan: BackendPlan, count: int) -> list[Worker]:
         """Start replicas, all or none; they are ready to be put in service, but for those that died meanwhile.
 
         Raises:
             BaseException: What a replica's constructor raised, or why it did not become ready.
         """
-        starts = [asyncio.ensure_future(self._start(plan)) for _ in range(count)]
+        starts = [asyncio.ensure_future(self._start_one(plan)) for _ in range(count)]
         try:
             await asyncio.gather(*starts)
         except BaseException:
@@ -149,7 +240,7 @@ class BackendReplicas:
                 _logger.warning("%s %s as soon as it was ready", worker.spec.name, worker.exit_reason)
         return ready
 
-    async def _start(self, plan: BackendPlan) -> Worker:
+    async def _start_one(self, plan: BackendPlan) -> Worker:
         self._started += 1
         replica_tag = f"{plan.tag}#{self._started}"
         spec = ReplicaSpec(
@@ -191,27 +282,6 @@ class BackendReplicas:
 
     # -- while they run ------------------------------------------------------------------------------------------------
 
-    async def reconfigure(self, before: BackendConfig, after: BackendConfig) -> dict[Worker, BaseException]:
-        """Have the replicas go from one configuration to another, if it is another for them.
-
-        Returns:
-            Once all have answered, those that did not take it, and why: what the backend's ``reconfigure`` raised.
-
-        Raises:
-            NotSerializable: ``user_config`` cannot be pickled.
-        """
-        packed = dumps(after, f"config: user_config of backend {self.plan.tag!r}")
-        changed = not _equal(after.user_config, before.user_config)
-        if not changed and replace(after, num_replicas=before.num_replicas, user_config=before.user_config) == before:
-            return {}
-        replicas = [worker for worker in self.running if worker.life is Life.READY]
-        outcomes = await asyncio.gather(
-            *[self._workers.reconfigure(worker, packed, user_config_changed=changed) for worker in replicas],
-            return_exceptions=True,  # the next operation may only begin when all have answered
-        )
-        pairs = zip(replicas, outcomes, strict=True)
-        return {worker: outcome for worker, outcome in pairs if isinstance(outcome, BaseException)}
-
     def lost(self, worker: Worker) -> bool:
         """A worker died; returns whether it was a replica in service here."""
         if worker not in self.running:
@@ -232,12 +302,12 @@ class BackendReplicas:
                 if self.deleted or self.missing <= 0:
                     return
                 try:
-                    ready = await self.start(self.plan, 1)
+                    ready = await self._start(self.plan, 1)
                     self.running += ready
                 except Exception as error:
                     self._failures += 1
                     _logger.error("backend %r: a replica could not be replaced: %r", self.plan.tag, error)
-                self._changed()
+                self._announce()
 
 
 def _equal(one: Any, other: Any) -> bool:

@@ -8,16 +8,13 @@ operations on different ones run side by side.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 from collections.abc import Coroutine
-from dataclasses import replace
 from typing import Any
 
 from .adapter import Adapter, Channel, ChannelListener, WorkerExit
 from .backend_plan import BackendPlan
 from .backend_replicas import BackendReplicas
-from .backoff import backoff_s
 from .checkpoint import Checkpoint, Picture
 from .client import Client
 from .config import BackendConfig, HTTPOptions
@@ -145,12 +142,8 @@ class Controller:
         backend = self._backends[plan.tag] = self._new_backend(plan)
         async with backend.lock:
             try:
-                backend.running = await backend.start(plan, plan.config.num_replicas)
-                backend.live = True
-                self._publish()
+                await backend.create()
             except BaseException:
-                backend.live, backend.deleted = False, True
-                await backend.end(backend.running, at_once=True)
                 del self._backends[plan.tag]  # only now: the next one's replicas have the same names
                 raise
             self._refill(backend)
@@ -158,43 +151,18 @@ class Controller:
     async def update_backend_config(self, tag: str, changes: Any) -> None:
         """Change a backend's configuration; the change rules once this returns.
 
-        If a new replica does not start, all of the change rules but the number of replicas. If the store does not keep
-        it, nothing does: replicas are reconfigured back. One whose ``reconfigure`` refuses that is replaced.
-
         Raises:
             InvalidArgument: The backend is unknown, or the change is not valid.
-            BaseException: What ``reconfigure`` or a new replica's constructor raised, or why the store does not keep
-                the change.
+            BaseException: See `engine.backend_replicas.BackendReplicas.update`, also for what rules then.
         """
         backend = self._backend(tag)
         async with backend.lock:
             self._backend(tag)  # it may have been deleted meanwhile
-            before = backend.config
-            after = before.updated(changes)
-            backend.plan.check(after)
-            refused = await backend.reconfigure(before, after)
-            if refused:
-                raise next(iter(refused.values()))
-            plan = replace(backend.plan, config=after)
-            failure: BaseException | None = None
-            started: list[Worker] = []
             try:
-                started = await backend.start(plan, after.num_replicas - len(backend.running))
-            except BaseException as error:
-                failure = error
-                plan = replace(plan, config=replace(after, num_replicas=before.num_replicas))
-            running = backend.running + started
-            staying, leaving = running[: plan.config.num_replicas], running[plan.config.num_replicas :]
-            try:
-                version = self._change_backend(backend, plan, staying)
-            except BaseException:
-                await backend.end(started, at_once=True)
-                await self._reconfigure_back(backend, after)
-                raise
-            if failure is not None:
-                raise failure
-            self._refill(backend)
-            await self._end_replicas(backend, leaving, version)
+                leaving = await backend.update(changes)
+            finally:
+                self._refill(backend)
+            await self._end_replicas(backend, leaving)
 
     async def delete_backend(self, tag: str, *, force: bool) -> None:
         """End a backend that no endpoint uses.
@@ -209,7 +177,7 @@ class Controller:
         try:
             async with backend.lock:
                 del self._backends[tag]
-                version = self._publish()
+                self._publish()
         except BaseException:
             self._backends[tag] = backend
             backend.deleted = False
@@ -217,7 +185,7 @@ class Controller:
             raise
         self._leaving.add(tag)
         try:
-            await self._end_replicas(backend, backend.running, version, at_once=force)
+            await self._end_replicas(backend, backend.running, at_once=force)
         finally:
             self._leaving.discard(tag)
 
@@ -317,7 +285,8 @@ class Controller:
             self._workers,
             plan,
             debug=self._http.debug,
-            changed=self._publish_anyway,
+            publish=self._publish,
+            announce=self._publish_anyway,
         )
 
     def _backend(self, tag: str) -> BackendReplicas:
@@ -368,34 +337,10 @@ class Controller:
         if not await self._publisher.applied(version, _APPLIED_TIMEOUT_S, ingress_only=True):
             _logger.warning("an ingress has not taken the newest routes within %g s", _APPLIED_TIMEOUT_S)
 
-    def _change_backend(self, backend: BackendReplicas, plan: BackendPlan, running: list[Worker]) -> int:
-        before = backend.plan, backend.running
-        backend.plan, backend.running = plan, running
-        try:
-            return self._publish()
-        except BaseException:
-            backend.plan, backend.running = before
-            raise
-
-    async def _reconfigure_back(self, backend: BackendReplicas, taken: BackendConfig) -> None:
-        """Have the replicas return from a configuration that does not rule to the one that does."""
-        refused = await backend.reconfigure(taken, backend.config)
-        if refused:
-            for worker, error in refused.items():
-                _logger.error(
-                    "%s does not take its former configuration back: %r; replacing it", worker.spec.name, error
-                )
-            backend.running = [worker for worker in backend.running if worker not in refused]
-            self._publish_anyway()
-            self._refill(backend)
-            await self._end_replicas(backend, list(refused), self._publisher.version)
-
-    async def _end_replicas(
-        self, backend: BackendReplicas, leaving: list[Worker], version: int, *, at_once: bool = False
-    ) -> None:
-        """End replicas that are out of service as of this version."""
+    async def _end_replicas(self, backend: BackendReplicas, leaving: list[Worker], *, at_once: bool = False) -> None:
+        """End replicas that were published to be out of service."""
         if leaving and not at_once:
-            await self._publisher.applied(version, _LEFT_ALONE_TIMEOUT_S, ingress_only=False)
+            await self._publisher.applied(self._publisher.version, _LEFT_ALONE_TIMEOUT_S, ingress_only=False)
         await backend.end(leaving, at_once=at_once)
 
     # -- workers -------------------------------------------------------------------------------------------------------
@@ -420,13 +365,7 @@ class Controller:
             self._spawn(backend.refill())
 
     async def _refill_ingresses(self) -> None:
-        for failures in itertools.count(1):
-            try:
-                if await self._ingresses.refill():
-                    break
-            except Exception as error:
-                _logger.error("an ingress could not be started: %r", error)
-            await asyncio.sleep(backoff_s(failures))
+        await self._ingresses.complete()
         self._keeper.keep_soon()
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections import defaultdict
 
 from .adapter import Adapter, Listen, Node, WorkerSpec
+from .backoff import backoff_s
 from .checkpoint import KnownWorker
 from .config import HTTPOptions
 from .errors import BackendStartError
@@ -76,6 +78,16 @@ class IngressFleet:
             _logger.warning("no ingress on node %s yet: %s", node_id, outcome)
             complete = False
         return complete
+
+    async def complete(self) -> None:
+        """Refill until all are there; the more tries fail, the more slowly."""
+        for failures in itertools.count(1):
+            try:
+                if await self.refill():
+                    return
+            except Exception as error:
+                _logger.error("an ingress could not be started: %r", error)
+            await asyncio.sleep(backoff_s(failures))
 
     async def _refill_on(self, node_id: str) -> None:
         async with self._locks[node_id]:

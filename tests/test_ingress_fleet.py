@@ -118,3 +118,16 @@ async def test_a_node_that_is_about_to_leave_is_tried_again_later() -> None:
     first.there["a"] = "dying"
     with pytest.raises(errors.BackendStartError):
         await first.fleet().ensure_started()
+
+
+async def test_what_is_missing_is_tried_until_it_is_there() -> None:
+    platform = Platform("a")
+    fleet = platform.fleet()
+    await fleet.ensure_started()
+    platform.there.update(bad="bad", b="dying")
+    completing = asyncio.ensure_future(fleet.complete())
+    await until(lambda: [spec.node_id for spec in platform.started].count("b") == 1)
+    assert not completing.done()
+    platform.there.update(bad="sound", b="sound")
+    await completing
+    assert len(served(fleet)) == 3
