@@ -162,7 +162,7 @@ class Engine:
             init_kwargs: For the class.
 
         Raises:
-            errors.InvalidArgument: An argument is wrong, or the tag is taken.
+            errors.InvalidArgument: An argument is wrong, or the tag is taken (until `delete_backend` has returned).
             errors.NotSerializable: The callable or an argument cannot be pickled; the message says which part.
             errors.BackendStartError: A replica died before it was ready, or took too long.
             errors.ResourcesUnavailable: The resources are not free.
@@ -188,6 +188,9 @@ class Engine:
 
     def update_backend_config(self, tag: str, config: BackendConfig | Mapping[str, Any]) -> None:
         """Change fields of a backend's configuration; returns when every replica has taken the change.
+
+        If it raises, the former configuration rules; but if it was a new replica that did not start, all of the change
+        does except the number of replicas.
 
         Raises:
             errors.InvalidArgument: The backend is unknown, or a field is wrong.
