@@ -25,6 +25,7 @@ from engine.serialization import dumps, pack_exception
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 if why_not() is None:
     from engine_ray import RayAdapter, connector, registry, turns, watched
+    from engine_ray.actors import NAMESPACE, actor_names, kill_actor, kill_named
     from engine_ray.addresses import Address, cluster_of, engine_of, is_symbolic, symbolic
     from engine_ray.bodies import Bound, Leaving
     from engine_ray.carried import CarriedError, CarriedResult, Errand, Filled, Placeholder, carried
@@ -465,6 +466,59 @@ def test_without_ray_the_adapter_says_what_to_install(monkeypatch: pytest.Monkey
     monkeypatch.setattr("engine_ray.adapter.find_spec", lambda name: None)
     with pytest.raises(InvalidArgument, match=r'pip install "mpengine\[ray\]"'):
         RayAdapter()
+
+
+# -- actors ----------------------------------------------------------------------------------------------------------
+
+
+class FakeActors:
+    """Ray's named actors, by namespace and name; killing one that is gone raises, as Ray does."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *known: tuple[str, str]) -> None:
+        self.known = set(known)
+        self.connected = True
+        self.asked = 0
+        monkeypatch.setattr("ray.is_initialized", lambda: self.connected)
+        monkeypatch.setattr("ray.util.list_named_actors", self._list)
+        monkeypatch.setattr("ray.get_actor", self._get)
+        monkeypatch.setattr("ray.kill", self._kill)
+
+    def _list(self, *, all_namespaces: bool) -> list[dict[str, str]]:
+        assert all_namespaces
+        return [{"namespace": namespace, "name": name} for namespace, name in sorted(self.known)]
+
+    def _get(self, name: str, *, namespace: str) -> tuple[str, str]:
+        self.asked += 1
+        if (namespace, name) not in self.known:
+            raise ValueError(f"Failed to look up actor with name {name!r}")
+        return namespace, name
+
+    def _kill(self, actor: tuple[str, str]) -> None:
+        self.asked += 1
+        self.known.remove(actor)
+
+
+def test_actors_are_found_by_the_beginning_of_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeActors(monkeypatch, (NAMESPACE, "a-1"), (NAMESPACE, "a-2"), (NAMESPACE, "b-1"), ("users", "a-3"))
+    assert actor_names("a-") == ["a-1", "a-2"]
+    assert actor_names("a-", "users") == ["a-3"]
+
+
+def test_actors_are_killed_and_those_that_are_gone_missed_by_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    actors = FakeActors(monkeypatch, (NAMESPACE, "a"), (NAMESPACE, "b"), (NAMESPACE, "c"))
+    kill_actor((NAMESPACE, "a"))
+    kill_actor((NAMESPACE, "a"))
+    kill_named(["a", "b"])
+    assert actors.known == {(NAMESPACE, "c")}
+
+
+def test_who_has_left_ray_asks_it_for_no_death(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray would connect anew to whatever cluster it finds."""
+    actors = FakeActors(monkeypatch, (NAMESPACE, "a"))
+    actors.connected = False
+    kill_actor((NAMESPACE, "a"))
+    kill_named(["a"])
+    assert actors.asked == 0
 
 
 # -- output ----------------------------------------------------------------------------------------------------------

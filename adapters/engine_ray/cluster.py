@@ -36,6 +36,7 @@ from engine.messages import Control, Message
 from engine_wire import Acceptor, SocketChannel, notice_silence
 
 from . import connection
+from .actors import kill_actor
 from .addresses import Address
 from .bodies import Hello
 from .courier import end_courier
@@ -204,7 +205,7 @@ class ClusterAdapter(RayCaller):
         worker = self._workers.get(worker_id)
         if worker is not None:
             worker.killed = True
-            _kill(worker.actor)
+            kill_actor(worker.actor)
 
     def unplaced(self, worker_id: str) -> str | None:
         """See `engine.adapter.Adapter.unplaced`."""
@@ -411,7 +412,7 @@ class ClusterAdapter(RayCaller):
             reason = "was killed by the engine"
         elif worker.exit_code is not None:
             reason = f"exited with code {worker.exit_code}" if worker.exit_code else "exited"
-        _kill(worker.actor)
+        kill_actor(worker.actor)
         if not self._workers:
             self._deserted.set()
         if self._running is not None:
@@ -459,14 +460,6 @@ async def _aside(function: Callable[..., Any], *args: Any) -> None:
         function(*args)
     else:
         await done
-
-
-def _kill(actor: Any) -> None:
-    import ray
-
-    with contextlib.suppress(Exception):  # it is gone
-        if ray.is_initialized():  # else Ray would connect anew, to whatever it finds
-            ray.kill(actor)
 
 
 def connected_cluster() -> str:

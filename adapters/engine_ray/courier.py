@@ -26,18 +26,14 @@ from engine.messages import PYTHON, Reply
 from engine.serialization import dumps, pack_exception
 from engine.slot import Outgoing
 
+from .actors import NAMESPACE, kill_actor
 from .carried import CarriedError, Filled, carried
 from .connector import RayConnector
 from .order import Surroundings, extend_path
 from .turns import Turns
 
-__all__ = ["NAMESPACE", "Courier", "courier_name", "end_courier", "find_courier"]
+__all__ = ["Courier", "courier_name", "end_courier", "find_courier"]
 
-NAMESPACE = "mpengine"
-"""Of the actors that belong to engines: found by name, whatever the namespace of the process that looks for them.
-
-Also of the names of detached engines whose adapter names no other.
-"""
 _MAX_CALLS = 1_000_000
 """Calls at a time: as many as an async replica holds. The queues of the routers bound them, not this."""
 _LOOK_S = 0.02
@@ -177,5 +173,4 @@ def end_courier(engine_id: str) -> None:
         return
     with contextlib.suppress(Exception):  # it is gone, or takes too long: either way it has to go
         ray.get(courier.leave.remote(), timeout=_LEAVE_WITHIN_S)
-    with contextlib.suppress(Exception):
-        ray.kill(courier)
+    kill_actor(courier)

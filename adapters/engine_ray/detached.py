@@ -22,9 +22,10 @@ from engine.config import HTTPOptions
 from engine.detached import DetachedController
 from engine.errors import EngineClosed, InvalidArgument, RetryLater
 
+from .actors import NAMESPACE, actor_names, kill_actor, kill_named
 from .addresses import symbolic
 from .cluster import SECRET_BYTES, ClusterAdapter, connected_cluster
-from .courier import NAMESPACE, end_courier
+from .courier import end_courier
 from .order import Surroundings
 from .places import check_connected, trifle
 from .registry import Entry, Registry
@@ -102,10 +103,10 @@ class DetachedAdapter(ClusterAdapter):
             if name not in self._adopted and _worker_id(self.engine_id, name) not in self.heard_of
         ]
         if unheard:
-            asyncio.get_running_loop().run_in_executor(None, _end_workers, unheard)
+            asyncio.get_running_loop().run_in_executor(None, kill_named, unheard)
 
     def _end_leftovers(self) -> None:
-        _end_workers(_worker_names(self.engine_id))
+        kill_named(_worker_names(self.engine_id))
 
 
 class ControllerActor:
@@ -188,13 +189,12 @@ class RayController:
         import ray
 
         if ended and ray.is_initialized():
-            with contextlib.suppress(Exception):  # it is gone already
-                ray.kill(self._actor)
+            kill_actor(self._actor)
             # What a controller that was killed could not end itself.
             with contextlib.suppress(Exception):
                 Registry(self.engine_id).clear()
                 end_courier(self.engine_id)
-                _end_workers(_worker_names(self.engine_id))
+                kill_named(_worker_names(self.engine_id))
         self._adapter.close()
 
 
@@ -238,7 +238,7 @@ def create_controller(
     try:
         ray.get(actor.identify.remote())
     except BaseException:
-        ray.kill(actor)
+        kill_actor(actor)
         Registry(engine_id).clear()
         raise
     return RayController(actor, engine_id, adapter)
@@ -272,19 +272,7 @@ def _worker_id(engine_id: str, name: str) -> str:
 
 def _worker_names(engine_id: str) -> list[str]:
     """The names of all actors that are workers of a detached engine."""
-    import ray
-
-    actors = ray.util.list_named_actors(all_namespaces=True)
-    prefix = _worker_prefix(engine_id)
-    return [one["name"] for one in actors if one["namespace"] == NAMESPACE and one["name"].startswith(prefix)]
-
-
-def _end_workers(names: list[str]) -> None:
-    import ray
-
-    for name in names:
-        with contextlib.suppress(Exception):  # it is gone already
-            ray.kill(ray.get_actor(name, namespace=NAMESPACE))
+    return actor_names(_worker_prefix(engine_id))
 
 
 _PREFIX = "engine-controller-"
@@ -295,11 +283,4 @@ def _actor_name(name: str) -> str:
 
 
 def _names(namespace: str) -> list[str]:
-    import ray
-
-    actors = ray.util.list_named_actors(all_namespaces=True)
-    return sorted(
-        actor["name"].removeprefix(_PREFIX)
-        for actor in actors
-        if actor["namespace"] == namespace and actor["name"].startswith(_PREFIX)
-    )
+    return sorted(name.removeprefix(_PREFIX) for name in actor_names(_PREFIX, namespace))
