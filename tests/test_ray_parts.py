@@ -16,7 +16,7 @@ import pytest
 from fakes import FakeChannel
 from ray_cluster import why_not
 
-from engine.adapter import ChannelClosed, Listen, Resources, WorkerSpec
+from engine.adapter import ChannelClosed, Resources, WorkerSpec
 from engine.control import Drain, Ready
 from engine.errors import InvalidArgument, RemoteTraceback
 from engine.messages import Control, Credit
@@ -701,34 +701,6 @@ def test_the_belated_end_of_a_former_channel_is_no_end_of_a_worker_that_has_come
     assert watch.losses == 1
 
 
-def test_adopted_ingresses_share_a_port_whichever_of_them_lives() -> None:
-    """The first one may have died with the former controller: the port is then what another one says."""
-
-    async def main() -> None:
-        listen = Listen("127.0.0.1", 0)
-        adapter = ClusterAdapter(None, {}, {})
-        dead, alive, other = (
-            WatchedWorker(
-                WorkerSpec(name, name, "nowhere:main", b"", node_id="n", listen=listen),
-                None,
-                lambda worker_id, body: None,
-                adapter._on_bound,
-                lambda worker: None,
-            )
-            for name in ("ingress#1", "ingress#2", "ingress#3")
-        )
-        dead.finish()
-        for worker, port in ((alive, 4000), (other, 4000)):
-            channel = FakeChannel("worker", worker)
-            worker.connected(channel)
-            channel.answer(Control(Bound(port)))
-        assert adapter.bound(listen, "n").port == 4000
-        _, first = await adapter._public_address(listen, "n")
-        assert first is None, "a replacement is not alone there"
-
-    asyncio.run(main())
-
-
 # -- the registry ----------------------------------------------------------------------------------------------------
 
 
@@ -928,10 +900,10 @@ def test_a_start_that_fails_ends_only_an_engine_that_ends_with_it(
     monkeypatch.setattr("engine_ray.cluster.listen_everywhere", lambda name: ([], ()))
     monkeypatch.setattr("ray.is_initialized", lambda: False)
 
-    def failing(adapter: Any) -> Any:
+    def failing(own_id: Any) -> Any:
         raise ConnectionError("the control plane is away")
 
-    monkeypatch.setattr(ClusterAdapter, "_look_for_nodes", failing)
+    monkeypatch.setattr("engine_ray.nodes._living", failing)
     adapter: ClusterAdapter
     if detached:
         from engine_ray.detached import DetachedAdapter

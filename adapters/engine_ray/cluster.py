@@ -13,24 +13,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import logging
 import os
-import socket
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from engine.adapter import (
     AdapterEvents,
     Channel,
-    ChannelClosed,
     ChannelListener,
     Listen,
     Node,
     WorkerExit,
     WorkerSpec,
 )
-from engine.control import Drain
 from engine.errors import EngineClosed, InvalidArgument
 from engine.messages import Control, Message
 from engine_wire import Acceptor, SocketChannel, notice_silence
@@ -40,13 +36,17 @@ from .actors import kill_actor
 from .addresses import Address
 from .bodies import Hello
 from .courier import end_courier
+from .leftovers import sweep_leftovers
+from .nodes import NodeWatch
 from .order import Order, Surroundings
 from .places import check_connected, listen_everywhere, options_of, shortage
+from .public_ports import PublicPorts
 from .refs import RayCaller
 from .registry import Entry, Registry
+from .strangers import Newcomer, Strangers
 from .watched import WatchedWorker, described_death
 
-__all__ = ["SECRET_BYTES", "ClusterAdapter", "connected_cluster"]
+__all__ = ["SECRET_BYTES", "ClusterAdapter"]
 
 _log = logging.getLogger("engine.ray")
 SECRET_BYTES = 32
@@ -56,11 +56,6 @@ _STOP_PATIENCE_S = 5.0
 _RETURN_PATIENCE_S = 15.0
 """Workers look for a new controller several times a second, once they have noticed that the former one is gone. If its
 host lost its power, that takes `engine_wire.addresses.SILENCE_S`."""
-_ADOPTED_WITHIN_S = 5.0
-_DISMISSED_WITHIN_S = 20.0
-_KNOCK_S = 1.0
-_NODES_EVERY_S = 1.0
-"""How often to ask for the cluster's nodes, if somebody wants to know: Ray announces them to nobody but itself."""
 
 
 class _Running(NamedTuple):
@@ -94,12 +89,11 @@ class ClusterAdapter(RayCaller):
         self._deserted = asyncio.Event()  # set while there are no workers
         self._deserted.set()
         self._process = 0  # that `start` was called in
-        self._nodes: tuple[Node, ...] = ()
-        self._node_watch: asyncio.Task[None] | None = None
-        self._ports: dict[tuple[Listen, str], asyncio.Future[int]] = {}
+        self._nodes = NodeWatch(self.node_id, self._on_nodes)
+        self._ports = PublicPorts()
         self._ignored: set[str] = set()  # options that the log has mentioned
         self.heard_of: set[str] = set()  # ids of workers that ever said who they are
-        self._strangers: dict[str, _Stranger] = {}  # workers that nobody has adopted yet
+        self._strangers = Strangers()
 
     # -- engine.adapter.Adapter --------------------------------------------------------------------------------------
 
@@ -121,8 +115,8 @@ class ClusterAdapter(RayCaller):
             acceptor = Acceptor(listening, self._welcome, loop, secret=self._secret)
             registry = Registry(engine_id)
             self._running = _Running(events, loop, acceptor, registry, connected)
-            self._nodes = await asyncio.to_thread(self._look_for_nodes)
-            address = Address(engine_id, self.node_id(), (*sockets, f"gcs:{connected_cluster()}"))
+            await self._nodes.look()
+            address = Address(engine_id, self.node_id(), (*sockets, f"gcs:{connection.cluster()}"))
             self.control_address = await asyncio.to_thread(self._announce, registry, str(address))
         except BaseException:
             if self._running is not None and self.store is None:
@@ -146,7 +140,7 @@ class ClusterAdapter(RayCaller):
         if listen is not None:
             if spec.node_id is None:
                 raise InvalidArgument("a worker with a public address needs a node_id")
-            listen, port = await self._public_address(listen, spec.node_id)
+            listen, port = await self._ports.place(listen, spec.node_id)
         import ray
 
         from .worker import RayWorker
@@ -182,8 +176,8 @@ class ClusterAdapter(RayCaller):
         assert running is not None
         actor = await asyncio.to_thread(self._former, spec)
         worker = self._watch(running, spec, actor)
-        stranger = self._strangers.pop(spec.worker_id, None)
-        if stranger is not None and not stranger.channel.closed:
+        stranger = self._strangers.hand_over(spec.worker_id)
+        if stranger is not None:
             self._introduce(worker, stranger.channel)
             for message in stranger.heard:
                 worker.received(stranger.channel, message)
@@ -214,25 +208,23 @@ class ClusterAdapter(RayCaller):
 
     def bound(self, listen: Listen, node_id: str) -> Listen:
         """See `engine.adapter.Adapter.bound`."""
-        return dataclasses.replace(listen, port=self._ports[listen, node_id].result())
+        return self._ports.bound(listen, node_id)
 
     def nodes(self) -> tuple[Node, ...]:
         """See `engine.adapter.Adapter.nodes`."""
-        return self._nodes
+        return self._nodes.nodes
 
     def watch_nodes(self) -> None:
         """See `engine.adapter.Adapter.watch_nodes`."""
-        if self._node_watch is None and self._running is not None:
-            self._node_watch = self._running.loop.create_task(self._watch_nodes(self._running.events))
+        if self._running is not None:
+            self._nodes.begin()
 
     async def stop(self) -> None:
         """See `engine.adapter.Adapter.stop`."""
         running = self._running
         if running is None or self._process != os.getpid():
             return  # also in a fork of the engine's process: nothing of this is its own
-        if self._node_watch is not None:
-            self._node_watch.cancel()
-            await asyncio.gather(self._node_watch, return_exceptions=True)
+        await self._nodes.end()
         for worker_id in list(self._workers):
             self.kill_worker(worker_id)
         with contextlib.suppress(asyncio.TimeoutError, TimeoutError):
@@ -254,10 +246,8 @@ class ClusterAdapter(RayCaller):
         """Leave word of the engine with the cluster; returns the address that its parties are told."""
         import ray
 
-        job_id = ray.get_runtime_context().get_job_id()
-        ended = _ended_jobs()
-        Registry.sweep(lambda entry: entry.job_id in ended and not _answers(entry.control_address))
-        registry.put(Entry(self.secret(), job_id, control_address))
+        sweep_leftovers()
+        registry.put(Entry(self.secret(), ray.get_runtime_context().get_job_id(), control_address))
         return control_address
 
     def _surroundings_now(self) -> Surroundings:
@@ -295,22 +285,7 @@ class ClusterAdapter(RayCaller):
     def _on_bound(self, worker: WatchedWorker, port: int) -> None:
         spec = worker.spec
         assert spec.listen is not None and spec.node_id is not None
-        known = self._ports.get((spec.listen, spec.node_id))
-        if known is None or known.cancelled():  # it was adopted
-            known = self._ports[spec.listen, spec.node_id] = asyncio.get_running_loop().create_future()
-        if not known.done():
-            known.set_result(port)
-
-    async def _public_address(self, listen: Listen, node_id: str) -> tuple[Listen, asyncio.Future[int] | None]:
-        """Where a worker is to listen; and, if it is the first there, what it is to tell the others."""
-        while True:
-            known = self._ports.get((listen, node_id))
-            if known is None or known.cancelled():
-                mine = self._ports[listen, node_id] = asyncio.get_running_loop().create_future()
-                return listen, mine
-            await asyncio.wait([known])
-            if not known.cancelled():
-                return dataclasses.replace(listen, port=known.result()), None
+        self._ports.learn(spec.listen, spec.node_id, port)
 
     def _mention_ignored(self, ignored: list[str]) -> None:
         new = [name for name in ignored if name not in self._ignored]
@@ -318,35 +293,17 @@ class ClusterAdapter(RayCaller):
             self._ignored.update(new)
             _log.info("ray_actor_options: the engine itself decides on %s; ignored here", ", ".join(new))
 
-    # -- nodes -------------------------------------------------------------------------------------------------------
-
-    def _look_for_nodes(self) -> tuple[Node, ...]:
-        import ray
-
-        own = self.node_id()
-        alive = [Node(node["NodeID"], node["NodeManagerAddress"]) for node in ray.nodes() if node["Alive"]]
-        return tuple(sorted(alive, key=lambda node: (node.node_id != own, node.node_id)))
-
-    async def _watch_nodes(self, events: AdapterEvents) -> None:
-        while True:
-            await asyncio.sleep(_NODES_EVERY_S)
-            try:
-                nodes = await asyncio.to_thread(self._look_for_nodes)
-            except Exception as error:
-                _log.warning("cannot ask Ray for the cluster's nodes: %s", error)
-                continue
-            if nodes != self._nodes:
-                self._nodes = nodes
-                for key in [key for key in self._ports if key[1] not in {node.node_id for node in nodes}]:
-                    del self._ports[key]
-                events.nodes_changed()
+    def _on_nodes(self) -> None:
+        self._ports.keep_only({node.node_id for node in self._nodes.nodes})
+        if self._running is not None:
+            self._running.events.nodes_changed()
 
     # -- who connects --------------------------------------------------------------------------------------------------
 
     def _welcome(self, channel: Channel) -> ChannelListener:
-        return _Newcomer(self)
+        return Newcomer(self._introduced)
 
-    def introduced(self, channel: SocketChannel, first: Message) -> None:
+    def _introduced(self, channel: SocketChannel, first: Message) -> None:
         """A party that connected has said its first word: it is a worker, or a caller that wants snapshots."""
         notice_silence(channel.sock)
         running = self._running
@@ -361,8 +318,7 @@ class ClusterAdapter(RayCaller):
             elif self.store is None:
                 channel.close()  # it was given up; closing its control channel ends it
             else:
-                stranger = channel.listener = self._strangers[body.worker_id] = _Stranger(channel)
-                running.loop.call_later(_ADOPTED_WITHIN_S, self._dismiss, body.worker_id, stranger)
+                self._strangers.take_in(body.worker_id, channel)
         else:
             channel.listener = running.events.peer_connected(channel)
             channel.listener.received(channel, first)
@@ -371,15 +327,6 @@ class ClusterAdapter(RayCaller):
     def _introduce(worker: WatchedWorker, channel: SocketChannel) -> None:
         channel.listener = worker
         worker.connected(channel)
-
-    def _dismiss(self, worker_id: str, stranger: _Stranger) -> None:
-        """Let a worker go that a former controller started but never told the checkpoint of, or was ending."""
-        if self._strangers.get(worker_id) is stranger:
-            del self._strangers[worker_id]
-            try:
-                stranger.channel.send(Control(Drain(_DISMISSED_WITHIN_S)))
-            except ChannelClosed:
-                pass  # it has left
 
     # -- how workers end -----------------------------------------------------------------------------------------------
 
@@ -419,39 +366,6 @@ class ClusterAdapter(RayCaller):
             self._running.events.worker_exited(WorkerExit(worker.worker_id, reason))
 
 
-class _Newcomer:
-    """Hears a party that has connected until it says what it is."""
-
-    def __init__(self, adapter: ClusterAdapter) -> None:
-        self._adapter = adapter
-
-    def received(self, channel: Channel, message: Message) -> None:
-        """See `engine.adapter.ChannelListener.received`."""
-        assert isinstance(channel, SocketChannel)
-        if channel.listener is self:
-            self._adapter.introduced(channel, message)
-        elif channel.listener is not None:  # what came with the first word goes to whom that brought
-            channel.listener.received(channel, message)
-
-    def lost(self, channel: Channel, reason: str) -> None:
-        """See `engine.adapter.ChannelListener.lost`; nobody knew it."""
-
-
-class _Stranger:
-    """A worker of a former controller that nobody has asked for yet; keeps what it says."""
-
-    def __init__(self, channel: SocketChannel) -> None:
-        self.channel = channel
-        self.heard: list[Message] = []
-
-    def received(self, channel: Channel, message: Message) -> None:
-        """See `engine.adapter.ChannelListener.received`."""
-        self.heard.append(message)
-
-    def lost(self, channel: Channel, reason: str) -> None:
-        """See `engine.adapter.ChannelListener.lost`; should it be adopted yet, sending to it will tell."""
-
-
 async def _aside(function: Callable[..., Any], *args: Any) -> None:
     """Call a function in a thread; or here, at the end of the interpreter, which has no more threads to give."""
     try:
@@ -460,29 +374,3 @@ async def _aside(function: Callable[..., Any], *args: Any) -> None:
         function(*args)
     else:
         await done
-
-
-def connected_cluster() -> str:
-    """``"host:port"`` of the head of the cluster that this process is connected to."""
-    import ray
-
-    return str(ray.get_runtime_context().gcs_address)
-
-
-def _answers(control_address: str) -> bool:
-    """Whether somebody listens there: an engine in an actor may outlive the job that it was made in."""
-    for way in Address.parse(control_address).ways:
-        scheme, _, rest = way.partition(":")
-        host, _, port = rest.rpartition(":")
-        if scheme == "tcp":
-            with contextlib.suppress(OSError):
-                socket.create_connection((host.strip("[]"), int(port)), _KNOCK_S).close()
-                return True
-    return False
-
-
-def _ended_jobs() -> set[str]:
-    """The ids of Ray's jobs that are over."""
-    import ray
-
-    return {job["JobID"] for job in ray._private.state.jobs() if job["IsDead"]}

@@ -17,7 +17,7 @@ from typing import Any
 
 from engine.errors import EngineError, InvalidArgument
 
-__all__ = ["join", "leave"]
+__all__ = ["cluster", "join", "leave"]
 
 _NONE_RUNS = "Could not find any running Ray instance"
 """How Ray says that there is no cluster, rather than one that it cannot connect to."""
@@ -74,10 +74,15 @@ def leave() -> None:
             _keeper = None
 
 
-def _check_same(address: str | None) -> None:
+def cluster() -> str:
+    """``"host:port"`` of the head of the cluster that this process is connected to."""
     import ray
 
-    connected = ray.get_runtime_context().gcs_address
+    return str(ray.get_runtime_context().gcs_address)
+
+
+def _check_same(address: str | None) -> None:
+    connected = cluster()
     if address not in (None, "auto", "local", connected):
         raise InvalidArgument(
             f"address={address!r}: this process is connected to the Ray cluster at {connected!r}, and Ray allows one "

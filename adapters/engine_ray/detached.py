@@ -22,9 +22,10 @@ from engine.config import HTTPOptions
 from engine.detached import DetachedController
 from engine.errors import EngineClosed, InvalidArgument, RetryLater
 
+from . import connection
 from .actors import NAMESPACE, actor_names, kill_actor, kill_named
 from .addresses import symbolic
-from .cluster import SECRET_BYTES, ClusterAdapter, connected_cluster
+from .cluster import SECRET_BYTES, ClusterAdapter
 from .courier import end_courier
 from .order import Surroundings
 from .places import check_connected, trifle
@@ -66,7 +67,7 @@ class DetachedAdapter(ClusterAdapter):
 
     def _announce(self, registry: Registry, control_address: str) -> str:
         registry.put(Entry(self.secret(), "", control_address))
-        return symbolic(self.engine_id, connected_cluster())
+        return symbolic(self.engine_id, connection.cluster())
 
     def _surroundings_now(self) -> Surroundings:
         return self._surroundings
@@ -160,7 +161,7 @@ class RayController:
         self._actor = actor
         self._adapter = adapter
         self.engine_id = engine_id
-        self.control_address = symbolic(engine_id, connected_cluster())
+        self.control_address = symbolic(engine_id, connection.cluster())
 
     def run(self, operation: str, arguments: bytes) -> bytes:
         """See `engine.adapter.RemoteController.run`."""
