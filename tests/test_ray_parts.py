@@ -9,6 +9,7 @@ import pickle
 import sys
 import threading
 from collections import Counter, OrderedDict
+from collections.abc import Callable
 from datetime import date
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from ray_cluster import why_not
 
 from engine.adapter import ChannelClosed, Resources, WorkerSpec
 from engine.control import Drain, Ready
-from engine.errors import InvalidArgument, RemoteTraceback
+from engine.errors import EngineClosed, InvalidArgument, RemoteTraceback, RetryLater
 from engine.messages import Control, Credit
 from engine.serialization import dumps, pack_exception
 
@@ -704,34 +705,59 @@ def test_the_belated_end_of_a_former_channel_is_no_end_of_a_worker_that_has_come
 # -- the registry ----------------------------------------------------------------------------------------------------
 
 
-class FakeKV:
-    """Ray's internal key-value store."""
+class FakeControlPlane:
+    """Ray's client of its control plane, as far as the key-value store goes.
+
+    Attributes:
+        away: What it raises, if it does not answer in time.
+    """
 
     def __init__(self) -> None:
         self.rows: dict[tuple[bytes, bytes], bytes] = {}
+        self.away: BaseException | None = None
 
-    def _internal_kv_put(self, key: bytes, value: bytes, *, overwrite: bool, namespace: bytes) -> None:
+    def _answer(self, timeout: float) -> None:
+        assert 0 < timeout <= 10, "nobody waits for ever"
+        if self.away is not None:
+            raise self.away
+
+    def internal_kv_put(self, key: bytes, value: bytes, *, overwrite: bool, namespace: bytes, timeout: float) -> None:
+        self._answer(timeout)
         assert overwrite
         self.rows[namespace, key] = value
 
-    def _internal_kv_get(self, key: bytes, *, namespace: bytes) -> bytes | None:
+    def internal_kv_get(self, key: bytes, *, namespace: bytes, timeout: float) -> bytes | None:
+        self._answer(timeout)
         return self.rows.get((namespace, key))
 
-    def _internal_kv_del(self, key: bytes, *, namespace: bytes) -> None:
+    def internal_kv_del(self, key: bytes, *, del_by_prefix: bool, namespace: bytes, timeout: float) -> None:
+        self._answer(timeout)
+        assert not del_by_prefix
         self.rows.pop((namespace, key), None)
 
-    def _internal_kv_list(self, prefix: bytes, *, namespace: bytes) -> list[bytes]:
+    def internal_kv_keys(self, prefix: bytes, *, namespace: bytes, timeout: float) -> list[bytes]:
+        self._answer(timeout)
         return [key for space, key in self.rows if space == namespace and key.startswith(prefix)]
 
 
 @pytest.fixture
-def kv(monkeypatch: pytest.MonkeyPatch) -> FakeKV:
-    kv = FakeKV()
-    monkeypatch.setattr(registry, "_kv", lambda: kv)
+def kv(monkeypatch: pytest.MonkeyPatch) -> FakeControlPlane:
+    kv = FakeControlPlane()
+    monkeypatch.setattr(registry, "_control_plane", lambda: kv)
     return kv
 
 
-def test_the_registry_keeps_an_engine(kv: FakeKV) -> None:
+@pytest.fixture
+def silent(kv: FakeControlPlane) -> FakeControlPlane:
+    """One that keeps an engine, and does not answer."""
+    from ray.exceptions import RpcError
+
+    Registry("e").put(Entry(b"secret", "", CONTROLLER))
+    kv.away = RpcError("Timed out while waiting for GCS to become available.", rpc_code=4)
+    return kv
+
+
+def test_the_registry_keeps_an_engine(kv: FakeControlPlane) -> None:
     entry = Entry(b"secret", "01000000", "ray:e:node:tcp:h:1")
     assert Registry("e").get() is None
     Registry("e").put(entry)
@@ -742,7 +768,7 @@ def test_the_registry_keeps_an_engine(kv: FakeKV) -> None:
     assert Registry("other").get() is None
 
 
-def test_the_registry_keeps_the_state_of_a_controller(kv: FakeKV) -> None:
+def test_the_registry_keeps_the_state_of_a_controller(kv: FakeControlPlane) -> None:
     store, other = Registry("e"), Registry("e2")
     assert store.load() == {}
     store.save("picture", b"1")
@@ -761,7 +787,7 @@ def test_the_registry_keeps_the_state_of_a_controller(kv: FakeKV) -> None:
     assert other.load() == {"picture": b"other"}
 
 
-def test_what_ended_jobs_left_is_swept(kv: FakeKV) -> None:
+def test_what_ended_jobs_left_is_swept(kv: FakeControlPlane) -> None:
     for engine_id, job in (("a", "1"), ("b", "2"), ("detached", "")):
         Registry(engine_id).put(Entry(b"secret", job, "address"))
         Registry(engine_id).save("picture", b"state")
@@ -772,6 +798,39 @@ def test_what_ended_jobs_left_is_swept(kv: FakeKV) -> None:
         b"engine/detached",
         b"state/detached/picture",
     }
+
+
+_QUESTIONS: dict[str, Callable[[Registry], object]] = {
+    "put": lambda registry: registry.put(Entry(b"", "", "")),
+    "get": lambda registry: registry.get(),
+    "save": lambda registry: registry.save("picture", b""),
+    "load": lambda registry: registry.load(),
+    "remove": lambda registry: registry.remove("picture"),
+    "clear": lambda registry: registry.clear(),
+    "sweep": lambda registry: registry.sweep(lambda entry: True),
+}
+
+
+@pytest.mark.parametrize("ask", _QUESTIONS.values(), ids=_QUESTIONS)
+def test_whoever_asks_a_silent_control_plane_is_told_so(
+    silent: FakeControlPlane, ask: Callable[[Registry], object]
+) -> None:
+    with pytest.raises(RetryLater, match=r"does not answer .*Timed out.* is the head of the cluster alive") as caught:
+        ask(Registry("e"))
+    assert caught.value.__cause__ is silent.away
+
+
+@pytest.mark.parametrize("ask", _QUESTIONS.values(), ids=_QUESTIONS)
+def test_who_has_left_ray_can_ask_nobody(monkeypatch: pytest.MonkeyPatch, ask: Callable[[Registry], object]) -> None:
+    monkeypatch.setattr(registry, "_control_plane", lambda: None)
+    with pytest.raises(EngineClosed, match="not connected to Ray"):
+        ask(Registry("e"))
+
+
+def test_other_errors_are_not_taken_for_silence(kv: FakeControlPlane) -> None:
+    kv.away = TypeError("a fault of ours")
+    with pytest.raises(TypeError, match="a fault of ours"):
+        Registry("e").get()
 
 
 # -- the connector ---------------------------------------------------------------------------------------------------
@@ -797,7 +856,7 @@ def joins(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 HEAD = "10.0.0.1:6379"
 
 
-def test_who_was_handed_the_secret_asks_nobody(kv: FakeKV, joins: list[Any]) -> None:
+def test_who_was_handed_the_secret_asks_nobody(kv: FakeControlPlane, joins: list[Any]) -> None:
     own = RayConnector(CONTROLLER, b"secret")
     assert own.locate(PARTY) == Address.parse(PARTY)
     own.close()
@@ -805,7 +864,7 @@ def test_who_was_handed_the_secret_asks_nobody(kv: FakeKV, joins: list[Any]) -> 
 
 
 @pytest.mark.parametrize(("address", "head"), [(PARTY, None), (CONTROLLER, HEAD), (SYMBOLIC, HEAD)])
-def test_who_was_not_looks_it_up_once(kv: FakeKV, joins: list[Any], address: str, head: str | None) -> None:
+def test_who_was_not_looks_it_up_once(kv: FakeControlPlane, joins: list[Any], address: str, head: str | None) -> None:
     Registry("e").put(Entry(b"secret", "", CONTROLLER if address == SYMBOLIC else PARTY))
     own = RayConnector()
     for _ in range(2):
@@ -817,7 +876,7 @@ def test_who_was_not_looks_it_up_once(kv: FakeKV, joins: list[Any], address: str
 
 
 @pytest.mark.parametrize("address", [PARTY, SYMBOLIC])
-def test_an_engine_that_the_cluster_does_not_know(kv: FakeKV, joins: list[Any], address: str) -> None:
+def test_an_engine_that_the_cluster_does_not_know(kv: FakeControlPlane, joins: list[Any], address: str) -> None:
     own = RayConnector()
     with pytest.raises(ChannelClosed, match="knows of no such engine"):
         own.locate(address)
@@ -825,7 +884,7 @@ def test_an_engine_that_the_cluster_does_not_know(kv: FakeKV, joins: list[Any], 
     assert joins[-1] == "leave"
 
 
-def test_a_cluster_that_is_gone(kv: FakeKV, joins: list[Any]) -> None:
+def test_a_cluster_that_is_gone(kv: FakeControlPlane, joins: list[Any]) -> None:
     own = RayConnector()
     with pytest.raises(ChannelClosed, match="nobody is there"):
         own.locate("ray-engine:e:gcs:10.0.0.1:1")
@@ -833,7 +892,7 @@ def test_a_cluster_that_is_gone(kv: FakeKV, joins: list[Any]) -> None:
     assert joins == ["10.0.0.1:1"]
 
 
-def test_what_was_closed_connects_to_no_cluster_any_more(kv: FakeKV, joins: list[Any]) -> None:
+def test_what_was_closed_connects_to_no_cluster_any_more(kv: FakeControlPlane, joins: list[Any]) -> None:
     Registry("e").put(Entry(b"secret", "", CONTROLLER))
     own = RayConnector()
     own.close()
@@ -842,7 +901,7 @@ def test_what_was_closed_connects_to_no_cluster_any_more(kv: FakeKV, joins: list
     assert joins == []
 
 
-def test_a_controller_that_moved_is_found_where_it_is_now(kv: FakeKV, joins: list[Any]) -> None:
+def test_a_controller_that_moved_is_found_where_it_is_now(kv: FakeControlPlane, joins: list[Any]) -> None:
     own = RayConnector(SYMBOLIC, b"secret")
     for place in ("tcp:h:1", "tcp:h:2"):
         Registry("e").put(Entry(b"secret", "", f"ray:e:node:{place}"))
@@ -850,32 +909,30 @@ def test_a_controller_that_moved_is_found_where_it_is_now(kv: FakeKV, joins: lis
     own.close()
 
 
-def test_which_controllers_come_back(kv: FakeKV, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_which_controllers_come_back(kv: FakeControlPlane) -> None:
     Registry("e").put(Entry(b"secret", "", CONTROLLER))
     assert RayConnector().returns(SYMBOLIC)
     assert not RayConnector().returns(CONTROLLER)
     assert not RayConnector().returns(symbolic("shut-down", HEAD))
 
-    def gone() -> Any:
-        raise ConnectionError("the cluster is gone")
 
-    monkeypatch.setattr(registry, "_kv", gone)
-    monkeypatch.setattr("ray.is_initialized", lambda: False)
-    assert not RayConnector().returns(SYMBOLIC)
-    monkeypatch.setattr("ray.is_initialized", lambda: True)
-    assert RayConnector().returns(SYMBOLIC), "the control plane may be away for a moment only"
+@pytest.mark.parametrize("connected", [True, False])
+def test_a_controller_may_come_back_as_long_as_nobody_says_that_it_will_not(
+    silent: FakeControlPlane, monkeypatch: pytest.MonkeyPatch, connected: bool
+) -> None:
+    """The control plane may be away for a while only; but who has left the cluster will never hear of it."""
+    monkeypatch.setattr("ray.is_initialized", lambda: connected)
+    assert RayConnector().returns(SYMBOLIC) is connected
 
 
-def test_a_cluster_that_does_not_answer(joins: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever looks for a controller hears of it in the one way that it expects."""
-
-    def gone() -> Any:
-        raise ConnectionError("the cluster is gone")
-
-    monkeypatch.setattr(registry, "_kv", gone)
-    own = RayConnector(SYMBOLIC, b"secret")
-    with pytest.raises(ChannelClosed, match="the cluster is gone"):
-        own.locate(SYMBOLIC)
+@pytest.mark.parametrize("address", [PARTY, SYMBOLIC])
+def test_a_cluster_that_does_not_answer(silent: FakeControlPlane, joins: list[Any], address: str) -> None:
+    """Whoever looks for an engine hears of it in the one way that it expects."""
+    own = RayConnector()
+    with pytest.raises(ChannelClosed, match=r"cannot ask the cluster for the engine: .* does not answer"):
+        own.locate(address)
+    silent.away = None
+    assert own.locate(address)
     own.close()
 
 
@@ -888,12 +945,59 @@ def test_the_names_are_there_when_they_are_used() -> None:
     assert isinstance(watched.WatchedWorker, type)
 
 
+# -- the controller as an actor, seen from a program -----------------------------------------------------------------
+
+
+class DyingActor:
+    """Stands for the handle of a controller that dies of whatever it is asked."""
+
+    run = property(lambda self: self)
+
+    def remote(self, operation: str, arguments: bytes) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("entry", "answers", "error", "said"),
+    [
+        (True, True, RetryLater, "died while it was at 'set_traffic', and may have done it"),
+        (True, False, RetryLater, "died while it was at 'set_traffic', and may have done it"),
+        (False, True, EngineClosed, "the engine was shut down"),
+    ],
+    ids=["it comes back", "nobody says whether it does", "it does not"],
+)
+def test_what_a_program_hears_when_the_controller_dies(
+    silent: FakeControlPlane,
+    monkeypatch: pytest.MonkeyPatch,
+    entry: bool,
+    answers: bool,
+    error: type[Exception],
+    said: str,
+) -> None:
+    from ray.exceptions import ActorUnavailableError
+
+    from engine_ray.detached import RayController
+
+    def die(ref: None) -> None:
+        raise ActorUnavailableError("the actor is restarting", b"a" * 16)
+
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("ray.get", die)
+    monkeypatch.setattr("engine_ray.detached.connection.cluster", lambda: HEAD)
+    if answers:
+        silent.away = None
+    if not entry:
+        silent.rows.clear()
+    controller = RayController(DyingActor(), "e", ClusterAdapter(None, {}, {}))
+    with pytest.raises(error, match=said):
+        controller.run("set_traffic", b"")
+
+
 # -- the controller's adapter ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("detached", [False, True])
 def test_a_start_that_fails_ends_only_an_engine_that_ends_with_it(
-    kv: FakeKV, monkeypatch: pytest.MonkeyPatch, detached: bool
+    kv: FakeControlPlane, monkeypatch: pytest.MonkeyPatch, detached: bool
 ) -> None:
     """A detached engine has workers that wait for its next controller, which finds the engine by its entry."""
     monkeypatch.setattr("engine_ray.cluster.connection.join", lambda address, options: False)

@@ -80,7 +80,7 @@ class RayConnector(WireConnector):
 
         try:
             return Registry(engine_of(control_address)).get() is not None
-        except Exception:  # this process has left the cluster; or its control plane is away for a moment
+        except Exception:  # this process has left the cluster; or its control plane is away, or silent, for a while
             return bool(ray.is_initialized())
 
     def close(self) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 from engine.adapter import AdapterEvents, RemoteController, WorkerSpec
 from engine.config import HTTPOptions
 from engine.detached import DetachedController
-from engine.errors import EngineClosed, InvalidArgument, RetryLater
+from engine.errors import EngineClosed, EngineError, InvalidArgument, RetryLater
 
 from . import connection
 from .actors import NAMESPACE, actor_names, kill_actor, kill_named
@@ -172,7 +172,7 @@ class RayController:
         try:
             outcome: bytes = ray.get(self._actor.run.remote(operation, arguments))
         except exceptions.RayActorError as error:
-            if Registry(self.engine_id).get() is None:
+            if not self._adapter.returns(self.control_address):
                 raise EngineClosed("the engine was shut down") from error
             if isinstance(error, exceptions.ActorDiedError):
                 raise EngineClosed(
@@ -240,7 +240,8 @@ def create_controller(
         ray.get(actor.identify.remote())
     except BaseException:
         kill_actor(actor)
-        Registry(engine_id).clear()
+        with contextlib.suppress(EngineError):  # what is raised already says more
+            Registry(engine_id).clear()
         raise
     return RayController(actor, engine_id, adapter)
 

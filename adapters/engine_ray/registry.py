@@ -6,13 +6,19 @@ a handle and must prove that they belong to it, and for a detached engine where 
 
 from __future__ import annotations
 
+import contextlib
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
+
+from engine.errors import EngineClosed, RetryLater
 
 __all__ = ["Entry", "Registry"]
 
 _NAMESPACE = b"mpengine"
+_ANSWER_WITHIN_S = 5.0
+"""For one row; an answer takes a millisecond. Ray by itself waits as long as the head is silent or away, and with it
+would whoever asks, be it the loop of a controller or a caller that has lost its controller."""
 
 
 class Entry(NamedTuple):
@@ -30,7 +36,12 @@ class Entry(NamedTuple):
 
 
 class Registry:
-    """One engine's rows. Every method is a round trip to the cluster's head of a millisecond or so."""
+    """One engine's rows. Every method blocks for a round trip to the cluster's head, of a millisecond or so, a row.
+
+    Raises:
+        engine.errors.RetryLater: By every method: the head does not answer. What was to be written may be, or not.
+        engine.errors.EngineClosed: By every method: this process is not connected to Ray.
+    """
 
     def __init__(self, engine_id: str) -> None:
         self._entry = f"engine/{engine_id}".encode()
@@ -77,24 +88,47 @@ class Registry:
                 registry.clear()
 
 
-def _kv() -> Any:
-    from ray.experimental import internal_kv
-
-    return internal_kv
-
-
 def _put(key: bytes, value: bytes) -> None:
-    _kv()._internal_kv_put(key, value, overwrite=True, namespace=_NAMESPACE)
+    with _asking() as control_plane:
+        control_plane.internal_kv_put(key, value, overwrite=True, namespace=_NAMESPACE, timeout=_ANSWER_WITHIN_S)
 
 
 def _get(key: bytes) -> bytes | None:
-    value: bytes | None = _kv()._internal_kv_get(key, namespace=_NAMESPACE)
-    return value
+    with _asking() as control_plane:
+        value: bytes | None = control_plane.internal_kv_get(key, namespace=_NAMESPACE, timeout=_ANSWER_WITHIN_S)
+        return value
 
 
 def _del(key: bytes) -> None:
-    _kv()._internal_kv_del(key, namespace=_NAMESPACE)
+    with _asking() as control_plane:
+        control_plane.internal_kv_del(key, del_by_prefix=False, namespace=_NAMESPACE, timeout=_ANSWER_WITHIN_S)
 
 
 def _list(prefix: bytes) -> list[bytes]:
-    return [bytes(key) for key in _kv()._internal_kv_list(prefix, namespace=_NAMESPACE)]
+    with _asking() as control_plane:
+        keys = control_plane.internal_kv_keys(prefix, namespace=_NAMESPACE, timeout=_ANSWER_WITHIN_S)
+        return [bytes(key) for key in keys]
+
+
+@contextlib.contextmanager
+def _asking() -> Iterator[Any]:
+    """Gives Ray's client of the control plane, and says in the engine's words that there was no answer."""
+    from ray.exceptions import RayError
+
+    control_plane = _control_plane()
+    if control_plane is None:
+        raise EngineClosed("this process is not connected to Ray, or not any more: nobody can be asked for the engine")
+    try:
+        yield control_plane
+    except RayError as error:
+        raise RetryLater(
+            f"Ray's control plane does not answer ({error}): is the head of the cluster alive, and can it be reached "
+            "from this node?"
+        ) from error
+
+
+def _control_plane() -> Any:
+    # Not by Ray's own functions for the store, which have no way to say how long to wait.
+    from ray.experimental.internal_kv import internal_kv_get_gcs_client
+
+    return internal_kv_get_gcs_client()
