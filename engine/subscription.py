@@ -1,7 +1,8 @@
 """A caller's channel to the controller of an engine that another process created.
 
 When the controller is lost, its engine is, too: every call fails. Only the controller of a detached engine comes back;
-the last picture then rules until it does, and the channel is opened again by a thread that lives as long as that takes.
+the last picture then rules until it does. A thread that lives as long as that takes finds out which it is and opens the
+channel again.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ class Subscription:
             self.seek(reason)
 
     def seek(self, reason: str) -> None:
-        """Look for the next controller; does nothing if that is being done, or one was found already.
+        """Look for the next controller; does nothing if that is being done, or one was found already. Does not block.
 
         Args:
             reason: Why there is none, for those whose calls fail if there will be no other.
@@ -104,9 +105,12 @@ class Subscription:
             if self._seeking or self._channel is not None:
                 return
             self._seeking = True
-        if not self._ended.is_set() and self._adapter.returns(self._control_address):
-            threading.Thread(target=self._begin_again, args=(reason,), name="engine-subscribe", daemon=True).start()
-        else:
+        # Also whether there will be one at all is found out there: that may take the adapter seconds, and whoever calls
+        # this reads the channels of all replicas as well, which go on answering.
+        seeker = threading.Thread(target=self._begin_again, args=(reason,), name="engine-subscribe", daemon=True)
+        try:
+            seeker.start()
+        except RuntimeError:  # at the end of the interpreter, which has no more threads to give
             self._give_up(reason)
 
     def _forget(self, channel: Channel) -> bool:
@@ -118,7 +122,7 @@ class Subscription:
         return stood
 
     def _begin_again(self, reason: str) -> None:
-        while not self._ended.wait(_RETRY_S):
+        while self._returns() and not self._ended.wait(_RETRY_S):
             try:
                 self.begin()
             except ChannelClosed:
@@ -127,9 +131,10 @@ class Subscription:
                 if self._channel is not None:  # else it was lost again meanwhile, and left to this thread
                     self._seeking = False
                     return
-            if not self._adapter.returns(self._control_address):
-                break
         self._give_up(reason)
+
+    def _returns(self) -> bool:
+        return not self._ended.is_set() and self._adapter.returns(self._control_address)
 
     def _give_up(self, reason: str) -> None:
         self._client.close(EngineClosed(f"the engine is gone: {reason}"))

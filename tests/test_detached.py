@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from fakes import FakeAdapter, FakeChannel, FakeStore, snapshot, until
-from harness import eventually
+from harness import PATIENCE_S, eventually
 
 from engine import Engine, connectors, errors, remote_runner, subscription
 from engine.adapter import ChannelClosed, Node, Resources, WorkerExit, WorkerSpec
@@ -929,6 +929,43 @@ def test_a_caller_gives_up_when_there_will_be_no_other(monkeypatch: pytest.Monke
     adapter.back = False
     eventually(lambda: client.closed)
     assert len(adapter.channels) == 1
+
+
+@pytest.mark.parametrize("back", [True, False])
+def test_who_reads_the_channels_does_not_wait_for_the_adapters_word(
+    monkeypatch: pytest.MonkeyPatch, back: bool
+) -> None:
+    """A platform that is silent just then would keep the answers of all replicas from being read."""
+    reader = threading.current_thread()
+    askers: list[threading.Thread] = []
+    word = threading.Event()
+
+    class Slow(Returning):
+        def returns(self, control_address: str) -> bool:
+            askers.append(threading.current_thread())
+            return askers[-1] is reader or (word.wait(PATIENCE_S) and back)
+
+    adapter = Slow()
+    client, channel = subscribed(adapter, monkeypatch)
+    channel.break_off("it died")
+    eventually(lambda: askers)
+    assert reader not in askers
+    assert (client.closed, len(adapter.channels)) == (False, 1)
+    word.set()
+    eventually(lambda: len(adapter.channels) == 2 if back else client.closed)
+    client.close()
+
+
+def test_a_caller_gives_up_at_the_end_of_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls made by functions registered with atexit fail then, and do not wait for ever."""
+    client, channel = subscribed(Returning(), monkeypatch)
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    channel.break_off("it died")
+    assert client.closed
 
 
 def attached(adapter: Returning) -> Future[Client]:
