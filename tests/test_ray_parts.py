@@ -14,18 +14,19 @@ from datetime import date
 from typing import Any, NamedTuple
 
 import pytest
-from fakes import FakeChannel
+from fakes import FakeChannel, backend_entry, snapshot
+from harness import PATIENCE_S
 from ray_cluster import why_not
 
 from engine.adapter import ChannelClosed, Resources, WorkerSpec
-from engine.control import Drain, Ready
+from engine.control import Drain, Publish, Ready, Subscribe
 from engine.errors import EngineClosed, InvalidArgument, RemoteTraceback, RetryLater
 from engine.messages import Control, Credit
 from engine.serialization import dumps, pack_exception
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 if why_not() is None:
-    from engine_ray import RayAdapter, connector, registry, turns, watched
+    from engine_ray import RayAdapter, connector, courier, registry, turns, watched
     from engine_ray.actors import NAMESPACE, actor_names, kill_actor, kill_named
     from engine_ray.addresses import Address, cluster_of, engine_of, is_symbolic, symbolic
     from engine_ray.bodies import Bound, Leaving
@@ -943,6 +944,68 @@ def test_the_names_are_there_when_they_are_used() -> None:
     with pytest.raises(AttributeError, match="'engine_ray' has no attribute 'Nothing'"):
         _ = engine_ray.Nothing
     assert isinstance(watched.WatchedWorker, type)
+
+
+# -- the courier -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def controller(monkeypatch: pytest.MonkeyPatch) -> FakeChannel:
+    """The courier's channel to a controller; the one backend there is has no replica yet."""
+    channel = FakeChannel("controller")
+
+    def publish(message: Any) -> None:
+        if isinstance(message.body, Subscribe):
+            channel.answer(Control(Publish(snapshot(1, backend_entry("b", [])))))
+
+    def open_channel(connector: Any, address: str, listener: Any, *, on_loop: bool) -> FakeChannel:
+        channel.listener = listener
+        return channel
+
+    channel.on_send = publish
+    monkeypatch.setattr(RayConnector, "open_channel", open_channel)
+    return channel
+
+
+@pytest.mark.usefixtures("leaves_nothing")
+def test_the_courier_leaves_when_the_engine_is_gone_and_every_call_was_answered(
+    controller: FakeChannel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(courier, "_LAST_ANSWERS_S", 0.0)
+    left: list[int] = []
+    monkeypatch.setattr(courier, "_leave_process", left.append)
+    errand = Errand("source", 0, "e", "__call__", b"", packed(((), {})), None, None).packed()
+
+    async def main() -> None:
+        own = courier.Courier("e", CONTROLLER, b"secret", [])
+        asked = asyncio.ensure_future(own.leave())
+        call = asyncio.ensure_future(own.carry(errand))
+        await asyncio.sleep(0)
+        assert (own._held, asked.done(), left) == (1, False, [])
+        controller.break_off("the engine's process died")
+        with pytest.raises(CarriedError, match="the engine is gone: the engine's process died"):
+            await call
+        await asyncio.wait_for(asked, PATIENCE_S)
+        await asyncio.wait_for(own._leaving, PATIENCE_S)
+        assert own._held == 0
+
+    asyncio.run(main())
+    assert left == [0]
+
+
+@pytest.mark.usefixtures("leaves_nothing")
+def test_a_courier_that_comes_too_late_does_not_start(controller: FakeChannel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does its process end, which would have Ray make it again: Ray gives an actor up whose constructor raises."""
+    left: list[int] = []
+    monkeypatch.setattr(courier, "_leave_process", left.append)
+    controller.on_send = lambda message: controller.break_off("the engine was shut down")
+
+    async def main() -> None:
+        with pytest.raises(EngineClosed):
+            courier.Courier("e", CONTROLLER, b"secret", [])
+
+    asyncio.run(main())
+    assert left == []
 
 
 # -- the controller as an actor, seen from a program -----------------------------------------------------------------

@@ -15,7 +15,7 @@ import contextlib
 import os
 import pickle
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from engine.caller import deadline_error
@@ -36,10 +36,10 @@ __all__ = ["Courier", "courier_name", "end_courier", "find_courier"]
 
 _MAX_CALLS = 1_000_000
 """Calls at a time: as many as an async replica holds. The queues of the routers bound them, not this."""
-_LOOK_S = 0.02
 _LEAVE_WITHIN_S = 3.0
 _LAST_ANSWERS_S = 1.0
 """What Ray may need to bring the last answers to their callers; the engine, if it shuts down in order, is faster."""
+_leave_process = os._exit
 
 
 class Courier:
@@ -54,18 +54,22 @@ class Courier:
 
     def __init__(self, engine_id: str, control_address: str, secret: bytes, paths: list[str]) -> None:
         extend_path(paths)
-        connector = RayConnector(control_address, secret)
+        loop = asyncio.get_running_loop()
         self._held = 0
+        self._idle = asyncio.Event()  # set when the last call that was held has been answered
         self._turns = Turns()
         self._over = asyncio.Event()  # set when the engine is gone
+        connector = _OwnConnector(control_address, secret, lambda: loop.call_soon_threadsafe(self._over.set))
         # As an ingress is, it is waited for when routes change: a call made after that must follow them.
         try:
-            self._client = Client.attach(engine_id, connector, control_address, ingress=True, worker_id="courier")
+            self._client = Client.attach(
+                engine_id, connector, control_address, ingress=True, worker_id="courier", owns_adapter=True
+            )
         except EngineClosed:
             if connector.returns(control_address):
-                os._exit(1)  # Ray starts an actor again that died, but never one whose constructor raised
+                _leave_process(1)  # Ray starts an actor again that died, but never one whose constructor raised
             raise
-        asyncio.get_running_loop().create_task(self._leave_with_engine())
+        self._leaving = loop.create_task(self._leave_with_engine())
 
     async def carry(self, errand: bytes, lifted: Sequence[Any] = ()) -> Any:
         """Make a call.
@@ -78,6 +82,7 @@ class Courier:
             CarriedError: Whatever the call raised.
         """
         self._held += 1
+        self._idle.clear()
         try:
             source, number, endpoint, method, head, payload, shard_key, timeout_s = pickle.loads(errand)
             deadline = None if timeout_s is None else time.monotonic() + timeout_s
@@ -91,6 +96,8 @@ class Courier:
             raise CarriedError(pack_exception(error)) from None
         finally:
             self._held -= 1
+            if not self._held:
+                self._idle.set()
         if type(answer) is Reply:
             return carried(answer.payload)
         raise CarriedError(answer.payload)  # a failure: only HTTP calls are answered by streams
@@ -115,17 +122,33 @@ class Courier:
         await self._until_idle()
 
     async def _leave_with_engine(self) -> None:
-        while not self._client.closed:  # noqa: ASYNC110 - it is closed from another thread
-            await asyncio.sleep(_LOOK_S)
-        self._over.set()
         await self._until_idle()
         await asyncio.sleep(_LAST_ANSWERS_S)
-        os._exit(0)
+        _leave_process(0)
 
     async def _until_idle(self) -> None:
         await self._over.wait()
-        while self._held:  # noqa: ASYNC110 - once in a lifetime
-            await asyncio.sleep(_LOOK_S)
+        while self._held:
+            await self._idle.wait()
+
+
+class _OwnConnector(RayConnector):
+    """The connector of a client that closes it with itself, and so when the engine is gone.
+
+    Args:
+        control_address: Where the controller is reached.
+        secret: The engine's.
+        closed: Told then, from any thread.
+    """
+
+    def __init__(self, control_address: str, secret: bytes, closed: Callable[[], object]) -> None:
+        super().__init__(control_address, secret)
+        self._tell_closed = closed
+
+    def close(self) -> None:
+        """See `engine.adapter.Adapter.close`."""
+        super().close()
+        self._tell_closed()
 
 
 async def _results_of(refs: Sequence[Any]) -> list[Any]:

@@ -28,6 +28,7 @@ from .refs import RayCaller
 __all__ = ["RayHost"]
 
 _RETRY_S = 0.2
+"""Between looks for the next controller: Ray's store tells nobody of a changed row, so who waits for one asks again."""
 _OPEN_WITHIN_S = 20.0
 """For a connection that TCP itself gives up after 11 s, and the handshake on it."""
 _leave_process = os._exit  # user code's calls are heard of (`engine_ray.worker`); this one is none
