@@ -394,6 +394,25 @@ def test_a_dead_peer_is_told_once_after_its_last_message(setting: Setting) -> No
     assert "closed" in repr(channel)
 
 
+@LOOPS
+@pytest.mark.parametrize("alive", [True, False])
+def test_the_last_words_are_read_before_a_channel_is_closed(setting: Setting, alive: bool) -> None:
+    listener = FakeListener()
+    channel, peer = setting.open(listener)
+    peer.say(reply(1), reply(2))
+    if not alive:
+        peer.sock.close()
+
+    def close() -> None:
+        channel.read_rest()
+        channel.close()
+        channel.read_rest()  # nothing is left
+
+    setting.on_home(close)
+    assert listener.heard == [reply(1), reply(2)]
+    assert listener.losses == (0 if alive else 1)
+
+
 @DRIVABLE
 def test_the_peer_dies_while_its_channel_is_driven(setting: Setting) -> None:
     listener = FakeListener()

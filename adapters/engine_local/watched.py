@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import select
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -97,10 +96,7 @@ class WatchedWorker:
         """Deliver the rest of what it said and release everything."""
         if self.deadline is not None:
             self.deadline.cancel()
-        waiting = select.poll()
-        waiting.register(self._channel.fd, select.POLLIN)
-        while not self._channel.closed and waiting.poll(0):
-            self._channel.on_readable()
+        self._channel.read_rest()
         self._stdout.finish()
         self._stderr.finish()
         self._channel.close()

@@ -7,7 +7,6 @@ a `Hello`; its end is told by that channel, by what it said last, or by Ray.
 from __future__ import annotations
 
 import asyncio
-import select
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -89,10 +88,7 @@ class WatchedWorker:
             self.port.cancel()
         channel = self._channel
         if isinstance(channel, SocketChannel):
-            waiting = select.poll()
-            waiting.register(channel.fd, select.POLLIN)
-            while not channel.closed and waiting.poll(0):
-                channel.on_readable()
+            channel.read_rest()
         if channel is not None:
             channel.close()
 

@@ -249,6 +249,16 @@ class SocketChannel:
             finally:
                 self._leave_role()
 
+    def read_rest(self) -> None:
+        """Deliver all that has arrived, and the peer's end if that has, too; waits for nothing.
+
+        On the thread of the loop that drives it, before `close`, which drops what the peer said last.
+        """
+        arrived = select.poll()
+        arrived.register(self.fd, select.POLLIN)
+        while not self._closed and arrived.poll(0):
+            self.on_readable()
+
     def _read(self, flags: int) -> None:
         if self._opening is not None:
             self._read_opening()
