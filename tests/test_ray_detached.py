@@ -380,6 +380,7 @@ def test_a_start_that_the_death_of_the_controller_cut_short_is_forgotten(engine:
         kill_controller()
         with pytest.raises(errors.RetryLater):
             creating.result(PATIENCE_S)
+    engine.list_backends()  # waits for the new controller
     engine.create_backend("waiting", Versioned, config={"user_config": "at last"})
     engine.create_endpoint("waiting", backend="waiting")
     assert engine.get_handle("waiting").call() == "at last"
