@@ -193,6 +193,12 @@ class PlatformRefs(Protocol):
     def wait(self, refs: list[Any], num_returns: int, timeout_s: float | None) -> tuple[list[Any], list[Any]]:
         """Wait until some have settled: those, at most ``num_returns``, and the others, in the order given."""
 
+    def statistics(self) -> list[dict[str, Any]]:
+        """What the callers counted and hold that make these calls, as `engine.caller.Caller.statistics` says it.
+
+        Empty before this process's first such call, and while those callers cannot be asked.
+        """
+
 
 class StateStore(Protocol):
     """Where the state of a controller outlives the controller: rows of bytes under names."""

@@ -200,11 +200,12 @@ class Client:
             return self._moved.wait_for(lambda: self.snapshot.version >= version or self._closed, timeout_s)
 
     def statistics(self) -> list[dict[str, Any]]:
-        """What the callers of this process counted."""
+        """What the callers of this process counted, and those that make its calls for refs of the platform."""
         self._drop_closed_loops()
         with self._lock:
             callers = list(self._loops.values()) + ([self._threads] if self._threads else [])
-        return [caller.statistics() for caller in callers]
+        elsewhere = self.refs.statistics() if self.refs is not None else []
+        return [caller.statistics() for caller in callers] + elsewhere
 
     def begin_close(self) -> None:
         """Take no more calls and fail those that wait for a replica; what is in flight goes on."""

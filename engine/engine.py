@@ -365,7 +365,13 @@ class Engine:
     # -- life ----------------------------------------------------------------------------------------------------------
 
     def statistics(self) -> dict[str, Any]:
-        """What runs: replicas by backend, ingresses with their URLs; and what this process's callers counted."""
+        """What runs, and what this process's callers counted and hold.
+
+        Returns:
+            ``{"backends": {tag: {"replicas": {id: stage of its life}, "queued": calls, "in_flight": calls,
+            "dropped_copies": calls}}, "endpoints": {name: {"calls": made so far}}, "ingresses": {id: {"node": address,
+            "url": base URL}}}``. Calls that came over HTTP are those of the ingresses' processes, and not counted.
+        """
         counted: dict[str, Any] = self._control("statistics", self._client.statistics())
         return counted
 

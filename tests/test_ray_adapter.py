@@ -530,12 +530,14 @@ def test_a_constructor_that_leaves(engine: Engine) -> None:
 
 def test_the_courier_is_killed(engine: Engine, mortal: Any, gate: Any) -> None:
     name = f"engine-{engine._id}-courier"
-    courier = ray.get_actor(name, namespace="mpengine")
     engine.get(mortal.remote(0))
+    courier = ray.get_actor(name, namespace="mpengine")
     [pid] = [one.pid for one in actors("Courier") if one.actor_id == courier._actor_id.hex()]
     refs = [mortal.options(method_name="hold").remote(gate) for _ in range(3)]
     gate.wait_for_arrivals(1)
+    assert engine.statistics()["endpoints"]["mortal"]["calls"] == 4
     os.kill(pid, signal.SIGKILL)
+    assert engine.statistics()["endpoints"]["mortal"]["calls"] == 0, "they are gone with who counted them"
     for ref in refs:
         with pytest.raises(errors.RetryLater, match="may have run"):
             engine.get(ref, timeout=20)

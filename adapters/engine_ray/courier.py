@@ -117,6 +117,10 @@ class Courier:
             raise deadline_error(endpoint, timeout_s)
         raise EngineClosed("the engine was shut down")
 
+    async def statistics(self) -> dict[str, Any]:
+        """What was counted of the calls of all processes: see `engine.caller.Caller.statistics`."""
+        return self._client.loop_caller().statistics()
+
     async def leave(self) -> None:
         """Return once the engine is gone and every call was answered, so that the actor can be killed."""
         await self._until_idle()

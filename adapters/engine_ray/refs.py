@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 __all__ = ["RayCaller", "RayRefs"]
 
+_COUNT_WITHIN_S = 2.0
+"""For the courier to say what it counted, which takes a millisecond or two."""
+
 
 class RayCaller(RayConnector):
     """A connector of a process that makes calls: it has refs as well."""
@@ -134,6 +137,19 @@ class RayRefs:
         ready = set(ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)[0])
         chosen = [ref for ref in refs if ref in ready][:num_returns]
         return chosen, [ref for ref in refs if ref not in chosen]
+
+    def statistics(self) -> list[dict[str, Any]]:
+        """See `engine.adapter.PlatformRefs.statistics`."""
+        import ray
+
+        courier = self._courier
+        if courier is None or not ray.is_initialized():
+            return []
+        try:
+            counted: dict[str, Any] = ray.get(courier.statistics.remote(), timeout=_COUNT_WITHIN_S)
+        except ray.exceptions.RayError:  # it is being started again, or it is gone, and what it counted with it
+            return []
+        return [counted]
 
     def _find_courier(self) -> Any:
         with self._lock:
