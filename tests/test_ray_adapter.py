@@ -74,6 +74,10 @@ class Kit:
     def environment(self, name: str) -> str | None:
         return os.environ.get(name)
 
+    def put(self, value: Any, inside: bool = False) -> Any:
+        ref = ray.put(value)
+        return [ref] if inside else ref
+
     def hold(self, gate: Any) -> str:
         gate.pass_through()
         return "held"
@@ -194,6 +198,19 @@ def test_a_ref_inside_another_object_is_refused(engine: Engine, kit: Any) -> Non
         ):
             start([ref])
     assert handle.call("a mention of ObjectRef is none", "") == "a mention of ObjectRef is none"
+    with pytest.raises(errors.NotSerializable, match=r"init argument 0 .*on its own, as in handle\.remote"):
+        engine.create_backend("heavy", Kit, ray.put(1))
+
+
+def test_a_ref_inside_a_result_is_refused(engine: Engine, kit: Any) -> None:
+    handle = engine.get_handle("kit").options(method_name="put")
+    assert handle.call(5) == 5, "a ref on its own is resolved, as everything that can be awaited"
+    for make in (handle.call, lambda *args: engine.get(handle.remote(*args))):
+        with pytest.raises(errors.ResultNotSerializable, match=r"\[0\] is a ObjectRef.*ray.get"):
+            make(5, True)
+    nested = ray.put([ray.put(1)])
+    with pytest.raises(errors.NotSerializable, match=r"what a ref .* stands for .*\[0\] is a ObjectRef"):
+        engine.get(kit("add", nested), timeout=PATIENCE_S)
 
 
 def test_errors_of_ray_that_a_backend_raises_are_its_own(engine: Engine, kit: Any) -> None:
@@ -347,6 +364,19 @@ def test_an_adapter_serves_one_engine(ray_cluster: RayCluster) -> None:
         assert engine.list_backends() == {}  # and goes on doing so
 
 
+def test_an_adapter_that_found_no_engine_can_look_again(ray_cluster: RayCluster) -> None:
+    adapter, name = RayAdapter(), uuid.uuid4().hex
+    with pytest.raises(errors.InvalidArgument, match="there is no detached engine"):
+        Engine.connect(name, backend=adapter)
+    Engine(backend="ray", name=name, detached=True, http_options=NO_HTTP)
+    Engine.connect(name, backend=adapter).shutdown()
+
+
+def test_a_detached_engine_wants_no_ray_of_its_own() -> None:
+    with pytest.raises(errors.InvalidArgument, match=r"'local' .*needs a Ray cluster that outlives the program"):
+        Engine(backend=RayAdapter(address="local"), name="n", detached=True)
+
+
 def test_what_the_application_connected_stays_connected(ray_cluster: RayCluster) -> None:
     before = Footprint.now()
     rows = keys()
@@ -427,12 +457,27 @@ ALONE = """
     engine = Engine(backend=RayAdapter(address=ADDRESS), http_options=NO_HTTP)
     engine.create_backend("b", pid)
     engine.create_endpoint("b", backend="b")
-    assert engine.get(engine.get_handle("b").remote()) != os.getpid()
+    ref = engine.get_handle("b").remote()
+    assert engine.get(ref) != os.getpid()
     assert ray.is_initialized()
 """
 SHUT_DOWN = """
+    try:
+        Engine(backend=RayAdapter(), http_options=NO_HTTP, name="lasting", detached=True)
+    except errors.InvalidArgument as error:
+        assert "needs a Ray cluster that outlives the program" in str(error)
+    else:
+        raise AssertionError("it would not last")
     engine.shutdown()
     assert not ray.is_initialized()
+    for late in (lambda: engine.get(ref), lambda: engine.wait([ref])):
+        try:
+            late()
+        except errors.EngineClosed as error:
+            assert "not connected to Ray any more" in str(error)
+        else:
+            raise AssertionError("a ref outlived its Ray")
+    assert not ray.is_initialized(), "Ray was started again"
     say("shut down")
     hear()
 """

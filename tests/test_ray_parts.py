@@ -6,10 +6,11 @@ import asyncio
 import copyreg
 import io
 import pickle
+import socket
 import sys
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import date
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from engine.serialization import dumps, pack_exception
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 if why_not() is None:
-    from engine_ray import RayAdapter, connector, courier, registry, turns, watched
+    from engine_ray import RayAdapter, connection, connector, courier, registry, turns, watched
     from engine_ray.actors import NAMESPACE, actor_names, kill_actor, kill_named
     from engine_ray.addresses import Address, cluster_of, engine_of, is_symbolic, symbolic
     from engine_ray.bodies import Bound, Leaving
@@ -38,6 +39,59 @@ if why_not() is None:
     from engine_ray.registry import Entry, Registry
     from engine_ray.turns import Turns
     from engine_ray.watched import WatchedWorker, described_death
+
+
+# -- the connection to Ray -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nobody() -> Iterator[str]:
+    """An address where nobody listens, for the time of a test."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        yield f"127.0.0.1:{sock.getsockname()[1]}"
+
+
+@pytest.fixture
+def somebody() -> Iterator[str]:
+    """An address where somebody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        yield f"127.0.0.1:{sock.getsockname()[1]}"
+
+
+def test_a_cluster_that_died_without_being_stopped_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, nobody: str, somebody: str
+) -> None:
+    """Ray itself would knock at the address it has noted for minutes."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray._private.services.find_bootstrap_address", lambda directory: nobody)
+    monkeypatch.setattr("ray._private.services.find_gcs_addresses", set)
+    assert connection._running(None) is None
+    monkeypatch.setattr("ray._private.services.find_gcs_addresses", lambda: {nobody, somebody})
+    assert connection._running(None) == somebody
+
+
+def test_the_cluster_that_was_started_last_is_left_to_ray_to_find(
+    monkeypatch: pytest.MonkeyPatch, somebody: str
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for noted in (somebody, None):
+        monkeypatch.setattr("ray._private.services.find_bootstrap_address", lambda directory, noted=noted: noted)
+        assert connection._running(None) == "auto"
+
+
+def test_where_nobody_answers_at_the_address_of_the_environment(monkeypatch: pytest.MonkeyPatch, nobody: str) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", nobody)
+    with pytest.raises(InvalidArgument, match=f"RAY_ADDRESS='{nobody}': cannot connect.*refused"):
+        connection._running(None)
+
+
+@pytest.mark.parametrize("other", ["localhost:6379", "127.0.0.1:6379"])
+def test_a_cluster_has_several_names(monkeypatch: pytest.MonkeyPatch, other: str) -> None:
+    monkeypatch.setattr(connection, "cluster", lambda: "127.0.0.1:6379")
+    connection._check_same(other)
+    with pytest.raises(InvalidArgument, match="one cluster a process"):
+        connection._check_same("127.0.0.1:6380")
 
 
 # -- addresses -------------------------------------------------------------------------------------------------------
@@ -433,6 +487,7 @@ FREE = {"1": {"CPU": 2.5, "memory": 1.5 * 2**30}, "2": {"CPU": 4.0, "GPU": 0.5}}
         ),
         (Resources(), None),
         (Resources(num_cpus=4.0, num_gpus=0.5), None),
+        (Resources(num_cpus=4.0, other={"scheduling_strategy": "SPREAD"}), None),
     ],
 )
 def test_what_is_said_of_a_shortage(monkeypatch: pytest.MonkeyPatch, asked: Resources, said: str | None) -> None:
@@ -441,6 +496,19 @@ def test_what_is_said_of_a_shortage(monkeypatch: pytest.MonkeyPatch, asked: Reso
     if said is not None:
         said = "it asked for " + said.replace("...", "the cluster has free:")
     assert shortage(asked) == said
+
+
+@pytest.mark.parametrize(("num_cpus", "lacks"), [(2.0, False), (4.0, True)])
+def test_a_shortage_on_a_certain_node(monkeypatch: pytest.MonkeyPatch, num_cpus: float, lacks: bool) -> None:
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    node_id = "ab" * 28
+    monkeypatch.setattr("ray.nodes", lambda: NODES)
+    monkeypatch.setattr("ray._private.state.available_resources_per_node", lambda: {node_id: FREE["1"], "2": FREE["2"]})
+    affinity = {"scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=False)}
+    said = shortage(Resources(num_cpus=num_cpus, other=affinity))
+    assert (said is not None) == lacks
+    assert said is None or f"scheduling_strategy NodeAffinity(node_id='{node_id}', soft=False); the cluster has" in said
 
 
 def test_what_is_said_of_a_cluster_without_anything(monkeypatch: pytest.MonkeyPatch) -> None:

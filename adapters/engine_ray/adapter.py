@@ -65,12 +65,23 @@ class RayAdapter(ClusterAdapter):
         """See `engine.adapter.Adapter.detach`."""
         if self._process:
             raise InvalidArgument("this adapter already serves an engine: give each engine one of its own")
-        self._process = os.getpid()
-        self._joined = connection.join(self._address, self._init_kwargs)
+        if self._address == "local":
+            raise InvalidArgument(f"RayAdapter: address='local' is for engines that end with this program. {_LASTING}")
+        self._joined = connection.join(self._address, self._init_kwargs, start=False)
         try:
+            if connection.started_here():
+                raise InvalidArgument(f"the Ray of this program was started for another engine. {_LASTING}")
             if http is None:
-                return find_controller(name, self._namespace, self)
-            return create_controller(name, self._namespace, http, self._runtime_env, self)
+                controller = find_controller(name, self._namespace, self)
+            else:
+                controller = create_controller(name, self._namespace, http, self._runtime_env, self)
         except BaseException:
-            self.close()
+            if self._joined:
+                self._joined = False
+                connection.leave()
             raise
+        self._process = os.getpid()
+        return controller
+
+
+_LASTING = "A detached engine needs a Ray cluster that outlives the program: start one with `ray start --head`"

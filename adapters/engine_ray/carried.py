@@ -11,11 +11,25 @@ import io
 import pickle
 from typing import Any, NamedTuple
 
-from engine.serialization import loads, unpack_exception
+from engine.serialization import loads, refuse, unpack_exception
 
-__all__ = ["CarriedError", "CarriedResult", "Errand", "Filled", "Placeholder", "carried"]
+__all__ = ["CarriedError", "CarriedResult", "Errand", "Filled", "Placeholder", "carried", "refuse_refs"]
 
 _SMALL_BYTES = 4096
+
+
+def refuse_refs() -> None:
+    """Have this process refuse refs where Ray does not see them.
+
+    Pickled by anybody but Ray, a ref forgets its owner, and whoever waits for it waits for ever.
+    """
+    import ray
+
+    refuse(
+        ray.ObjectRef,
+        "a ref can be an argument of a call on its own, as in handle.remote(ref), and nothing else: elsewhere, pass on "
+        "what it stands for, ray.get(ref)",
+    )
 
 
 class Errand(NamedTuple):

@@ -17,7 +17,9 @@ from typing import Any
 
 from engine.errors import EngineError, InvalidArgument
 
-__all__ = ["cluster", "join", "leave"]
+__all__ = ["cluster", "join", "leave", "started_here"]
+
+_log = logging.getLogger("engine.ray")
 
 _NONE_RUNS = "Could not find any running Ray instance"
 """How Ray says that there is no cluster, rather than one that it cannot connect to."""
@@ -81,25 +83,46 @@ def cluster() -> str:
     return str(ray.get_runtime_context().gcs_address)
 
 
+def started_here() -> bool:
+    """Whether the cluster that this process is connected to was started for its engines, and ends with the last one."""
+    with _lock:
+        return _keeper is not None and _keeper.started
+
+
 def _check_same(address: str | None) -> None:
     connected = cluster()
-    if address not in (None, "auto", "local", connected):
+    if address not in (None, "auto", "local") and _canonical(address) != _canonical(connected):
         raise InvalidArgument(
             f"address={address!r}: this process is connected to the Ray cluster at {connected!r}, and Ray allows one "
             "cluster a process: use that one, or disconnect with ray.shutdown() first"
         )
 
 
+def _canonical(address: str) -> str:
+    """The address as Ray itself writes it, whichever name of this machine it was given by."""
+    from ray._private import services
+
+    try:
+        return str(services.canonicalize_bootstrap_address(address))
+    except Exception:  # it is none, or this Ray has another way to do it
+        return address
+
+
 class _Keeper:
-    """The thread that holds the connection."""
+    """The thread that holds the connection.
+
+    Attributes:
+        started: Whether it has started the cluster that it is connected to.
+    """
 
     def __init__(self, address: str | None, options: Mapping[str, Any], *, start: bool) -> None:
         self._address = address
-        self._may_start = start and address is None
+        self._may_start = start and address in (None, "local")
         self._options = {"log_to_driver": False, "configure_logging": False, **options}
         self._connected = threading.Event()
         self._over = threading.Event()
         self._failure: BaseException | None = None
+        self.started = False
         self._thread = threading.Thread(target=self._run, name="engine-ray", daemon=True)
 
     def connect(self) -> None:
@@ -136,29 +159,78 @@ class _Keeper:
         )
 
     def _init(self) -> None:
-        import ray
-
-        if self._address is not None:
-            _check_reachable(self._address)
-        elif os.environ.get("RAY_ADDRESS", "").startswith("ray://"):
-            raise InvalidArgument(
-                f"RAY_ADDRESS={os.environ['RAY_ADDRESS']!r} is that of a Ray client server, which channels cannot "
-                "pass: run the application on a node of the cluster, and unset it"
-            )
         logger = logging.getLogger("ray._private.worker")
         logger.addFilter(_expected)
         try:
-            ray.init(address=self._address or "auto", **self._options)
-        except (ConnectionError, ray.exceptions.RayError) as error:
-            if not self._may_start or _NONE_RUNS not in str(error):
-                raise InvalidArgument(f"{self._describe()}: {_essence(error)}. {_ADVICE}") from error
-            ray.init(address="local", **{"include_dashboard": False, **self._options})
+            if not self._connected_to_another():
+                self._start()
         except (TypeError, ValueError, RuntimeError) as error:
             if isinstance(error, EngineError):
                 raise
             raise InvalidArgument(f"RayAdapter: ray.init refused its arguments: {error}") from error
         finally:
             logger.removeFilter(_expected)
+
+    def _connected_to_another(self) -> bool:
+        """Connect to the cluster that is wanted, or that there is; false if one has to be started."""
+        import ray
+
+        address: str | None
+        if self._address == "local":
+            return False
+        if self._address in (None, "auto"):
+            address = _running(self._options.get("_temp_dir"))
+            if address is None:
+                return False
+        else:
+            address = self._address
+            _check_reachable("address", address)
+        try:
+            ray.init(address=address, **self._options)
+        except (ConnectionError, ray.exceptions.RayError) as error:
+            if self._address in (None, "auto") and _NONE_RUNS in str(error):
+                return False
+            raise InvalidArgument(f"{self._describe()}: {_essence(error)}. {_ADVICE}") from error
+        return True
+
+    def _start(self) -> None:
+        import ray
+
+        if not self._may_start:
+            raise InvalidArgument(
+                "no Ray cluster runs on this machine: start one with `ray start --head`, or name another one by "
+                "RayAdapter(address='host:port')"
+            )
+        ray.init(address="local", **{"include_dashboard": False, **self._options})
+        self.started = True
+
+
+def _running(directory: str | None) -> str | None:
+    """The cluster that Ray would find by itself: an address for ``ray.init``; None if it is gone.
+
+    Ray notes the address of the cluster that was started last, and knocks there for minutes when that has died
+    without being stopped.
+
+    Args:
+        directory: Where Ray keeps its files, if not where it does by default.
+    """
+    from ray._private import services
+
+    named = os.environ.get("RAY_ADDRESS", "")
+    if named.startswith("ray://"):
+        raise InvalidArgument(
+            f"RAY_ADDRESS={named!r} is that of a Ray client server, which channels cannot pass: run the application on "
+            "a node of the cluster, and unset it"
+        )
+    if named:
+        _check_reachable("RAY_ADDRESS", named)
+        return "auto"
+    noted = services.find_bootstrap_address(directory)
+    if not noted or _knock(noted) is None:
+        return "auto"
+    _log.info("no Ray answers at %s, which was the last one that was started here", noted)
+    others = sorted(services.find_gcs_addresses())
+    return next((other for other in others if _knock(other) is None), None)
 
 
 _ADVICE = (
@@ -174,17 +246,25 @@ def _essence(error: BaseException) -> str:
     return lines[-1].rstrip(".") if lines else type(reason).__name__
 
 
-def _check_reachable(address: str) -> None:
+def _check_reachable(field: str, address: str) -> None:
     """Refuse an address where nobody listens: Ray would knock there for minutes."""
+    error = _knock(address)
+    if error is not None:
+        raise InvalidArgument(
+            f"{field}={address!r}: cannot connect to a Ray cluster there: {error}. Is one running (ray start --head), "
+            "and can its head be reached from here?"
+        ) from error
+
+
+def _knock(address: str) -> Exception | None:
+    """Why nobody can be reached at ``host:port``; None also of what is no such address, which Ray may know."""
     host, _, port = address.rpartition(":")
     if host and port.isdecimal():
         try:
             socket.create_connection((host.strip("[]"), int(port)), _KNOCK_S).close()
         except (OSError, OverflowError) as error:
-            raise InvalidArgument(
-                f"address={address!r}: cannot connect to a Ray cluster there: {error}. Is one running (ray start "
-                "--head), and can its head be reached from here?"
-            ) from error
+            return error
+    return None
 
 
 def _expected(record: logging.LogRecord) -> bool:

@@ -20,14 +20,14 @@ from typing import Any
 
 from engine.caller import deadline_error
 from engine.client import Client
-from engine.errors import EngineClosed, EngineError
+from engine.errors import EngineClosed, EngineError, NotSerializable
 from engine.handle import answer_to
 from engine.messages import PYTHON, Reply
 from engine.serialization import dumps, pack_exception
 from engine.slot import Outgoing
 
 from .actors import NAMESPACE, kill_actor
-from .carried import CarriedError, Filled, carried
+from .carried import CarriedError, Filled, carried, refuse_refs
 from .connector import RayConnector
 from .order import Surroundings, extend_path
 from .turns import Turns
@@ -54,6 +54,7 @@ class Courier:
 
     def __init__(self, engine_id: str, control_address: str, secret: bytes, paths: list[str]) -> None:
         extend_path(paths)
+        refuse_refs()  # inside of what the refs among arguments stand for
         loop = asyncio.get_running_loop()
         self._held = 0
         self._idle = asyncio.Event()  # set when the last call that was held has been answered
@@ -88,7 +89,7 @@ class Courier:
             deadline = None if timeout_s is None else time.monotonic() + timeout_s
             await self._turns.take(source, number)
             if lifted:
-                payload = dumps(Filled(payload, await self._wait_for(lifted, endpoint, timeout_s)), "the argument")
+                payload = _filled(payload, await self._wait_for(lifted, endpoint, timeout_s))
                 timeout_s = None if deadline is None else max(0.0, deadline - time.monotonic())
             outgoing = Outgoing(PYTHON, method, deadline, "", head, payload, shard_key)
             answer = await answer_to(self._client.loop_caller(), endpoint, outgoing, timeout_s)
@@ -163,6 +164,15 @@ async def _results_of(refs: Sequence[Any]) -> list[Any]:
     except RayError as error:
         cause = error.cause if isinstance(error, RayTaskError) else error
         raise CarriedError(pack_exception(cause)) from None
+
+
+def _filled(payload: bytes, results: list[Any]) -> bytes:
+    try:
+        return dumps(Filled(payload, results), "the argument")
+    except NotSerializable:
+        for result in results:
+            dumps(result, "what a ref among the arguments stands for")  # says which part of it
+        raise
 
 
 def courier_name(engine_id: str) -> str:

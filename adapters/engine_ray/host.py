@@ -21,6 +21,7 @@ from engine_wire.listening import bind_shared
 
 from .addresses import Address
 from .bodies import Bound, Hello, Leaving
+from .carried import refuse_refs
 from .order import Order
 from .places import listen_everywhere
 from .refs import RayCaller
@@ -47,6 +48,7 @@ class RayHost(WireWorkerHost):
     log_name = "engine.ray"
 
     def __init__(self, order: Order) -> None:
+        refuse_refs()  # as results
         self._order = order
         self._why_lost = ""
         self._standing: dict[type, Any] = {}  # what every controller must know

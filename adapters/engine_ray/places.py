@@ -84,7 +84,7 @@ def _needs_nothing(options: Mapping[str, Any]) -> bool:
 
 def _is_for_nodes(strategy: Any) -> bool:
     """Whether a strategy chooses among nodes; a placement group, for one, has only the resources it was made with."""
-    return strategy == "SPREAD" or hasattr(strategy, "node_id")
+    return strategy == "SPREAD" or _names(strategy)
 
 
 def check_connected() -> None:
@@ -96,7 +96,10 @@ def check_connected() -> None:
     import ray
 
     if not ray.is_initialized():
-        raise EngineClosed("this process is not connected to Ray any more: ray.shutdown() came before the engine's")
+        raise EngineClosed(
+            "this process is not connected to Ray any more: ray.shutdown() was called, or the engine was shut down "
+            "that had connected it"
+        )
 
 
 def shortage(asked: Resources) -> str | None:
@@ -112,9 +115,7 @@ def shortage(asked: Resources) -> str | None:
     wanted = {name: amount for name, amount in amounts.items() if amount}
     chosen = {name: asked.other[name] for name in _CHOOSING if asked.other.get(name)}
     free = ray._private.state.available_resources_per_node()
-    if not chosen and any(
-        all(node.get(name, 0) >= amount for name, amount in wanted.items()) for node in free.values()
-    ):
+    if any(all(node.get(name, 0) >= amount for name, amount in wanted.items()) for node in _eligible(chosen, free)):
         return None
     names = sorted({"CPU", "GPU", *wanted})
     has = "; ".join(
@@ -129,6 +130,19 @@ _CHOOSING = ("accelerator_type", "label_selector", "placement_group", "schedulin
 """Options that choose among nodes by more than amounts."""
 
 
+def _eligible(chosen: Mapping[str, Any], free: Mapping[str, Mapping[str, float]]) -> list[Mapping[str, float]]:
+    """What is free on the nodes that may be chosen, as far as that can be told from here."""
+    strategy: Any = chosen.get("scheduling_strategy", "DEFAULT")
+    if chosen.keys() - {"scheduling_strategy"} or not (isinstance(strategy, str) or _names(strategy)):
+        return []
+    return [node for node_id, node in free.items() if not _names(strategy) or strategy.node_id == node_id]
+
+
+def _names(strategy: Any) -> bool:
+    """Whether a strategy names one node."""
+    return hasattr(strategy, "node_id")
+
+
 def _free(names: list[str], free: Mapping[str, float], total: Mapping[str, float]) -> str:
     there = {name: f"{_amount(name, free.get(name, 0))} of {_amount(name, amount)}" for name, amount in total.items()}
     return ", ".join(f"{name} {there[name]}" if name in there else f"no {name}" for name in names)
@@ -139,6 +153,8 @@ def _listed(amounts: Mapping[str, Any]) -> str:
 
 
 def _amount(name: str, amount: Any) -> str:
+    if _names(amount):
+        return f"NodeAffinity(node_id={amount.node_id!r}, soft={amount.soft})"
     if not isinstance(amount, (int, float)):
         return str(amount)
     return f"{amount / 2**30:.3g} GiB" if name == "memory" else f"{amount:g}"

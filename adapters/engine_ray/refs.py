@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from engine.config import LONGEST_S
 from engine.errors import CallError, DeadlineExceeded, ReplicaDied, RetryLater
-from engine.serialization import refuse
 from engine.waiting import running_asyncio_loop
 
 from .addresses import engine_of
-from .carried import Errand, Placeholder
+from .carried import Errand, Placeholder, refuse_refs
 from .connector import RayConnector
 from .courier import find_courier
 from .places import check_connected
@@ -64,12 +63,7 @@ class RayRefs:
 
         self._connector = connector
         self._kind = ray.ObjectRef
-        # Pickled by anybody but Ray, a ref forgets its owner, and whoever waits for it waits for ever.
-        refuse(
-            ray.ObjectRef,
-            "a ref can only be an argument on its own, as in handle.remote(ref): get the result first to put it inside "
-            "another object",
-        )
+        refuse_refs()
         self._source = os.urandom(6).hex()
         self._numbers = itertools.count()
         self._lock = threading.Lock()  # guards `_courier` while it is made
@@ -111,6 +105,7 @@ class RayRefs:
         """See `engine.adapter.PlatformRefs.results`."""
         import ray
 
+        check_connected()
         try:
             results: list[Any] = ray.get(refs, timeout=_bounded(timeout_s))
         except Exception as error:
@@ -119,6 +114,7 @@ class RayRefs:
 
     async def result(self, ref: Any) -> Any:
         """See `engine.adapter.PlatformRefs.result`."""
+        check_connected()
         if running_asyncio_loop() is None:
             from anyio import to_thread
 
@@ -132,6 +128,7 @@ class RayRefs:
         """See `engine.adapter.PlatformRefs.wait`."""
         import ray
 
+        check_connected()
         ray.wait(refs, num_returns=num_returns, timeout=_bounded(timeout_s), fetch_local=False)
         # Of several that are ready Ray returns any; the first ones are wanted.
         ready = set(ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)[0])

@@ -134,6 +134,10 @@ _DEATHS = {
     "exit_actor() is called": "exited",
     "node has died": "died with its node",
     "node was terminated": "died with its node",
+    "all references to the actor were removed": (
+        "never ran: Ray could not bring its process up. Its logs on the nodes may say why; it happens, too, if the "
+        "program has a token of Ray's and the cluster wants none"
+    ),
     "unexpected": "died (killed by a signal, out of memory, or by a crash in native code; its standard error may say)",
 }
 """Signs in Ray's messages, the most telling first."""
