@@ -29,6 +29,8 @@ _ATTACH_TIMEOUT_S = 10.0
 _RETURN_TIMEOUT_S = 30.0
 """The same while the controller is being started again, which first waits for its workers to come back to it."""
 
+_SHUT_DOWN = "the engine was shut down"
+
 _lock = threading.Lock()  # guards `_clients`, which maps engine ids: engines do not see each other
 _clients: dict[str, Client] = {}
 
@@ -50,7 +52,7 @@ class Client:
         self._lock = threading.Lock()  # guards the callers
         self._threads: Caller | None = None
         self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Caller] = weakref.WeakKeyDictionary()
-        self._closed = False
+        self._why_closed = ""  # as long as it is open
         self._owns_adapter = False
         self._subscription: Subscription | None = None  # to a controller in another process
         self._moved = threading.Condition()  # told whenever a snapshot came to rule
@@ -133,7 +135,7 @@ class Client:
         in_time = subscription.first.wait(_ATTACH_TIMEOUT_S) or (
             adapter.returns(control_address) and subscription.first.wait(_RETURN_TIMEOUT_S - _ATTACH_TIMEOUT_S)
         )
-        if not in_time or client._closed:
+        if not in_time or client.closed:
             client.close()
             raise EngineClosed("the engine of this handle did not answer, or was shut down meanwhile")
         client.register()
@@ -149,7 +151,7 @@ class Client:
     @property
     def closed(self) -> bool:
         """Whether no call can be made through it any more."""
-        return self._closed
+        return bool(self._why_closed)
 
     # -- callers ---------------------------------------------------------------------------------------------------
 
@@ -197,7 +199,7 @@ class Client:
     def wait_applied(self, version: int, timeout_s: float) -> bool:
         """Wait until a snapshot of at least this version rules; False if it takes too long."""
         with self._moved:
-            return self._moved.wait_for(lambda: self.snapshot.version >= version or self._closed, timeout_s)
+            return self._moved.wait_for(lambda: self.snapshot.version >= version or self.closed, timeout_s)
 
     def statistics(self) -> list[dict[str, Any]]:
         """What the callers of this process counted, and those that make its calls for refs of the platform."""
@@ -209,9 +211,9 @@ class Client:
 
     def begin_close(self) -> None:
         """Take no more calls and fail those that wait for a replica; what is in flight goes on."""
-        error = EngineClosed("the engine was shut down")
+        error = EngineClosed(_SHUT_DOWN)
         with self._lock:
-            self._closed = True
+            self._why_closed = self._why_closed or _SHUT_DOWN
             threads, loops = self._threads, list(self._loops.items())
         if threads is not None:
             threads.begin_close(error)
@@ -219,10 +221,16 @@ class Client:
             _on_loop(loop, caller.begin_close, error)
 
     def close(self, error: EngineError | None = None) -> None:
-        """Fail what is in flight and close all channels (idempotent)."""
+        """Fail what is in flight and close all channels (idempotent).
+
+        Args:
+            error: What calls raise from now on; by default that the engine was shut down.
+        """
         with self._lock:
-            self._closed = True
+            self._why_closed = self._why_closed or (str(error) if error is not None else _SHUT_DOWN)
             threads, loops = self._threads, list(self._loops.items())
+        with self._moved:
+            self._moved.notify_all()  # nothing will come any more
         with _lock:
             if _clients.get(self.engine_id) is self:
                 del _clients[self.engine_id]
@@ -251,8 +259,8 @@ class Client:
         """Raise `errors.EngineClosed` if no call can be made through it."""
         if self.pid != os.getpid():
             raise EngineClosed("this engine belongs to the process that this one was forked from; create one here")
-        if self._closed:
-            raise EngineClosed("the engine was shut down")
+        if self._why_closed:
+            raise EngineClosed(self._why_closed)
 
 
 _attaching = threading.Lock()

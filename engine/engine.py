@@ -444,7 +444,8 @@ class Engine:
                 "or pass a handle on pickled"
             )
         if self._closed:
-            raise EngineClosed("the engine was shut down: create a new one")
+            self._client.check_open()  # which knows why
+            raise EngineClosed("the engine is being shut down")
 
     def _control(self, operation: str, *args: Any, **kwargs: Any) -> Any:
         """Have the controller do something, and wait for it."""
@@ -464,6 +465,8 @@ class Engine:
 
 def _adapter_of(backend: Any) -> Adapter:
     adapter: Adapter = load_adapter(backend) if isinstance(backend, str) else backend
+    if isinstance(adapter, type) and hasattr(adapter, "start_worker"):
+        raise InvalidArgument(f"backend must be an instance, not the class {adapter.__name__}: {adapter.__name__}(...)")
     if not hasattr(adapter, "start_worker"):
         raise InvalidArgument(f"backend must be the name of an adapter or an adapter instance, not {backend!r}")
     return adapter

@@ -148,7 +148,6 @@ class _BaseHandle:
     def _start_on_platform(
         self, client: Client, refs: PlatformRefs, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        client.check_open()
         args, kwargs, lifted = refs.lift(args, kwargs)
         return refs.start(self._endpoint, self._outgoing(args, kwargs), lifted, self._options.timeout_s)
 
@@ -234,8 +233,10 @@ class Handle(_BaseHandle):
 
         Raises:
             errors.NotSerializable: An argument cannot be pickled.
+            errors.EngineClosed: The engine was shut down before.
         """
         client = self._reach()
+        client.check_open()
         if client.refs is not None:
             return self._start_on_platform(client, client.refs, *self._prepared(args, kwargs, None))
         caller = client.thread_caller()
@@ -329,6 +330,7 @@ class AsyncHandle(_BaseHandle):
         The call starts when this coroutine is awaited.
         """
         client = self._reach()
+        client.check_open()
         if client.refs is not None:
             return self._start_on_platform(client, client.refs, *await self._prepared(args, kwargs, None))
         caller = client.thread_caller() if running_asyncio_loop() is None else client.loop_caller()

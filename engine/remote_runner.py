@@ -16,6 +16,7 @@ __all__ = ["RemoteRunner"]
 _APPLIED_TIMEOUT_S = 10.0
 _RETRY_S = 0.2
 """Between tries while there is no controller: it takes seconds to start again, and each try costs the platform."""
+_LET_GO = "this program has let go of the detached engine, which goes on: take it over again with Engine.connect"
 _REPEATABLE = frozenset(
     {
         "get_backend_config",
@@ -94,5 +95,5 @@ class RemoteRunner:
     def leave(self, *, ended: bool = False) -> None:
         """Let go of the engine, which goes on unless it has ended."""
         self._left.set()
-        self._client.close()
+        self._client.close(None if ended else EngineClosed(_LET_GO))
         self._controller.leave(ended=ended)

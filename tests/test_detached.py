@@ -864,6 +864,16 @@ def test_waiting_for_a_version() -> None:
     assert client.wait_applied(4, 10.0)  # nothing will come any more
 
 
+def test_who_waits_for_a_snapshot_is_told_that_none_will_come() -> None:
+    client = Client("waited", FakeAdapter())
+    waiting = threading.Thread(target=client.wait_applied, args=(1, 1000.0), daemon=True)
+    waiting.start()
+    eventually(lambda: client._moved._waiters)  # type: ignore[attr-defined]
+    client.close()
+    waiting.join(PATIENCE_S)
+    assert not waiting.is_alive()
+
+
 @pytest.mark.parametrize("failure", [None, errors.EngineClosed("it was shut down before")])
 def test_leaving_and_stopping(failure: Exception | None) -> None:
     remote, client = Remote(), Waited()

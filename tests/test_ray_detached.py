@@ -144,7 +144,13 @@ def test_an_engine_goes_on_without_its_creator(
 
 def test_a_creator_that_leaves_its_block_lets_go(name: str) -> None:
     with Engine(backend="ray", name=name, detached=True, http_options=HTTP) as engine:
-        engine.create_backend("b", Versioned)
+        engine.create_backend("b", Versioned, config={"user_config": "on"})
+        engine.create_endpoint("e", backend="b")
+        handle = engine.get_handle("e")
+        assert handle.call() == "on"
+    for late in (handle.call, handle.remote, engine.list_backends):
+        with pytest.raises(errors.EngineClosed, match=r"let go of the detached engine, which goes on.*Engine\.connect"):
+            late()
     assert name in names()
     with pytest.raises(ZeroDivisionError), Engine.connect(name):
         raise ZeroDivisionError

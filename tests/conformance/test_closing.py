@@ -116,7 +116,7 @@ def test_handles_say_that_it_is_closed(closed):
     with pytest.raises(errors.EngineClosed, match="shut down"):
         closed.handle.call()
     with pytest.raises(errors.EngineClosed, match="shut down"):
-        closed.get(closed.handle.remote())
+        closed.handle.remote()
     with pytest.raises(errors.EngineClosed):
         closed.unused_handle.call()
 
@@ -131,6 +131,8 @@ async def test_async_handles_say_that_it_is_closed(adapter):
         assert await handle.call() == "ok"
     with pytest.raises(errors.EngineClosed, match="shut down"):
         await handle.call()
+    with pytest.raises(errors.EngineClosed, match="shut down"):
+        await handle.remote()
     with pytest.raises(errors.EngineClosed):
         await unused.call()
 
