@@ -35,7 +35,7 @@ ANY_PORT = Listen("127.0.0.1", 0)
 
 def ingress(name: str, bound: Callable[[WatchedWorker, int], None]) -> WatchedWorker:
     spec = WorkerSpec(name, name, "nowhere:main", b"", node_id="n", listen=ANY_PORT)
-    return WatchedWorker(spec, None, lambda worker_id, body: None, bound, lambda worker: None)
+    return WatchedWorker(spec, None, lambda worker_id, body: None, bound, lambda worker, why: None)
 
 
 def test_the_first_one_on_a_node_chooses_the_port_and_the_others_wait_for_it() -> None:

@@ -687,19 +687,16 @@ class Watch:
 
     def __init__(self) -> None:
         self.said: list[Any] = []
-        self.losses = 0
+        self.ends: list[str] = []
         self.ports: list[int] = []
         self.worker = WatchedWorker(
             spec_of(),
             None,
             lambda worker_id, body: self.said.append(body),
             lambda worker, port: self.ports.append(port),
-            self._lost,
+            lambda worker, why: self.ends.append(why),
         )
         self.channel = FakeChannel("worker", self.worker)
-
-    def _lost(self, worker: Any) -> None:
-        self.losses += 1
 
 
 def test_what_a_worker_is_told_before_it_has_connected_is_kept() -> None:
@@ -718,10 +715,64 @@ def test_what_a_worker_is_told_before_it_has_connected_is_kept() -> None:
 def test_a_deadline_ends_when_the_worker_connects() -> None:
     async def main() -> None:
         watch = Watch()
-        deadline = watch.worker.deadline = asyncio.get_running_loop().call_later(1000, lambda: None)
+        watch.worker.expect_within(0.0, "never came")
         watch.worker.connected(watch.channel)
-        assert deadline.cancelled()
-        assert watch.worker.deadline is None
+        await asyncio.sleep(0.01)
+        assert not watch.ends
+        watch.worker.expect_within(0.0, "never came back")
+        await asyncio.sleep(0.01)
+        assert watch.ends == ["never came back"]
+
+    asyncio.run(main())
+
+
+def test_a_worker_has_ended_when_its_process_has() -> None:
+    """Ray says so earlier, when it has decided it."""
+
+    async def main() -> None:
+        watch = Watch()
+        watch.worker.connected(watch.channel)
+        watch.worker.ray_ended("was killed by ray.kill")
+        assert not watch.ends
+        watch.channel.break_off()
+        assert watch.ends == ["was killed by ray.kill"]
+
+    asyncio.run(main())
+
+
+def test_a_worker_whose_channel_nobody_closes_has_ended_when_ray_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watched, "_GONE_PATIENCE_S", 0.0)
+
+    async def main() -> None:
+        for why in ("died with its node", "died", "was killed by ray.kill"):
+            watch = Watch()
+            if why != "died":  # before it ever connected
+                watch.worker.connected(watch.channel)
+            watch.worker.ray_ended(why)
+            assert watch.ends == ([] if why == "was killed by ray.kill" else [why])
+            await asyncio.sleep(0.01)
+            assert watch.ends == [why]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("ray_knows", [True, False])
+def test_a_worker_that_is_lost_has_ended_for_the_reason_that_ray_gives(
+    monkeypatch: pytest.MonkeyPatch, ray_knows: bool
+) -> None:
+    monkeypatch.setattr(watched, "_REASON_PATIENCE_S", 1000.0 if ray_knows else 0.0)
+
+    async def main() -> None:
+        watch = Watch()
+        watch.worker.connected(watch.channel)
+        watch.channel.break_off()
+        assert not watch.ends
+        if ray_knows:
+            watch.worker.ray_ended("ran out of memory")
+        else:
+            await asyncio.sleep(0.01)
+        assert watch.ends == ["ran out of memory" if ray_knows else "lost its connection to the engine"]
+        watch.worker.finish()
 
     asyncio.run(main())
 
@@ -741,7 +792,7 @@ def test_what_a_worker_says() -> None:
         assert watch.ports == [4000]
         assert watch.worker.exit_code == 3
         watch.channel.break_off()
-        assert watch.losses == 1
+        assert watch.ends == ["exited"]
 
     asyncio.run(main())
 
@@ -754,7 +805,7 @@ def test_a_worker_that_ends_before_it_listened_wakes_those_that_wait_for_its_por
         watch.worker.finish()
         assert port.cancelled()
         assert watch.channel.closed
-        assert watch.losses == 0
+        assert not watch.ends
 
     asyncio.run(main())
 
@@ -766,9 +817,10 @@ def test_the_belated_end_of_a_former_channel_is_no_end_of_a_worker_that_has_come
     watch.worker.connected(back)
     assert watch.channel.closed
     watch.channel.break_off("the connection fell silent")
-    assert watch.losses == 0
+    assert not watch.ends
+    back.answer(Control(Leaving(0)))
     back.break_off()
-    assert watch.losses == 1
+    assert watch.ends == ["exited"]
 
 
 # -- the registry ----------------------------------------------------------------------------------------------------

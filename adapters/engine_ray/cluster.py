@@ -50,8 +50,6 @@ __all__ = ["SECRET_BYTES", "ClusterAdapter"]
 
 _log = logging.getLogger("engine.ray")
 SECRET_BYTES = 32
-_REASON_PATIENCE_S = 1.0
-"""Ray knows of the end of an actor some 10 ms after its channel has ended."""
 _STOP_PATIENCE_S = 5.0
 _RETURN_PATIENCE_S = 15.0
 """Workers look for a new controller several times a second, once they have noticed that the former one is gone. If its
@@ -168,7 +166,7 @@ class ClusterAdapter(RayCaller):
             surroundings=self._surroundings_now(),
         )
         ended = actor.run.remote(tuple(order)).future()
-        ended.add_done_callback(lambda future: self._from_ray(self._on_ended, worker, future))
+        ended.add_done_callback(lambda future: self._from_ray(worker.ray_ended, described_death(future.exception())))
 
     async def adopt_worker(self, spec: WorkerSpec) -> None:
         """See `engine.adapter.Adapter.adopt_worker`."""
@@ -184,9 +182,7 @@ class ClusterAdapter(RayCaller):
         elif actor is None:
             running.loop.call_soon(self._finish, worker, "died while the engine had no controller")
         else:
-            worker.deadline = running.loop.call_later(
-                _RETURN_PATIENCE_S, self._finish, worker, "did not come back to the controller"
-            )
+            worker.expect_within(_RETURN_PATIENCE_S, "did not come back to the controller")
 
     def tell(self, worker_id: str, body: Any) -> None:
         """See `engine.adapter.Adapter.tell`."""
@@ -264,7 +260,7 @@ class ClusterAdapter(RayCaller):
     # -- starting ----------------------------------------------------------------------------------------------------
 
     def _watch(self, running: _Running, spec: WorkerSpec, actor: Any) -> WatchedWorker:
-        worker = WatchedWorker(spec, actor, running.events.worker_said, self._on_bound, self._on_lost)
+        worker = WatchedWorker(spec, actor, running.events.worker_said, self._on_bound, self._finish)
         self._workers[spec.worker_id] = worker
         self._deserted.clear()
         return worker
@@ -336,18 +332,6 @@ class ClusterAdapter(RayCaller):
         if running is not None:
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 running.loop.call_soon_threadsafe(function, *args)
-
-    def _on_ended(self, worker: WatchedWorker, future: Any) -> None:
-        self._finish(worker, described_death(future.exception()))
-
-    def _on_lost(self, worker: WatchedWorker) -> None:
-        if worker.exit_code is not None:
-            self._finish(worker, "exited")
-        elif worker.deadline is None and self._running is not None:
-            # Ray knows better why; and if it does not know at all, the worker can no longer be spoken with.
-            worker.deadline = self._running.loop.call_later(
-                _REASON_PATIENCE_S, self._finish, worker, "lost its connection to the engine"
-            )
 
     def _finish(self, worker: WatchedWorker, reason: str) -> None:
         if self._workers.get(worker.worker_id) is not worker:

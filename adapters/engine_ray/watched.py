@@ -1,7 +1,7 @@
 """A started worker as the adapter sees it: its actor, its control channel, and how it is to end.
 
 Only the controller's loop touches it. A worker is heard by its control channel, which it opens itself and introduces by
-a `Hello`; its end is told by that channel, by what it said last, or by Ray.
+a `Hello`. It has ended when that channel has, and Ray or the worker itself said why, or nobody did for a while.
 """
 
 from __future__ import annotations
@@ -20,6 +20,12 @@ from .bodies import Bound, Leaving
 
 __all__ = ["WatchedWorker", "described_death"]
 
+_REASON_PATIENCE_S = 1.0
+"""Ray knows of the end of an actor some 10 ms after its channel has ended."""
+_GONE_PATIENCE_S = 1.0
+"""The process of an actor that Ray has ended is gone some 10 ms later."""
+_WITH_ITS_NODE = "died with its node"
+
 
 class WatchedWorker:
     """One worker, from the call that starts its actor to its exit.
@@ -29,7 +35,7 @@ class WatchedWorker:
         actor: Ray's handle.
         said: Gets what it says (`engine.adapter.AdapterEvents.worker_said`).
         bound: Told at which port it listens on its public address.
-        lost: Told when its control channel has ended.
+        ended: Told once, with a phrase for people, that it has ended.
     """
 
     def __init__(
@@ -38,7 +44,7 @@ class WatchedWorker:
         actor: Any,
         said: Callable[[str, Any], None],
         bound: Callable[[WatchedWorker, int], None],
-        lost: Callable[[WatchedWorker], None],
+        ended: Callable[[WatchedWorker, str], None],
     ) -> None:
         self.spec = spec
         self.worker_id = spec.worker_id
@@ -46,12 +52,14 @@ class WatchedWorker:
         self.killed = False  # by the engine
         self.placed = False  # it runs somewhere
         self.exit_code: int | None = None  # that it said it would leave with
-        self.deadline: asyncio.TimerHandle | None = None
         self.port: asyncio.Future[int] | None = None  # where it listens, if it is the first on a public address
         self._said = said
         self._bound = bound
-        self._lost = lost
+        self._ended = ended
+        self._why = ""  # it has ended, as Ray says, although its channel stands
+        self._timer: asyncio.TimerHandle | None = None  # until its end is taken for granted
         self._channel: Channel | None = None
+        self._connected = False
         self._untold: deque[Any] = deque()
 
     def __repr__(self) -> str:
@@ -59,10 +67,8 @@ class WatchedWorker:
 
     def connected(self, channel: Channel) -> None:
         """It has opened its control channel."""
-        self.placed = True
-        if self.deadline is not None:
-            self.deadline.cancel()
-            self.deadline = None
+        self.placed = self._connected = True
+        self._stop_timer()
         former, self._channel = self._channel, channel
         if former is not None:
             former.close()  # it came back before the end of that was noticed
@@ -80,10 +86,31 @@ class WatchedWorker:
         except ChannelClosed:
             pass  # `lost` follows
 
+    def expect_within(self, timeout_s: float, otherwise: str) -> None:
+        """Take it for ended, for this reason, unless it connects within so many seconds."""
+        self._stop_timer()
+        self._timer = asyncio.get_running_loop().call_later(timeout_s, self._ended, self, otherwise)
+
+    def ray_ended(self, why: str) -> None:
+        """Ray says that the actor has ended.
+
+        It says so when it has decided that. The process lives a moment longer, with all that it holds; and if this
+        process left the cluster before, it would be ended in a way of which Ray prints a long story.
+        """
+        if self._connected and why != _WITH_ITS_NODE:  # whose channels nobody closes
+            self._why = why
+            self.expect_within(_GONE_PATIENCE_S, why)
+        else:
+            self._ended(self, why)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
     def finish(self) -> None:
         """Deliver the rest of what it said, and release everything."""
-        if self.deadline is not None:
-            self.deadline.cancel()
+        self._stop_timer()
         if self.port is not None and not self.port.done():
             self.port.cancel()
         channel = self._channel
@@ -108,8 +135,14 @@ class WatchedWorker:
 
     def lost(self, channel: Channel, reason: str) -> None:
         """See `engine.adapter.ChannelListener.lost`."""
-        if channel is self._channel:
-            self._lost(self)
+        if channel is not self._channel:
+            return
+        self._connected = False
+        if self._why or self.exit_code is not None:
+            self._ended(self, self._why or "exited")
+        elif self._timer is None:
+            # Ray knows better why; and if it does not know at all, the worker can no longer be spoken with.
+            self.expect_within(_REASON_PATIENCE_S, "lost its connection to the engine")
 
 
 def described_death(error: BaseException | None) -> str:
@@ -132,8 +165,8 @@ def described_death(error: BaseException | None) -> str:
 _DEATHS = {
     "killed by `ray.kill`": "was killed by ray.kill",
     "exit_actor() is called": "exited",
-    "node has died": "died with its node",
-    "node was terminated": "died with its node",
+    "node has died": _WITH_ITS_NODE,
+    "node was terminated": _WITH_ITS_NODE,
     "all references to the actor were removed": (
         "never ran: Ray could not bring its process up. Its logs on the nodes may say why; it happens, too, if the "
         "program has a token of Ray's and the cluster wants none"
