@@ -329,13 +329,21 @@ class AsyncHandle(_BaseHandle):
 
         The call starts when this coroutine is awaited.
         """
-        client = self._reach()
+        client = self._reach() if self._client is not None else await self._reach_aside()
         client.check_open()
         if client.refs is not None:
             return self._start_on_platform(client, client.refs, *await self._prepared(args, kwargs, None))
         caller = client.thread_caller() if running_asyncio_loop() is None else client.loop_caller()
         args, kwargs = await self._prepared(args, kwargs, None)
         return self._started(caller, args, kwargs)
+
+    async def _reach_aside(self) -> Client:
+        """As `_reach`, for the first time: a process that is new to the engine subscribes, which blocks a thread."""
+        if Client.find(self._engine_id) is None:
+            from anyio import to_thread
+
+            return await to_thread.run_sync(self._reach)
+        return self._reach()
 
     def _started(self, caller: Caller, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ref:
         ref = Ref(caller)
@@ -347,7 +355,7 @@ class AsyncHandle(_BaseHandle):
     async def call(self, *args: Any, **kwargs: Any) -> Any:
         """Make a call and await its result. Cancelling the await gives the call up. As `Handle.call`."""
         loop = running_asyncio_loop()
-        client = self._reach()
+        client = self._reach() if self._client is not None else await self._reach_aside()
         if kwargs or len(args) != 1 or type(args[0]) not in _PLAIN:
             args, kwargs = await self._prepared(args, kwargs, client.refs)
         if loop is None:
