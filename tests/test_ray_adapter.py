@@ -368,8 +368,8 @@ def test_an_adapter_that_found_no_engine_can_look_again(ray_cluster: RayCluster)
     adapter, name = RayAdapter(), uuid.uuid4().hex
     with pytest.raises(errors.InvalidArgument, match="there is no detached engine"):
         Engine.connect(name, backend=adapter)
-    Engine(backend="ray", name=name, detached=True, http_options=NO_HTTP)
-    Engine.connect(name, backend=adapter).shutdown()
+    with Engine(backend="ray", name=name, detached=True, http_options=NO_HTTP):
+        Engine.connect(name, backend=adapter).shutdown()
 
 
 def test_a_detached_engine_wants_no_ray_of_its_own() -> None:
