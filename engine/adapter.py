@@ -196,7 +196,7 @@ class PlatformRefs(Protocol):
     def statistics(self) -> list[dict[str, Any]]:
         """What the callers counted and hold that make these calls, as `engine.caller.Caller.statistics` says it.
 
-        Empty before this process's first such call, and while those callers cannot be asked.
+        Empty while there are none, or they cannot be asked.
         """
 
 

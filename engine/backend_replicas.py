@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import replace
 from typing import Any
 
@@ -136,9 +136,9 @@ class BackendReplicas:
     async def update(self, changes: Any) -> list[Worker]:
         """Change the configuration.
 
-        If ``reconfigure`` raises in some replicas, the others keep what they took, and the former configuration rules.
-        If a new replica does not start, all of the change rules but the number of replicas. If the store does not keep
-        the change, nothing of it rules: replicas return to the former configuration, and one that refuses is ended.
+        If ``reconfigure`` raises in some replicas, the others return to the former configuration, which rules. If a new
+        replica does not start, all of the change rules but the number of replicas. If the store does not keep the
+        change, nothing of it rules. A replica that refuses to return is replaced.
 
         Returns:
             The replicas that are too many now. They are out of service, and the caller's to end.
@@ -151,8 +151,14 @@ class BackendReplicas:
         before = self.plan
         after = before.config.updated(changes)
         before.check(after)
-        refused = await self._reconfigure(before.config, after)
+        packed = self._packed(after)
+        try:
+            refused = await self._reconfigure(before.config, after, packed)
+        except BaseException:  # it was given up
+            await self._return_from(after)
+            raise
         if refused:
+            await self._return_from(after, but=refused)
             raise next(iter(refused.values()))
         plan = replace(before, config=after)
         failure: BaseException | None = None
@@ -175,9 +181,9 @@ class BackendReplicas:
             raise failure
         return running[plan.config.num_replicas :]
 
-    async def _return_from(self, taken: BackendConfig) -> None:
-        """Have the replicas return from a configuration that does not rule to the one that does."""
-        refused = await self._reconfigure(taken, self.config)
+    async def _return_from(self, taken: BackendConfig, but: Container[Worker] = ()) -> None:
+        """Have the replicas, but for some, return from a configuration that does not rule to the one that does."""
+        refused = await self._reconfigure(taken, self.config, self._packed(self.config), but)
         if refused:
             for worker, error in refused.items():
                 _logger.error("%s does not return to its former configuration: %r; ending it", worker.spec.name, error)
@@ -185,17 +191,21 @@ class BackendReplicas:
             self._announce()
             await self.end(list(refused))
 
-    async def _reconfigure(self, before: BackendConfig, after: BackendConfig) -> dict[Worker, BaseException]:
-        """Have the replicas go from one configuration to another, if it is another for them.
+    def _packed(self, config: BackendConfig) -> bytes:
+        return dumps(config, f"config: user_config of backend {self.plan.tag!r}")
+
+    async def _reconfigure(
+        self, before: BackendConfig, after: BackendConfig, packed: bytes, but: Container[Worker] = ()
+    ) -> dict[Worker, BaseException]:
+        """Have the replicas, but for some, go from one configuration to another, if it is another for them.
 
         Returns:
             Once all have answered, those that did not take it, and why: what the backend's ``reconfigure`` raised.
         """
-        packed = dumps(after, f"config: user_config of backend {self.plan.tag!r}")
         changed = not _equal(after.user_config, before.user_config)
         if not changed and replace(after, num_replicas=before.num_replicas, user_config=before.user_config) == before:
             return {}
-        replicas = [worker for worker in self.running if worker.life is Life.READY]
+        replicas = [worker for worker in self.running if worker.life is Life.READY and worker not in but]
         outcomes = await asyncio.gather(
             *[self._workers.reconfigure(worker, packed, user_config_changed=changed) for worker in replicas],
             return_exceptions=True,  # the next operation may only begin when all have answered

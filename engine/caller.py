@@ -175,9 +175,7 @@ class Caller:
         """Take no more calls and fail those that wait for a replica; what is in flight goes on (idempotent)."""
         with self._lock:
             self._closed = self._closed or error
-            waiting = [slot for known in self._router.replica_sets.values() for slot in known.waiting]
-            for known in self._router.replica_sets.values():
-                known.waiting.clear()
+            waiting = [slot for known in self._router.replica_sets.values() for slot in known.give_up_waiting()]
         for slot in waiting:
             slot.fail(error)
 

@@ -59,6 +59,7 @@ class Controller:
         self._checkpoint = Checkpoint(adapter.store)
         self._keeper = Keeper(self._checkpoint, self._picture)
         self._background: set[asyncio.Task[None]] = set()
+        self._endings: set[asyncio.Task[None]] = set()
         self._restoring = False  # what is held is not yet all there is: nothing is published, kept or refilled
         self._closing = False
 
@@ -86,11 +87,15 @@ class Controller:
     async def start(self) -> None:
         """Get the adapter ready, and take over what a former controller left."""
         await self._adapter.start(self._engine_id, self)
-        left = self._checkpoint.load()
-        if left is not None:
-            await self._restore(left)
-        elif self._adapter.store is not None:
-            self._publish()  # now that it is known that there was no other
+        try:
+            left = self._checkpoint.load()
+            if left is not None:
+                await self._restore(left)
+            elif self._adapter.store is not None:
+                self._publish()  # now that it is known that there was no other
+        except BaseException:
+            self._keeper.close()
+            raise
 
     async def _restore(self, picture: Picture) -> None:
         self._restoring = True
@@ -162,7 +167,7 @@ class Controller:
                 leaving = await backend.update(changes)
             finally:
                 self._refill(backend)
-            await self._end_replicas(backend, leaving)
+            await self._see_through(self._end_replicas(backend, leaving))
 
     async def delete_backend(self, tag: str, *, force: bool) -> None:
         """End a backend that no endpoint uses.
@@ -183,11 +188,7 @@ class Controller:
             backend.deleted = False
             self._refill(backend)
             raise
-        self._leaving.add(tag)
-        try:
-            await self._end_replicas(backend, backend.running, at_once=force)
-        finally:
-            self._leaving.discard(tag)
+        await self._see_through(self._end_backend(backend, at_once=force))
 
     async def get_backend_config(self, tag: str) -> BackendConfig:
         """A backend's configuration.
@@ -199,7 +200,7 @@ class Controller:
 
     async def list_backends(self) -> dict[str, BackendConfig]:
         """Every backend's configuration by tag."""
-        return {tag: backend.config for tag, backend in self._backends.items() if backend.live}
+        return {tag: backend.config for tag, backend in self._known().items()}
 
     # -- endpoints -----------------------------------------------------------------------------------------------------
 
@@ -290,11 +291,14 @@ class Controller:
         )
 
     def _backend(self, tag: str) -> BackendReplicas:
-        backend = self._backends.get(tag)
-        if backend is None or not backend.live or backend.deleted:
-            known = ", ".join(repr(other) for other, one in self._backends.items() if one.live) or "none"
+        backend = self._known().get(tag)
+        if backend is None:
+            known = ", ".join(map(repr, self._known())) or "none"
             raise InvalidArgument(f"there is no backend {tag!r}; the backends are: {known}")
         return backend
+
+    def _known(self) -> dict[str, BackendReplicas]:
+        return {tag: backend for tag, backend in self._backends.items() if backend.live and not backend.deleted}
 
     def _with_new(self, entry: EndpointEntry) -> EndpointTable:
         endpoints = self._endpoints.with_new(entry)
@@ -337,11 +341,26 @@ class Controller:
         if not await self._publisher.applied(version, _APPLIED_TIMEOUT_S, ingress_only=True):
             _logger.warning("an ingress has not taken the newest routes within %g s", _APPLIED_TIMEOUT_S)
 
+    async def _end_backend(self, backend: BackendReplicas, *, at_once: bool) -> None:
+        tag = backend.plan.tag
+        self._leaving.add(tag)
+        try:
+            await self._end_replicas(backend, backend.running, at_once=at_once)
+        finally:
+            self._leaving.discard(tag)
+
     async def _end_replicas(self, backend: BackendReplicas, leaving: list[Worker], *, at_once: bool = False) -> None:
         """End replicas that were published to be out of service."""
         if leaving and not at_once:
             await self._publisher.applied(self._publisher.version, _LEFT_ALONE_TIMEOUT_S, ingress_only=False)
         await backend.end(leaving, at_once=at_once)
+
+    async def _see_through(self, ending: Coroutine[Any, Any, None]) -> None:
+        """Wait for what goes on also when whoever waits is interrupted: nobody else would end those replicas."""
+        task = asyncio.get_running_loop().create_task(ending)
+        self._endings.add(task)
+        task.add_done_callback(self._endings.discard)
+        await asyncio.shield(task)
 
     # -- workers -------------------------------------------------------------------------------------------------------
 

@@ -25,10 +25,6 @@ class EndpointTable:
         """Every endpoint by name; the dict is the caller's own."""
         return dict(self._entries)
 
-    def holds(self, entry: EndpointEntry) -> bool:
-        """Whether this very entry is in the table."""
-        return self._entries.get(entry.name) is entry
-
     def with_new(self, entry: EndpointEntry) -> EndpointTable:
         """A table with one more endpoint.
 

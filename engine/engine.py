@@ -370,7 +370,8 @@ class Engine:
         Returns:
             ``{"backends": {tag: {"replicas": {id: stage of its life}, "queued": calls, "in_flight": calls,
             "dropped_copies": calls}}, "endpoints": {name: {"calls": made so far}}, "ingresses": {id: {"node": address,
-            "url": base URL}}}``. Calls that came over HTTP are those of the ingresses' processes, and not counted.
+            "url": base URL}}}``. Calls over HTTP are those of the process that serves them, this one for
+            `asgi` and inline.
         """
         counted: dict[str, Any] = self._control("statistics", self._client.statistics())
         return counted

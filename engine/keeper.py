@@ -52,9 +52,13 @@ class Keeper:
         self._catch_up()
 
     def keep_soon(self) -> None:
-        """As `keep`, where nobody waits who could be told that the store is away: it is logged."""
-        with suppress(Exception):
-            self.keep()
+        """As `keep`, where nobody waits who could be told that the store is away: it is logged.
+
+        Does nothing while the picture of each moment is tried anyway: a store that is slow to fail blocks the loop.
+        """
+        if self._trying is None:
+            with suppress(Exception):
+                self.keep()
 
     def close(self) -> None:
         """Write nothing more: what is about to end is the adapter's to clear."""
@@ -66,7 +70,7 @@ class Keeper:
         if self._trying is None:
             _logger.error(
                 "the engine's state could not be kept: %r. It is tried again until it can; should the controller die "
-                "before that, the next one finds an older state",
+                "before that, the next one may find an older state",
                 error,
             )
             self._trying = asyncio.get_running_loop().create_task(self._try_again())

@@ -85,7 +85,12 @@ class ReplicaSet:
         self.expecting = entry.expecting
         self.failures = entry.failures
         listed = {replica.replica_id: replica for replica in entry.replicas}
-        left = [target for key, target in self.targets.items() if key not in listed]
+        left = [
+            target
+            for key, target in self.targets.items()
+            # Another address: the backend was deleted and created again, with the same names, in one step as seen here.
+            if key not in listed or listed[key].address != target.address
+        ]
         for target in left:
             target.gone = True
             target.dead = target.replica_id in entry.dead

@@ -383,6 +383,35 @@ async def test_nothing_is_tried_once_the_engine_closes(platform: Platform) -> No
     assert platform.store.log == []
 
 
+@on_loop
+async def test_a_controller_that_cannot_start_keeps_nothing(platform: Platform) -> None:
+    """What it found is the adapter's to clear, and must not come back."""
+    await furnished(platform)
+    platform.store.away = ("picture",)
+    with pytest.raises(ConnectionError):
+        await platform.controller().started()
+    await nothing_is_left_to_do()
+
+
+@on_loop
+async def test_news_does_not_wait_for_a_store_that_is_tried_anyway(platform: Platform) -> None:
+    """A store that is slow to fail blocks the loop each time."""
+    one = await furnished(platform)
+    tries = 0
+
+    def save(name: str, state: bytes) -> None:
+        nonlocal tries
+        tries += 1
+        raise ConnectionError("the control plane is away")
+
+    platform.store.save = save  # type: ignore[method-assign]
+    for worker_id in ("a#1", "a#2", "b#1"):
+        one.controller.worker_exited(WorkerExit(worker_id, "was killed by SIGKILL"))
+    assert (one.replicas("a"), one.replicas("b")) == ([], [])
+    assert tries == 1
+    await one.controller.shutdown(1.0)
+
+
 async def nothing_is_left_to_do() -> None:
     """Give what was cancelled a few turns of the loop to end; then nobody tries anything any more."""
     for _ in range(10):
@@ -544,6 +573,73 @@ async def test_a_deletion_that_was_given_up_while_it_waited_changes_nothing(plat
     await growing
     assert one.replicas("spare") == ["spare#1", "spare#2"]
     assert (await one.controller.get_backend_config("spare")).num_replicas == 2
+
+
+@on_loop
+async def test_replicas_end_though_whoever_removed_them_was_interrupted(platform: Platform) -> None:
+    one = await furnished(platform)
+    await one.controller.create_backend(plan("spare", num_replicas=2, graceful_shutdown_timeout_s=0.01))
+    one.adapter.on_tell = None  # none leaves by itself
+    for first in ("spare#2", "spare#1"):
+        if first == "spare#2":
+            removing = asyncio.ensure_future(one.controller.update_backend_config("spare", {"num_replicas": 1}))
+        else:
+            removing = asyncio.ensure_future(one.controller.delete_backend("spare", force=False))
+        await until(lambda first=first: (first, Drain(0.01)) in one.adapter.told)
+        removing.cancel()
+        await asyncio.wait([removing])
+    with pytest.raises(InvalidArgument, match="'spare' is still being deleted"):
+        await one.controller.create_backend(plan("spare"))
+    await until(lambda: {"spare#1", "spare#2"} <= set(one.adapter.killed))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    await one.controller.create_backend(plan("spare"))
+
+
+@pytest.mark.parametrize("how", ["refused", "given up"])
+def test_a_configuration_that_not_all_took_is_nobodys(how: str) -> None:
+    async def configure(platform: Platform) -> None:
+        one = await furnished(platform)
+        answers = iter([pack_exception(ValueError("refused")) if how == "refused" else None, None, None, None])
+        one.refusal = lambda config: next(answers)
+        tell = one.adapter.on_tell
+        if how == "given up":
+            one.adapter.on_tell = None
+        configuring = asyncio.ensure_future(one.controller.update_backend_config("a", {"max_queued_requests": 9}))
+        await until(lambda: len(configured(one)) >= 2)
+        if how == "given up":
+            one.adapter.on_tell = tell
+            configuring.cancel()
+        with pytest.raises((ValueError, asyncio.CancelledError)):
+            await configuring
+        back = [("a#2", 1000)] if how == "refused" else [("a#1", 1000), ("a#2", 1000)]
+        assert configured(one) == [("a#1", 9), ("a#2", 9), *back]
+        assert (await one.controller.get_backend_config("a")).max_queued_requests == 1000
+
+    asyncio.run(asyncio.wait_for(configure(Platform()), 20))
+
+
+def configured(one: Incarnation) -> list[tuple[str, int | None]]:
+    """What replicas were told to have as ``max_queued_requests``, in order."""
+    told = [(worker, loads(body.config)) for worker, body in one.adapter.told if isinstance(body, Reconfigure)]
+    return [(worker, config.max_queued_requests) for worker, config in told]
+
+
+@on_loop
+async def test_a_backend_about_to_go_is_not_said_to_be_there(platform: Platform) -> None:
+    one = await furnished(platform)
+    await one.controller.create_backend(plan("spare"))
+    one.adapter.on_tell = None
+    configuring = asyncio.ensure_future(one.controller.update_backend_config("spare", {"max_queued_requests": 9}))
+    await until(lambda: configured(one))
+    deleting = asyncio.ensure_future(one.controller.delete_backend("spare", force=True))
+    await asyncio.sleep(0)
+    with pytest.raises(InvalidArgument, match=r"there is no backend 'spare'; the backends are: 'a', 'b'$"):
+        await one.controller.set_traffic("f", {"spare": 1.0})
+    assert sorted(await one.controller.list_backends()) == ["a", "b"]
+    deleting.cancel()
+    configuring.cancel()
+    await asyncio.wait([deleting, configuring], timeout=0.01)
 
 
 @on_loop

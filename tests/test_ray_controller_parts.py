@@ -55,6 +55,25 @@ def test_the_first_one_on_a_node_chooses_the_port_and_the_others_wait_for_it() -
     asyncio.run(main())
 
 
+def test_the_first_one_that_could_not_be_started_at_all_is_waited_for_by_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(kind: type) -> None:
+        raise ConnectionError("the control plane is away")
+
+    async def main() -> None:
+        adapter = ClusterAdapter(None, {}, {})
+        adapter._running = object()  # type: ignore[assignment]
+        monkeypatch.setattr("ray.is_initialized", lambda: True)
+        monkeypatch.setattr("ray.remote", fail)
+        spec = WorkerSpec("ingress#1", "ingress.1", "nowhere:main", b"", node_id="ab" * 28, listen=ANY_PORT)
+        for _ in range(2):
+            with pytest.raises(ConnectionError):
+                await asyncio.wait_for(adapter.start_worker(spec), PATIENCE_S)
+
+    asyncio.run(main())
+
+
 def test_when_the_first_one_ends_before_it_listens_the_next_one_chooses() -> None:
     async def main() -> None:
         ports = PublicPorts()

@@ -86,6 +86,11 @@ def test_where_nobody_answers_at_the_address_of_the_environment(monkeypatch: pyt
         connection._running(None)
 
 
+def test_the_environment_may_ask_for_a_cluster_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    assert connection._running(None) is None
+
+
 @pytest.mark.parametrize("other", ["localhost:6379", "127.0.0.1:6379"])
 def test_a_cluster_has_several_names(monkeypatch: pytest.MonkeyPatch, other: str) -> None:
     monkeypatch.setattr(connection, "cluster", lambda: "127.0.0.1:6379")
@@ -1173,6 +1178,20 @@ def test_what_a_program_hears_when_the_controller_dies(
     controller = RayController(DyingActor(), "e", ClusterAdapter(None, {}, {}))
     with pytest.raises(error, match=said):
         controller.run("set_traffic", b"")
+
+
+def test_an_end_goes_as_far_as_it_can(monkeypatch: pytest.MonkeyPatch, silent: FakeControlPlane) -> None:
+    from engine_ray.detached import RayController
+
+    ended: list[Any] = []
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("engine_ray.detached.connection.cluster", lambda: HEAD)
+    monkeypatch.setattr("engine_ray.detached.kill_actor", ended.append)
+    monkeypatch.setattr("engine_ray.detached.end_courier", ended.append)
+    monkeypatch.setattr("engine_ray.detached._worker_names", lambda engine_id: [engine_id])
+    monkeypatch.setattr("engine_ray.detached.kill_named", ended.append)
+    RayController("the controller", "e", ClusterAdapter(None, {}, {})).leave(ended=True)
+    assert ended == ["the controller", "e", ["e"]], "though the control plane did not answer"
 
 
 # -- the controller's adapter ----------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from fakes import FakeSlot, backend_entry
 from engine import replica_set
 from engine.errors import NoReplica, Overloaded
 from engine.replica_set import ReplicaSet, Target
+from engine.snapshot import ReplicaEntry
 
 NOW = 1000.0
 
@@ -204,3 +206,15 @@ def test_representations_tell_the_state() -> None:
     assert "blocked" in repr(target)
     target.gone = True
     assert "gone" in repr(target)
+
+
+def test_a_replica_of_the_same_name_elsewhere_is_another_one() -> None:
+    """A caller may skip the picture in which the backend was deleted, before it was created again."""
+    known = make("r1")
+    former = known.targets["r1"]
+    again = backend_entry("b", ["r1"])
+    left = known.apply(replace(again, replicas=(ReplicaEntry("r1", "fake:elsewhere"),)))
+    assert left == [former]
+    assert former.gone
+    assert known.targets["r1"].address == "fake:elsewhere"
+    assert known.choose(NOW) is known.targets["r1"]

@@ -134,6 +134,8 @@ class ClusterAdapter(RayCaller):
             raise EngineClosed("the Ray adapter is not running")
         if spec.worker_id in self._workers:
             raise InvalidArgument(f"there is a worker {spec.worker_id!r} already")
+        options, ignored = options_of(spec, self._runtime_env)
+        self._mention_ignored(ignored)
         listen, port = spec.listen, None
         if listen is not None:
             if spec.node_id is None:
@@ -143,13 +145,13 @@ class ClusterAdapter(RayCaller):
 
         from .worker import RayWorker
 
-        options, ignored = options_of(spec, self._runtime_env)
-        self._mention_ignored(ignored)
         try:
             actor = ray.remote(RayWorker).options(**options, **self._lasting(spec)).remote()
-        except (TypeError, ValueError) as error:
+        except BaseException as error:
             if port is not None:
-                port.cancel()
+                port.cancel()  # for the next one on the node, which waits for it
+            if not isinstance(error, (TypeError, ValueError)):
+                raise
             raise InvalidArgument(f"ray_actor_options: Ray refused them: {error}") from error
         worker = self._watch(running, spec, actor)
         worker.port = port

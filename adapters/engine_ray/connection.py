@@ -26,7 +26,7 @@ _NONE_RUNS = "Could not find any running Ray instance"
 _KNOCK_S = 10.0
 
 _lock = threading.Lock()  # guards the next two
-_keeper: _Keeper | None = None
+_keeper: _Connection | None = None
 _users = 0
 
 
@@ -57,7 +57,7 @@ def join(address: str | None, options: Mapping[str, Any], *, start: bool = True)
             _check_same(address)
             return False
         if _keeper is None:
-            keeper = _Keeper(address, options, start=start)
+            keeper = _Connection(address, options, start=start)
             keeper.connect()
             _keeper = keeper
         else:
@@ -108,7 +108,7 @@ def _canonical(address: str) -> str:
         return address
 
 
-class _Keeper:
+class _Connection:
     """The thread that holds the connection.
 
     Attributes:
@@ -222,6 +222,8 @@ def _running(directory: str | None) -> str | None:
             f"RAY_ADDRESS={named!r} is that of a Ray client server, which channels cannot pass: run the application on "
             "a node of the cluster, and unset it"
         )
+    if named == "local":
+        return None
     if named:
         _check_reachable("RAY_ADDRESS", named)
         return "auto"

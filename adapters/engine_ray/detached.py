@@ -191,11 +191,14 @@ class RayController:
 
         if ended and ray.is_initialized():
             kill_actor(self._actor)
-            # What a controller that was killed could not end itself.
-            with contextlib.suppress(Exception):
-                Registry(self.engine_id).clear()
-                end_courier(self.engine_id)
-                kill_named(_worker_names(self.engine_id))
+            # What a controller that was killed could not end itself; as much of it as can be.
+            for step in (
+                Registry(self.engine_id).clear,
+                lambda: end_courier(self.engine_id),
+                lambda: kill_named(_worker_names(self.engine_id)),
+            ):
+                with contextlib.suppress(Exception):
+                    step()
         self._adapter.close()
 
 

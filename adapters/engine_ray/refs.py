@@ -18,10 +18,11 @@ from engine.config import LONGEST_S
 from engine.errors import CallError, DeadlineExceeded, ReplicaDied, RetryLater
 from engine.waiting import running_asyncio_loop
 
+from .actors import NAMESPACE
 from .addresses import engine_of
 from .carried import Errand, Placeholder, refuse_refs
 from .connector import RayConnector
-from .courier import find_courier
+from .courier import courier_name, find_courier
 from .places import check_connected
 
 if TYPE_CHECKING:
@@ -139,12 +140,13 @@ class RayRefs:
         """See `engine.adapter.PlatformRefs.statistics`."""
         import ray
 
-        courier = self._courier
-        if courier is None or not ray.is_initialized():
+        control_address = self._connector.control_address
+        if not control_address or not ray.is_initialized():
             return []
         try:
+            courier = ray.get_actor(courier_name(engine_of(control_address)), namespace=NAMESPACE)
             counted: dict[str, Any] = ray.get(courier.statistics.remote(), timeout=_COUNT_WITHIN_S)
-        except ray.exceptions.RayError:  # it is being started again, or it is gone, and what it counted with it
+        except (ValueError, ray.exceptions.RayError):  # there is none, or it is being started again and knows nothing
             return []
         return [counted]
 

@@ -110,7 +110,6 @@ class WatchedWorker:
 
     def finish(self) -> None:
         """Deliver the rest of what it said, and release everything."""
-        self._stop_timer()
         if self.port is not None and not self.port.done():
             self.port.cancel()
         channel = self._channel
@@ -118,6 +117,7 @@ class WatchedWorker:
             channel.read_rest()
         if channel is not None:
             channel.close()
+        self._stop_timer()  # at last: the end of what it said may have started it
 
     # -- engine.adapter.ChannelListener ------------------------------------------------------------------------------
 
