@@ -72,13 +72,13 @@ def why_not() -> str:
     if not sys.platform.startswith("linux"):
         return "needs what Linux says about processes"
     if importlib.util.find_spec("ray") is None:
-        return "ray is not installed: pip install 'mpengine[bench]'"
+        return "ray is not installed: pip install 'engineroom[bench]'"
     if ON_RAY not in {entry.name for entry in metadata.entry_points(group="engine.adapters")}:
         return f"the engine has no adapter {ON_RAY!r} in this installation"
     # in another process: what Ray does to the importing one must not reach these measurements
     done = subprocess.run([sys.executable, "-c", "import ray.serve"], capture_output=True, text=True, check=False)
     lines = done.stderr.strip().splitlines() or ["?"]
-    return f"ray.serve cannot be imported ({lines[-1]}): pip install 'mpengine[bench]'" if done.returncode else ""
+    return f"ray.serve cannot be imported ({lines[-1]}): pip install 'engineroom[bench]'" if done.returncode else ""
 
 
 @dataclass

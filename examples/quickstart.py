@@ -5,7 +5,7 @@
     python examples/quickstart.py --backend inline      the same without any other process
     python examples/quickstart.py --backend ray         the same on a Ray cluster, or on a Ray that it starts itself
 
-Nothing but the package itself is needed (for Ray: pip install "mpengine[ray]"), and no `if __name__ == "__main__"`.
+Nothing but the package itself is needed (for Ray: pip install "engineroom[ray]"), and no `if __name__ == "__main__"`.
 """
 
 import argparse

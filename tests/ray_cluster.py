@@ -26,7 +26,7 @@ def why_not() -> str | None:
     """Why there can be no cluster here, or None."""
     from importlib.util import find_spec
 
-    return None if find_spec("ray") is not None else 'Ray is not installed: pip install "mpengine[ray]"'
+    return None if find_spec("ray") is not None else 'Ray is not installed: pip install "engineroom[ray]"'
 
 
 class RayCluster:

@@ -124,4 +124,4 @@ def keys() -> set[bytes]:
     """What engines keep in the cluster's key-value store."""
     from ray.experimental import internal_kv
 
-    return set(internal_kv._internal_kv_list(b"", namespace=b"mpengine"))
+    return set(internal_kv._internal_kv_list(b"", namespace=b"engineroom"))

@@ -576,7 +576,7 @@ def test_a_constructor_that_leaves(engine: Engine) -> None:
 def test_the_courier_is_killed(engine: Engine, mortal: Any, gate: Any) -> None:
     name = f"engine-{engine._id}-courier"
     engine.get(mortal.remote(0))
-    courier = ray.get_actor(name, namespace="mpengine")
+    courier = ray.get_actor(name, namespace="engineroom")
     [pid] = [one.pid for one in actors("Courier") if one.actor_id == courier._actor_id.hex()]
     refs = [mortal.options(method_name="hold").remote(gate) for _ in range(3)]
     gate.wait_for_arrivals(1)

@@ -397,7 +397,7 @@ def test_a_start_that_the_death_of_the_controller_cut_short_is_forgotten(engine:
 def test_a_controller_that_is_killed_for_good(name: str, engine: Engine) -> None:
     handle = engine.get_handle("e")
     victim = controller()
-    ray.kill(ray.get_actor(f"engine-controller-{name}", namespace="mpengine"), no_restart=True)
+    ray.kill(ray.get_actor(f"engine-controller-{name}", namespace="engineroom"), no_restart=True)
     eventually(victim.gone)
     with pytest.raises(errors.EngineClosed, match="killed for good"):
         engine.list_backends()

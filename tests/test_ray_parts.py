@@ -539,7 +539,7 @@ def test_wrong_options_of_the_adapter(options: dict[str, Any], message: str) -> 
 
 def test_without_ray_the_adapter_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engine_ray.adapter.find_spec", lambda name: None)
-    with pytest.raises(InvalidArgument, match=r'pip install "mpengine\[ray\]"'):
+    with pytest.raises(InvalidArgument, match=r'pip install "engineroom\[ray\]"'):
         RayAdapter()
 
 

@@ -10,7 +10,7 @@ from .places import check_connected
 
 __all__ = ["NAMESPACE", "actor_names", "kill_actor", "kill_named"]
 
-NAMESPACE = "mpengine"
+NAMESPACE = "engineroom"
 """Of the actors that belong to engines: found by name, whatever the namespace of the process that looks for them.
 
 Also of the names of detached engines whose adapter names no other.

@@ -43,7 +43,7 @@ class RayAdapter(ClusterAdapter):
         **init_kwargs: Any,
     ) -> None:
         if find_spec("ray") is None:
-            raise InvalidArgument('backend="ray" needs Ray, which is not installed: pip install "mpengine[ray]"')
+            raise InvalidArgument('backend="ray" needs Ray, which is not installed: pip install "engineroom[ray]"')
         # At the end of the interpreter, what was registered last runs first. Ray's import registers Ray's way out,
         # which must come after that of the engine: and the engine is only about to be made.
         importlib.import_module("ray")

@@ -71,7 +71,7 @@ def trifle() -> dict[str, float]:
     import ray
 
     prefix = getattr(ray._raylet, "IMPLICIT_RESOURCE_PREFIX", None)
-    return {} if prefix is None else {f"{prefix}mpengine": _TRIFLE}
+    return {} if prefix is None else {f"{prefix}engineroom": _TRIFLE}
 
 
 _TRIFLE = 0.0001

@@ -15,7 +15,7 @@ from engine.errors import EngineClosed, RetryLater
 
 __all__ = ["Entry", "Registry"]
 
-_NAMESPACE = b"mpengine"
+_NAMESPACE = b"engineroom"
 _ANSWER_WITHIN_S = 5.0
 """For one row; an answer takes a millisecond. Ray by itself waits as long as the head is silent or away, and with it
 would whoever asks, be it the loop of a controller or a caller that has lost its controller."""
