@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import errors
+    from .calling.handle import AsyncHandle, Handle
+    from .calling.ref import Ref
     from .config import BackendConfig, HTTPOptions
-    from .context import ReplicaContext, get_replica_context
     from .engine import Engine
-    from .handle import AsyncHandle, Handle
-    from .ref import Ref
     from .request import ServeRequest
-    from .user_callable import accept_batch
+    from .serving.context import ReplicaContext, get_replica_context
+    from .serving.user_callable import accept_batch
 
 __all__ = [
     "AsyncHandle",
@@ -40,16 +40,16 @@ __all__ = [
 ]
 
 _HOMES = {
-    "AsyncHandle": "handle",
+    "AsyncHandle": "calling.handle",
     "BackendConfig": "config",
     "Engine": "engine",
     "HTTPOptions": "config",
-    "Handle": "handle",
-    "Ref": "ref",
-    "ReplicaContext": "context",
+    "Handle": "calling.handle",
+    "Ref": "calling.ref",
+    "ReplicaContext": "serving.context",
     "ServeRequest": "request",
-    "accept_batch": "user_callable",
-    "get_replica_context": "context",
+    "accept_batch": "serving.user_callable",
+    "get_replica_context": "serving.context",
 }
 
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .adapter import Resources
 from .errors import InvalidArgument
+from .seam.adapter import Resources
 
 __all__ = ["LONGEST_S", "BackendConfig", "HTTPOptions", "resources_of"]
 

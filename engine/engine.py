@@ -9,25 +9,25 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from .adapter import Adapter, RemoteController
-from .backend_plan import BackendPlan, pack_target
-from .client import Client
+from .calling.client import Client
+from .calling.connectors import register_connector, unregister_connector
+from .calling.handle import AsyncHandle, Handle, make_handle
+from .calling.ref import get as get_results
+from .calling.ref import wait as wait_for
+from .calling.traffic import validate_proportion, validate_weights
 from .config import BackendConfig, HTTPOptions, resources_of
-from .connectors import register_connector, unregister_connector
-from .context import check_may_block
+from .control.backend_plan import BackendPlan, pack_target
+from .control.runner import Runner
 from .errors import EndpointNotFound, EngineClosed, InvalidArgument
-from .handle import AsyncHandle, Handle, make_handle
-from .plugins import load_adapter
-from .ref import get as get_results
-from .ref import wait as wait_for
-from .runner import Runner
-from .serialization import dumps_by_value
-from .snapshot import EndpointEntry
-from .traffic import validate_proportion, validate_weights
-from .user_callable import accepts_batches, is_blocking
+from .seam.adapter import Adapter, RemoteController
+from .seam.plugins import load_adapter
+from .seam.serialization import dumps_by_value
+from .seam.snapshot import EndpointEntry
+from .serving.context import check_may_block
+from .serving.user_callable import accepts_batches, is_blocking
 
 if TYPE_CHECKING:
-    from .remote_runner import RemoteRunner
+    from .control.remote_runner import RemoteRunner
 
 __all__ = ["Engine"]
 
@@ -107,7 +107,7 @@ class Engine:
         return engine
 
     def _attach(self, name: str, adapter: Adapter, controller: RemoteController) -> RemoteRunner:
-        from .remote_runner import RemoteRunner
+        from .control.remote_runner import RemoteRunner
 
         self._set_up(name, adapter, controller.engine_id)
         try:
@@ -246,7 +246,7 @@ class Engine:
         if not isinstance(backend, str):
             raise InvalidArgument(f"backend must be the tag of a backend, not {backend!r}")
         if route is not None:
-            from .routes import validate_route
+            from .http.routes import validate_route
 
             validate_route(route)
         entry = EndpointEntry(name, route, _checked_methods(methods), ((backend, 1.0),))
@@ -351,7 +351,7 @@ class Engine:
     def asgi(self) -> Any:
         """The ingress as an ASGI application, to mount in another one (on an asyncio server)."""
         self._check_open()
-        from .ingress import Ingress, wrap_middlewares
+        from .http.ingress import Ingress, wrap_middlewares
 
         http = self._http
         ingress = Ingress(
@@ -457,7 +457,7 @@ class Engine:
 
     def _validate_server_options(self) -> None:
         if self._http.server_options:
-            from .ingress_server import load_server
+            from .seam.ingress_server import load_server
 
             load_server("hypercorn").validate(self._http)
         if self._http.middlewares:

@@ -142,7 +142,7 @@ class ServeRequest:
             return b""
         if isinstance(data, (bytearray, memoryview)):
             return bytes(data)
-        from .responses import to_json
+        from .http.responses import to_json
 
         return to_json(data)
 

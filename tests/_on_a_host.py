@@ -74,7 +74,7 @@ class Where:
 
 def _channels() -> dict[str, str]:
     """By which kind of socket this process reaches which replica."""
-    from engine.caller import Caller
+    from engine.calling.caller import Caller
 
     return {
         target.replica_id: channel.sock.family.name

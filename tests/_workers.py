@@ -13,9 +13,9 @@ import threading
 import time
 from typing import Any
 
-from engine.adapter import Channel, Service, ServiceHost, WorkerHost
-from engine.control import Drain, LogLine, Ping, Pong, Ready
-from engine.messages import Call, Message, Reply
+from engine.seam.adapter import Channel, Service, ServiceHost, WorkerHost
+from engine.seam.control_messages import Drain, LogLine, Ping, Pong, Ready
+from engine.seam.messages import Call, Message, Reply
 
 IMPORTED_BY = os.getpid()
 

@@ -14,11 +14,11 @@ from typing import Any
 
 from harness import eventually
 
-from engine.adapter import Channel, ChannelClosed, ChannelListener, Listen, Node, WorkerSpec
-from engine.messages import HTTP, PYTHON, Call, Failure, Message, Reply
-from engine.serialization import dumps, loads, unpack_exception
-from engine.slot import Outgoing, Slot
-from engine.snapshot import BackendEntry, EndpointEntry, ReplicaEntry, RoutingSnapshot
+from engine.calling.slot import Outgoing, Slot
+from engine.seam.adapter import Channel, ChannelClosed, ChannelListener, Listen, Node, WorkerSpec
+from engine.seam.messages import HTTP, PYTHON, Call, Failure, Message, Reply
+from engine.seam.serialization import dumps, loads, unpack_exception
+from engine.seam.snapshot import BackendEntry, EndpointEntry, ReplicaEntry, RoutingSnapshot
 
 # -- what crosses the seams ------------------------------------------------------------------------------------------
 
@@ -190,7 +190,7 @@ class FakeHome:
 
 
 class FakeStore:
-    """A `engine.adapter.StateStore` in memory; `log` says in which order rows were written.
+    """A `engine.seam.adapter.StateStore` in memory; `log` says in which order rows were written.
 
     It is away from rows whose names begin with one of `away`, and takes those of `mute` without being able to say so.
     """

@@ -10,11 +10,7 @@ import pytest
 from fakes import FakeChannel, FakeHost, http_call, outcome, python_call
 
 from engine import accept_batch
-from engine import replica as replica_module
-from engine.adapter import ChannelClosed
-from engine.blocking_replica import BlockingReplica
 from engine.config import BackendConfig
-from engine.control import Drain, Ping, Pong, Reconfigure, Reconfigured
 from engine.errors import (
     BackendError,
     DeadlineExceeded,
@@ -23,9 +19,13 @@ from engine.errors import (
     NotSerializable,
     ResultNotSerializable,
 )
-from engine.messages import INITIAL_CREDIT, Cancel, Credit, End, Failure, FailureKind, Item, Reply
-from engine.serialization import dumps, unpack_exception
-from engine.user_callable import UserCallable
+from engine.seam.adapter import ChannelClosed
+from engine.seam.control_messages import Drain, Ping, Pong, Reconfigure, Reconfigured
+from engine.seam.messages import INITIAL_CREDIT, Cancel, Credit, End, Failure, FailureKind, Item, Reply
+from engine.seam.serialization import dumps, unpack_exception
+from engine.serving import replica as replica_module
+from engine.serving.blocking_replica import BlockingReplica
+from engine.serving.user_callable import UserCallable
 
 PAST = -1.0
 

@@ -16,8 +16,8 @@ import pytest
 from fakes import FakeAdapter, FakeChannel, FakeHome, FakeSlot, backend_entry, outgoing, snapshot
 from harness import PATIENCE_S, eventually
 
-from engine.adapter import ChannelClosed
-from engine.caller import Caller
+from engine.calling.caller import Caller
+from engine.calling.ref import Ref
 from engine.errors import (
     DeadlineExceeded,
     EndpointNotFound,
@@ -27,9 +27,9 @@ from engine.errors import (
     Overloaded,
     ReplicaDied,
 )
-from engine.messages import Call, Cancel, Control, Credit, End, Failure, FailureKind, Item, Reply
-from engine.ref import Ref
-from engine.snapshot import BackendEntry, RoutingSnapshot
+from engine.seam.adapter import ChannelClosed
+from engine.seam.messages import Call, Cancel, Control, Credit, End, Failure, FailureKind, Item, Reply
+from engine.seam.snapshot import BackendEntry, RoutingSnapshot
 
 
 class World:

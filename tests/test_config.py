@@ -9,9 +9,9 @@ import pytest
 from starlette.middleware import Middleware
 
 from engine import BackendConfig, HTTPOptions
-from engine.adapter import Resources
 from engine.config import resources_of
 from engine.errors import InvalidArgument
+from engine.seam.adapter import Resources
 
 NAN, INFINITY = float("nan"), float("inf")
 

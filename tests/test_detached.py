@@ -16,21 +16,23 @@ import pytest
 from fakes import FakeAdapter, FakeChannel, FakeStore, snapshot, until
 from harness import PATIENCE_S, eventually
 
-from engine import Engine, connectors, errors, remote_runner, subscription
-from engine.adapter import ChannelClosed, Node, Resources, WorkerExit, WorkerSpec
-from engine.backend_plan import BackendPlan, pack_target
-from engine.checkpoint import Checkpoint, KnownBackend, KnownWorker, Picture
-from engine.client import Client
+from engine import Engine, errors
+from engine.calling import connectors, subscription
+from engine.calling.client import Client
+from engine.calling.subscription import Subscription
 from engine.config import BackendConfig, HTTPOptions
-from engine.control import Drain, Publish, Ready, Reconfigure, Reconfigured, Subscribe
-from engine.controller import Controller
-from engine.detached import DetachedController
+from engine.control import remote_runner
+from engine.control.backend_plan import BackendPlan, pack_target
+from engine.control.checkpoint import Checkpoint, KnownBackend, KnownWorker, Picture
+from engine.control.controller import Controller
+from engine.control.detached import DetachedController
+from engine.control.remote_runner import _REPEATABLE, RemoteRunner
 from engine.errors import InvalidArgument, RemoteTraceback, RetryLater
-from engine.messages import Control
-from engine.remote_runner import _REPEATABLE, RemoteRunner
-from engine.serialization import dumps, loads, pack_exception, unpack_exception
-from engine.snapshot import EndpointEntry
-from engine.subscription import Subscription
+from engine.seam.adapter import ChannelClosed, Node, Resources, WorkerExit, WorkerSpec
+from engine.seam.control_messages import Drain, Publish, Ready, Reconfigure, Reconfigured, Subscribe
+from engine.seam.messages import Control
+from engine.seam.serialization import dumps, loads, pack_exception, unpack_exception
+from engine.seam.snapshot import EndpointEntry
 
 HTTP = HTTPOptions.of({"port": 0, "workers": 2})
 
@@ -1203,8 +1205,8 @@ def test_a_caller_that_leaves_while_it_connects_closes_what_it_opened(monkeypatc
 def test_a_caller_that_comes_too_late(monkeypatch: pytest.MonkeyPatch, why: str) -> None:
     monkeypatch.setattr(subscription, "_RETRY_S", 0.01)
     if why == "it does not come":
-        monkeypatch.setattr("engine.client._ATTACH_TIMEOUT_S", 0.01)
-        monkeypatch.setattr("engine.client._RETURN_TIMEOUT_S", 0.02)
+        monkeypatch.setattr("engine.calling.client._ATTACH_TIMEOUT_S", 0.01)
+        monkeypatch.setattr("engine.calling.client._RETURN_TIMEOUT_S", 0.02)
     adapter = Returning(unreachable={"controller"}, back=why != "there is none")
     coming = attached(adapter)
     if why == "it is shut down meanwhile":

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from engine.endpoint_table import EndpointTable
+from engine.control.endpoint_table import EndpointTable
 from engine.errors import InvalidArgument
-from engine.snapshot import EndpointEntry
+from engine.seam.snapshot import EndpointEntry
 
 
 def entry(name: str, route: str | None = None) -> EndpointEntry:

@@ -18,7 +18,7 @@ from engine.errors import (
     RemoteTraceback,
     RetryLater,
 )
-from engine.serialization import pack_exception, unpack_exception
+from engine.seam.serialization import pack_exception, unpack_exception
 
 FAMILIES = {
     RetryLater: {"Overloaded", "NoReplica", "DeadlineExceeded", "ReplicaDied", "ResourcesUnavailable"},

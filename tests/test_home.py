@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 from harness import PATIENCE_S, Footprint, eventually
 
-from engine.home import LoopHome, ThreadHome
+from engine.calling.home import LoopHome, ThreadHome
 
 LONG_S = 1000.0
 

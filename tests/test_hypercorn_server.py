@@ -19,7 +19,7 @@ import trustme
 
 from engine.config import HTTPOptions
 from engine.errors import InvalidArgument
-from engine.ingress_server import StreamBroken
+from engine.seam.ingress_server import StreamBroken
 from engine_http import HypercornServer
 from engine_http import server as server_module
 from engine_http.connection import Connection

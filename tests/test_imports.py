@@ -84,10 +84,10 @@ def test_every_package_is_known() -> None:
 
 
 def test_the_walk_sees_lazy_imports_but_not_those_for_type_checkers() -> None:
-    assert "uvloop" in imports_of("engine.ingress_worker")
-    assert "uvloop" not in imports_of("engine.ingress_worker", lazy=False)
-    assert "engine.handle" in imports_of("engine.context")  # in a function
-    assert "engine.adapter" not in imports_of("engine.slot")  # for annotations only
+    assert "uvloop" in imports_of("engine.http.ingress_worker")
+    assert "uvloop" not in imports_of("engine.http.ingress_worker", lazy=False)
+    assert "engine.calling.handle" in imports_of("engine.serving.context")  # in a function
+    assert "engine.seam.adapter" not in imports_of("engine.calling.slot")  # for annotations only
 
 
 @pytest.mark.parametrize("module", ALL_MODULES)
@@ -99,7 +99,7 @@ def test_packages_import_in_one_direction(module: str) -> None:
 
 @pytest.mark.parametrize("module", modules("engine"))
 def test_the_core_knows_no_server_no_socket_and_no_cluster(module: str) -> None:
-    allowed = {"uvloop"} if module == "engine.ingress_worker" else set()
+    allowed = {"uvloop"} if module == "engine.http.ingress_worker" else set()
     assert {top(name) for name in imports_of(module)} & FORBIDDEN_IN_CORE <= allowed
 
 

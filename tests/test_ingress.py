@@ -16,13 +16,13 @@ from starlette.middleware.gzip import GZipMiddleware
 from starlette.routing import Mount
 
 from engine import errors
-from engine import ingress as ingress_module
-from engine.ingress import Ingress, wrap_middlewares
-from engine.ingress_server import StreamBroken
-from engine.messages import HTTP, INITIAL_CREDIT, End, Failure, FailureKind, Item, Reply
-from engine.responses import encode_head, encode_result, failure_head
-from engine.slot import Outgoing, Slot
-from engine.snapshot import EndpointEntry, RoutingSnapshot
+from engine.calling.slot import Outgoing, Slot
+from engine.http import ingress as ingress_module
+from engine.http.ingress import Ingress, wrap_middlewares
+from engine.http.responses import encode_head, encode_result, failure_head
+from engine.seam.ingress_server import StreamBroken
+from engine.seam.messages import HTTP, INITIAL_CREDIT, End, Failure, FailureKind, Item, Reply
+from engine.seam.snapshot import EndpointEntry, RoutingSnapshot
 
 pytestmark = pytest.mark.anyio
 

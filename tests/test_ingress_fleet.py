@@ -9,10 +9,10 @@ import pytest
 from fakes import FakeAdapter, until
 
 from engine import HTTPOptions, errors
-from engine.adapter import Node, WorkerExit, WorkerSpec
-from engine.control import Ready
-from engine.ingress_fleet import IngressFleet
-from engine.workers import Workers
+from engine.control.ingress_fleet import IngressFleet
+from engine.control.workers import Workers
+from engine.seam.adapter import Node, WorkerExit, WorkerSpec
+from engine.seam.control_messages import Ready
 
 pytestmark = pytest.mark.anyio
 

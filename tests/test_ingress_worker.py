@@ -13,16 +13,16 @@ import httpx
 import pytest
 
 from engine import errors
-from engine import ingress_worker as worker_module
-from engine.client import Client
+from engine.calling.client import Client
+from engine.calling.slot import Outgoing, Slot
 from engine.config import HTTPOptions
-from engine.control import Drain, Drained, Ping, Pong, Ready, StartFailed
-from engine.ingress_worker import IngressSpec, main
-from engine.messages import Reply
-from engine.responses import encode_result
-from engine.serialization import unpack_exception
-from engine.slot import Outgoing, Slot
-from engine.snapshot import EndpointEntry, RoutingSnapshot
+from engine.http import ingress_worker as worker_module
+from engine.http.ingress_worker import IngressSpec, main
+from engine.http.responses import encode_result
+from engine.seam.control_messages import Drain, Drained, Ping, Pong, Ready, StartFailed
+from engine.seam.messages import Reply
+from engine.seam.serialization import unpack_exception
+from engine.seam.snapshot import EndpointEntry, RoutingSnapshot
 from engine_http import HypercornServer
 
 PATIENCE_S = 10

@@ -15,8 +15,8 @@ from fakes import FakeListener, until
 from harness import PATIENCE_S, eventually
 
 from engine import Engine
-from engine.adapter import ChannelClosed
-from engine.messages import HTTP, INITIAL_CREDIT, Call, Cancel
+from engine.seam.adapter import ChannelClosed
+from engine.seam.messages import HTTP, INITIAL_CREDIT, Call, Cancel
 from engine_inline import InlineAdapter
 from engine_inline.channel import InlineChannel, Mailbox, connect
 

@@ -23,11 +23,11 @@ from harness import PATIENCE_S, Footprint, descendants, is_running, run_python
 
 import engine
 import engine_local
-from engine.adapter import Channel, ChannelClosed, ChannelListener, Listen, Resources, WorkerExit, WorkerSpec
-from engine.control import Drain, LogLine, Ping, Pong, Ready, StartFailed
 from engine.errors import BackendStartError, EngineClosed, InvalidArgument, RemoteTraceback, ResourcesUnavailable
-from engine.messages import Call, Message, Reply
-from engine.serialization import unpack_exception
+from engine.seam.adapter import Channel, ChannelClosed, ChannelListener, Listen, Resources, WorkerExit, WorkerSpec
+from engine.seam.control_messages import Drain, LogLine, Ping, Pong, Ready, StartFailed
+from engine.seam.messages import Call, Message, Reply
+from engine.seam.serialization import unpack_exception
 from engine_local import LocalAdapter, LocalConnector
 from engine_local import adapter as adapter_module
 
@@ -903,7 +903,7 @@ async def test_cycles_leave_nothing() -> None:
 APPLICATION = """
 import asyncio, os, pickle, sys
 import _workers
-from engine.adapter import WorkerSpec
+from engine.seam.adapter import WorkerSpec
 import engine_local
 from engine_local import LocalAdapter
 

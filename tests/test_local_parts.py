@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 import engine_local
-from engine.adapter import Listen, Resources, WorkerSpec
 from engine.errors import InvalidArgument, ResourcesUnavailable
+from engine.seam.adapter import Listen, Resources, WorkerSpec
 from engine_local import connector, directory
 from engine_local.directory import EngineDirectory, temporary_directory
 from engine_local.environment import extra_environ, thread_limit

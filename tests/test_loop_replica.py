@@ -12,15 +12,15 @@ import pytest
 from fakes import FakeChannel, FakeHost, http_call, outcome, python_call, until
 
 from engine import accept_batch
-from engine import loop_replica as loop_replica_module
 from engine.config import BackendConfig
-from engine.context import check_may_block
-from engine.control import Drain, Ping, Pong, Reconfigure, Reconfigured
 from engine.errors import BackendError, DeadlineExceeded, MethodNotFound, WouldBlock
-from engine.loop_replica import LoopReplica
-from engine.messages import INITIAL_CREDIT, Cancel, Credit, End, Failure, FailureKind, Item, Reply
-from engine.serialization import dumps, unpack_exception
-from engine.user_callable import UserCallable
+from engine.seam.control_messages import Drain, Ping, Pong, Reconfigure, Reconfigured
+from engine.seam.messages import INITIAL_CREDIT, Cancel, Credit, End, Failure, FailureKind, Item, Reply
+from engine.seam.serialization import dumps, unpack_exception
+from engine.serving import loop_replica as loop_replica_module
+from engine.serving.context import check_may_block
+from engine.serving.loop_replica import LoopReplica
+from engine.serving.user_callable import UserCallable
 
 
 class World:

@@ -8,12 +8,12 @@ from typing import Any
 
 from fakes import FakeAdapter, FakeChannel, backend_entry
 
-from engine.adapter import ChannelClosed
-from engine.client import Client
-from engine.control import Applied, Publish, Subscribe
-from engine.messages import Cancel, Control
-from engine.publisher import Publisher
-from engine.snapshot import RoutingSnapshot
+from engine.calling.client import Client
+from engine.control.publisher import Publisher
+from engine.seam.adapter import ChannelClosed
+from engine.seam.control_messages import Applied, Publish, Subscribe
+from engine.seam.messages import Cancel, Control
+from engine.seam.snapshot import RoutingSnapshot
 
 LONG_S = 1000.0
 BACKENDS = {"b": backend_entry("b", ["r1"])}

@@ -13,9 +13,9 @@ from fakes import FakeChannel
 from harness import PATIENCE_S
 from ray_cluster import why_not
 
-from engine.adapter import Listen, Node, WorkerSpec
-from engine.control import Drain, Ready
-from engine.messages import Control
+from engine.seam.adapter import Listen, Node, WorkerSpec
+from engine.seam.control_messages import Drain, Ready
+from engine.seam.messages import Control
 from engine_wire import SocketChannel, Undriven
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))

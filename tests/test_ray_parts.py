@@ -19,11 +19,11 @@ from fakes import FakeChannel, backend_entry, snapshot
 from harness import PATIENCE_S
 from ray_cluster import why_not
 
-from engine.adapter import ChannelClosed, Resources, WorkerSpec
-from engine.control import Drain, Publish, Ready, Subscribe
 from engine.errors import EngineClosed, InvalidArgument, RemoteTraceback, RetryLater
-from engine.messages import Control, Credit
-from engine.serialization import dumps, pack_exception
+from engine.seam.adapter import ChannelClosed, Resources, WorkerSpec
+from engine.seam.control_messages import Drain, Publish, Ready, Subscribe
+from engine.seam.messages import Control, Credit
+from engine.seam.serialization import dumps, pack_exception
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 if why_not() is None:

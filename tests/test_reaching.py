@@ -11,12 +11,12 @@ import pytest
 from fakes import FakeAdapter, FakeChannel, backend_entry, snapshot
 from harness import PATIENCE_S, eventually
 
-from engine.client import Client
-from engine.connectors import register_connector, unregister_connector
-from engine.control import Publish
-from engine.handle import AsyncHandle, CallOptions
-from engine.messages import Call, Control, Reply
-from engine.serialization import dumps
+from engine.calling.client import Client
+from engine.calling.connectors import register_connector, unregister_connector
+from engine.calling.handle import AsyncHandle, CallOptions
+from engine.seam.control_messages import Publish
+from engine.seam.messages import Call, Control, Reply
+from engine.seam.serialization import dumps
 
 pytestmark = pytest.mark.anyio
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from fakes import FakeSlot, backend_entry
 
-from engine import replica_set
+from engine.calling import replica_set
+from engine.calling.replica_set import ReplicaSet, Target
 from engine.errors import NoReplica, Overloaded
-from engine.replica_set import ReplicaSet, Target
-from engine.snapshot import ReplicaEntry
+from engine.seam.snapshot import ReplicaEntry
 
 NOW = 1000.0
 

@@ -154,10 +154,10 @@ def test_pickles_with_what_it_was_made_of() -> None:
 
 def test_costs_no_import_until_it_is_needed() -> None:
     program = (
-        "import sys, asyncio, engine.request as r, engine.responses, engine.routes, engine.ingress\n"
+        "import sys, asyncio, engine.request as r, engine.http.responses, engine.http.routes, engine.http.ingress\n"
         "q = r.ServeRequest({'a': 1}, kwargs={'b': 'c'})\n"
         "assert asyncio.run(q.json()) == {'a': 1} and q.method == 'GET' and not r.is_starlette_request(q)\n"
-        "engine.responses.encode_result({'a': 1}); engine.responses.failure_head(ValueError())\n"
+        "engine.http.responses.encode_result({'a': 1}); engine.http.responses.failure_head(ValueError())\n"
         "print(sorted(m for m in sys.modules if m.split('.')[0] in ('starlette', 'hypercorn', 'anyio', 'h11', 'h2')))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -24,7 +24,7 @@ from starlette.formparsers import MultiPartException
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 
 from engine import errors
-from engine.responses import Encoded, Streamed, decode_head, encode_head, encode_result, failure_head, to_json
+from engine.http.responses import Encoded, Streamed, decode_head, encode_head, encode_result, failure_head, to_json
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from engine.errors import InvalidArgument
-from engine.routes import Match, NotFound, RouteTable, WrongMethod, validate_route
-from engine.snapshot import EndpointEntry, RoutingSnapshot
+from engine.http.routes import Match, NotFound, RouteTable, WrongMethod, validate_route
+from engine.seam.snapshot import EndpointEntry, RoutingSnapshot
 
 
 def table(*routes: tuple[str, str | None, tuple[str, ...]]) -> RouteTable:

@@ -7,10 +7,10 @@ from collections import Counter
 import pytest
 from fakes import FakeSlot, backend_entry, snapshot
 
-from engine import router as router_module
+from engine.calling import router as router_module
+from engine.calling.router import Router
+from engine.calling.traffic import hash_fraction
 from engine.errors import EndpointNotFound
-from engine.router import Router
-from engine.traffic import hash_fraction
 
 NOW = 1000.0
 

@@ -11,10 +11,11 @@ from types import SimpleNamespace
 import pytest
 from fakes import FakeAdapter
 
-from engine import Engine, client, connectors, errors
-from engine.client import Client
+from engine import Engine, errors
+from engine.calling import client, connectors
+from engine.calling.client import Client
 from engine.config import HTTPOptions
-from engine.runner import Runner
+from engine.control.runner import Runner
 
 
 def test_without_a_loop_there_is_an_error_and_an_end(monkeypatch, leaves_nothing):

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from harness import run_python
 
-from engine import serialization
 from engine.errors import NotSerializable, ResultNotSerializable
-from engine.serialization import dumps, dumps_by_value, explain_unpicklable, loads
+from engine.seam import serialization
+from engine.seam.serialization import dumps, dumps_by_value, explain_unpicklable, loads
 
 LOCK = threading.Lock()
 
@@ -162,7 +162,7 @@ def test_the_caller_chooses_the_error() -> None:
 
 SCRIPT = """
 import pickle
-from engine.serialization import dumps
+from engine.seam.serialization import dumps
 
 class Point:
     def __init__(self, x):

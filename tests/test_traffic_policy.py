@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from harness import run_python
 
+from engine.calling.traffic import TrafficPolicy, hash_fraction, validate_proportion, validate_weights
 from engine.errors import InvalidArgument
-from engine.traffic import TrafficPolicy, hash_fraction, validate_proportion, validate_weights
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_keys_spread_evenly_and_stay() -> None:
 
 
 def test_a_key_means_the_same_in_every_process() -> None:
-    script = "from engine.traffic import hash_fraction; print(repr(hash_fraction('k\\u00e4se')))"
+    script = "from engine.calling.traffic import hash_fraction; print(repr(hash_fraction('k\\u00e4se')))"
     assert float(run_python("-c", script)) == hash_fraction("käse")
 
 

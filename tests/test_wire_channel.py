@@ -15,9 +15,9 @@ import uvloop
 from fakes import FakeListener
 from harness import PATIENCE_S, Footprint, eventually
 
-from engine.adapter import Channel, ChannelClosed
 from engine.errors import InvalidArgument
-from engine.messages import PYTHON, Call, Cancel, Item, Message, Reply
+from engine.seam.adapter import Channel, ChannelClosed
+from engine.seam.messages import PYTHON, Call, Cancel, Item, Message, Reply
 from engine_wire import LoopDriver, Poller, SocketChannel, Undriven, protocol
 from engine_wire.protocol import GREETING, Decoder, encode
 

@@ -18,8 +18,8 @@ import uvloop
 from fakes import FakeListener, until
 from harness import PATIENCE_S, Footprint, eventually
 
-from engine.adapter import Channel, ChannelClosed, ServiceHost
-from engine.messages import PYTHON, Call, Cancel, Message, Reply
+from engine.seam.adapter import Channel, ChannelClosed, ServiceHost
+from engine.seam.messages import PYTHON, Call, Cancel, Message, Reply
 from engine_wire import (
     Acceptor,
     BlockingHost,

@@ -11,10 +11,23 @@ from typing import Any
 
 import pytest
 
-from engine.control import Ping, Publish
 from engine.errors import InvalidArgument
-from engine.messages import HTTP, PYTHON, Call, Cancel, Control, Credit, End, Failure, FailureKind, Item, Message, Reply
-from engine.snapshot import RoutingSnapshot
+from engine.seam.control_messages import Ping, Publish
+from engine.seam.messages import (
+    HTTP,
+    PYTHON,
+    Call,
+    Cancel,
+    Control,
+    Credit,
+    End,
+    Failure,
+    FailureKind,
+    Item,
+    Message,
+    Reply,
+)
+from engine.seam.snapshot import RoutingSnapshot
 from engine_wire import protocol
 from engine_wire.protocol import GREETING, MAX_FRAME_BYTES, Decoder, ProtocolError, encode
 

@@ -20,9 +20,9 @@ from fakes import FakeListener
 from harness import PATIENCE_S, Footprint, eventually
 from test_wire_hosts import Echo, call, reply
 
-from engine.adapter import Channel, ChannelClosed
 from engine.errors import InvalidArgument
-from engine.messages import Control, Message
+from engine.seam.adapter import Channel, ChannelClosed
+from engine.seam.messages import Control, Message
 from engine_wire import (
     Acceptor,
     BlockingHost,

@@ -22,7 +22,7 @@ import time
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from engine.ingress_server import ASGIApp
+from engine.seam.ingress_server import ASGIApp
 
 if TYPE_CHECKING:
     from hypercorn.asyncio.worker_context import WorkerContext

@@ -23,7 +23,7 @@ from hypercorn.protocol.h2 import H2Protocol
 from hypercorn.protocol.h11 import H2CProtocolRequiredError, H2ProtocolAssumedError, H11Protocol
 from hypercorn.typing import ConnectionState
 
-from engine.ingress_server import ASGIApp, StreamBroken
+from engine.seam.ingress_server import ASGIApp, StreamBroken
 
 from .connection import READ_AHEAD
 

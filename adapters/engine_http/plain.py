@@ -18,7 +18,7 @@ import time
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
-from engine.ingress_server import StreamBroken
+from engine.seam.ingress_server import StreamBroken
 
 from .connection import READ_AHEAD
 

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Awaitable, Callable, Sequence
 
 from engine.config import HTTPOptions
-from engine.ingress_server import ASGIApp
+from engine.seam.ingress_server import ASGIApp
 
 __all__ = ["HypercornServer"]
 
@@ -32,7 +32,7 @@ def _import_full_lane_aside() -> None:
 
 
 class HypercornServer:
-    """An `engine.ingress_server.IngressServer`."""
+    """An `engine.seam.ingress_server.IngressServer`."""
 
     preload: tuple[str, ...] = ("engine_http.plain", "engine_http.settings", "hypercorn.config")
 

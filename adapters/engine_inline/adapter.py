@@ -15,7 +15,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from engine.adapter import (
+from engine.config import HTTPOptions
+from engine.errors import InvalidArgument
+from engine.seam.adapter import (
     AdapterEvents,
     Channel,
     ChannelClosed,
@@ -28,8 +30,6 @@ from engine.adapter import (
     WorkerExit,
     WorkerSpec,
 )
-from engine.config import HTTPOptions
-from engine.errors import InvalidArgument
 from engine_wire.listening import ListeningSockets
 
 from .channel import connect
@@ -61,19 +61,19 @@ class InlineAdapter:
     # -- workers -----------------------------------------------------------------------------------------------------
 
     def detach(self, name: str, http: HTTPOptions | None) -> RemoteController:
-        """See `engine.adapter.Adapter.detach`: nothing here outlives its creator."""
+        """See `engine.seam.adapter.Adapter.detach`: nothing here outlives its creator."""
         raise InvalidArgument(
             f"detached engine {name!r}: the inline adapter runs threads of this process; "
             'one that outlives its creator needs backend="ray"'
         )
 
     async def start(self, engine_id: str, events: AdapterEvents) -> None:
-        """See `engine.adapter.Adapter.start`."""
+        """See `engine.seam.adapter.Adapter.start`."""
         self._loop = asyncio.get_running_loop()
         self._events = events
 
     async def start_worker(self, spec: WorkerSpec) -> None:
-        """See `engine.adapter.Adapter.start_worker`."""
+        """See `engine.seam.adapter.Adapter.start_worker`."""
         needs = spec.resources
         ignored = [name for name, given in (("num_gpus", needs.num_gpus), ("env_vars", needs.env_vars)) if given]
         if ignored or needs.other:
@@ -84,39 +84,39 @@ class InlineAdapter:
         self._threads = [thread for thread in self._threads if thread.is_alive()] + [host.thread]
 
     async def adopt_worker(self, spec: WorkerSpec) -> None:
-        """See `engine.adapter.Adapter.adopt_worker`; there is no former controller."""
+        """See `engine.seam.adapter.Adapter.adopt_worker`; there is no former controller."""
         raise NotImplementedError
 
     def tell(self, worker_id: str, body: Any) -> None:
-        """See `engine.adapter.Adapter.tell`."""
+        """See `engine.seam.adapter.Adapter.tell`."""
         host = self._hosts.get(worker_id)
         if host is not None:
             host.hear(body)
 
     def kill_worker(self, worker_id: str) -> None:
-        """See `engine.adapter.Adapter.kill_worker`: the worker counts as gone now, its thread ends when it can."""
+        """See `engine.seam.adapter.Adapter.kill_worker`: the worker counts as gone now, its thread ends when it can."""
         host = self._hosts.get(worker_id)
         if host is not None:
             host.kill()
             self.worker_left(host, "was killed")
 
     def unplaced(self, worker_id: str) -> str | None:
-        """See `engine.adapter.Adapter.unplaced`: whoever was started has a place."""
+        """See `engine.seam.adapter.Adapter.unplaced`: whoever was started has a place."""
         return None
 
     def bound(self, listen: Listen, node_id: str) -> Listen:
-        """See `engine.adapter.Adapter.bound`."""
+        """See `engine.seam.adapter.Adapter.bound`."""
         return self._sockets.bound(listen)
 
     def nodes(self) -> tuple[Node, ...]:
-        """See `engine.adapter.Adapter.nodes`."""
+        """See `engine.seam.adapter.Adapter.nodes`."""
         return (Node(f"process-{os.getpid()}", "127.0.0.1"),)
 
     def watch_nodes(self) -> None:
-        """See `engine.adapter.Adapter.watch_nodes`: there is one, for ever."""
+        """See `engine.seam.adapter.Adapter.watch_nodes`: there is one, for ever."""
 
     async def stop(self) -> None:
-        """See `engine.adapter.Adapter.stop`."""
+        """See `engine.seam.adapter.Adapter.stop`."""
         for host in list(self._hosts.values()):
             host.kill()
         self._hosts.clear()
@@ -129,11 +129,11 @@ class InlineAdapter:
     # -- channels ----------------------------------------------------------------------------------------------------
 
     def returns(self, control_address: str) -> bool:
-        """See `engine.adapter.Adapter.returns`: a controller here is its engine."""
+        """See `engine.seam.adapter.Adapter.returns`: a controller here is its engine."""
         return False
 
     def open_channel(self, address: str, listener: ChannelListener, *, on_loop: bool) -> Channel:
-        """See `engine.adapter.Adapter.open_channel`."""
+        """See `engine.seam.adapter.Adapter.open_channel`."""
         host = self._hosts.get(address.removeprefix("inline:"))
         if host is None or host.killed or host.service is None:
             raise ChannelClosed(f"nobody answers at {address}")
@@ -144,7 +144,7 @@ class InlineAdapter:
         return channel
 
     def close(self) -> None:
-        """See `engine.adapter.Adapter.close`; nothing to release."""
+        """See `engine.seam.adapter.Adapter.close`; nothing to release."""
 
     # -- what the hosts say, on their threads ------------------------------------------------------------------------
 

@@ -10,8 +10,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from engine.adapter import Adapter, Service, WorkerSpec
-from engine.control import Drain, Ready
+from engine.seam.adapter import Adapter, Service, WorkerSpec
+from engine.seam.control_messages import Drain, Ready
 
 from .channel import InlineChannel, Mailbox
 
@@ -56,19 +56,19 @@ class InlineHost:
     # -- WorkerHost --------------------------------------------------------------------------------------------------
 
     def tell(self, body: Any) -> None:
-        """See `engine.adapter.WorkerHost.tell`."""
+        """See `engine.seam.adapter.WorkerHost.tell`."""
         self._adapter.worker_said(self, body)
 
     def adapter(self) -> Adapter:
-        """See `engine.adapter.WorkerHost.adapter`."""
+        """See `engine.seam.adapter.WorkerHost.adapter`."""
         return self._adapter
 
     def listen_sockets(self) -> list[Any]:
-        """See `engine.adapter.WorkerHost.listen_sockets`."""
+        """See `engine.seam.adapter.WorkerHost.listen_sockets`."""
         return self._sockets
 
     def on_control(self, handler: Callable[[Any], None]) -> None:
-        """See `engine.adapter.WorkerHost.on_control`; the handler runs on the controller's thread."""
+        """See `engine.seam.adapter.WorkerHost.on_control`; the handler runs on the controller's thread."""
         with self._lock:
             self._handler = handler
             unheard, self._unheard = self._unheard, deque()
@@ -76,7 +76,7 @@ class InlineHost:
             handler(body)
 
     def serve(self, service: Service) -> None:
-        """See `engine.adapter.WorkerHost.serve`."""
+        """See `engine.seam.adapter.WorkerHost.serve`."""
         self.service = service
         if service.on_loop:
             asyncio.run(self._serve_on_loop(service))
@@ -102,23 +102,23 @@ class InlineHost:
     # -- ServiceHost -------------------------------------------------------------------------------------------------
 
     def wake(self) -> None:
-        """See `engine.adapter.ServiceHost.wake`."""
+        """See `engine.seam.adapter.ServiceHost.wake`."""
         self.mailbox.post(self._changed.set if self._changed is not None else None)
 
     def poll(self, timeout_s: float | None) -> None:
-        """See `engine.adapter.ServiceHost.poll`."""
+        """See `engine.seam.adapter.ServiceHost.poll`."""
         self.mailbox.run_pending(timeout_s)
 
     def step_out(self) -> None:
-        """See `engine.adapter.ServiceHost.step_out`."""
+        """See `engine.seam.adapter.ServiceHost.step_out`."""
         self.mailbox.step_out()
 
     def step_in(self) -> None:
-        """See `engine.adapter.ServiceHost.step_in`."""
+        """See `engine.seam.adapter.ServiceHost.step_in`."""
         self.mailbox.step_in()
 
     def open_channels(self) -> int:
-        """See `engine.adapter.ServiceHost.open_channels`."""
+        """See `engine.seam.adapter.ServiceHost.open_channels`."""
         with self._lock:
             self._channels = [channel for channel in self._channels if not channel.closed]
             return len(self._channels)

@@ -23,10 +23,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from engine.adapter import AdapterEvents, Listen, Node, RemoteController, WorkerExit, WorkerSpec
 from engine.config import HTTPOptions
 from engine.errors import EngineClosed, EngineError, InvalidArgument, RemoteError, ResourcesUnavailable
-from engine.serialization import unpack_exception
+from engine.seam.adapter import AdapterEvents, Listen, Node, RemoteController, WorkerExit, WorkerSpec
+from engine.seam.serialization import unpack_exception
 from engine_wire import Acceptor, listen_unix
 from engine_wire.listening import ListeningSockets
 
@@ -98,17 +98,17 @@ class LocalAdapter(LocalConnector):
         self._sequence = 0
         self._ignored: set[tuple[str, ...]] = set()  # options that the log has mentioned
 
-    # -- engine.adapter.Adapter --------------------------------------------------------------------------------------
+    # -- engine.seam.adapter.Adapter ---------------------------------------------------------------------------------
 
     def detach(self, name: str, http: HTTPOptions | None) -> RemoteController:
-        """See `engine.adapter.Adapter.detach`: nothing here outlives its creator."""
+        """See `engine.seam.adapter.Adapter.detach`: nothing here outlives its creator."""
         raise InvalidArgument(
             f"detached engine {name!r}: the local adapter runs processes that end with this one; "
             'one that outlives its creator needs backend="ray"'
         )
 
     async def start(self, engine_id: str, events: AdapterEvents) -> None:
-        """See `engine.adapter.Adapter.start`.
+        """See `engine.seam.adapter.Adapter.start`.
 
         Raises:
             engine.errors.InvalidArgument: A module of ``preload`` cannot be imported, the directory for sockets is not
@@ -142,7 +142,7 @@ class LocalAdapter(LocalConnector):
             raise
 
     async def start_worker(self, spec: WorkerSpec) -> None:
-        """See `engine.adapter.Adapter.start_worker`."""
+        """See `engine.seam.adapter.Adapter.start_worker`."""
         running = self._running
         if running is None:
             raise EngineClosed("the local adapter is not running")
@@ -161,17 +161,17 @@ class LocalAdapter(LocalConnector):
             raise
 
     async def adopt_worker(self, spec: WorkerSpec) -> None:
-        """See `engine.adapter.Adapter.adopt_worker`; there is no former controller."""
+        """See `engine.seam.adapter.Adapter.adopt_worker`; there is no former controller."""
         raise NotImplementedError
 
     def tell(self, worker_id: str, body: Any) -> None:
-        """See `engine.adapter.Adapter.tell`."""
+        """See `engine.seam.adapter.Adapter.tell`."""
         worker = self._workers.get(worker_id)
         if worker is not None:
             worker.tell(body)
 
     def kill_worker(self, worker_id: str) -> None:
-        """See `engine.adapter.Adapter.kill_worker`."""
+        """See `engine.seam.adapter.Adapter.kill_worker`."""
         worker = self._workers.get(worker_id)
         if worker is None:
             return
@@ -182,24 +182,24 @@ class LocalAdapter(LocalConnector):
             self._give_up(worker)
 
     def unplaced(self, worker_id: str) -> str | None:
-        """See `engine.adapter.Adapter.unplaced`: whoever was started has a place."""
+        """See `engine.seam.adapter.Adapter.unplaced`: whoever was started has a place."""
         return None
 
     def bound(self, listen: Listen, node_id: str) -> Listen:
-        """See `engine.adapter.Adapter.bound`."""
+        """See `engine.seam.adapter.Adapter.bound`."""
         if self._running is None:
             raise KeyError(listen)
         return self._running.listening.bound(listen)
 
     def nodes(self) -> tuple[Node, ...]:
-        """See `engine.adapter.Adapter.nodes`."""
+        """See `engine.seam.adapter.Adapter.nodes`."""
         return (_NODE,)
 
     def watch_nodes(self) -> None:
-        """See `engine.adapter.Adapter.watch_nodes`: there is one, for ever."""
+        """See `engine.seam.adapter.Adapter.watch_nodes`: there is one, for ever."""
 
     async def stop(self) -> None:
-        """See `engine.adapter.Adapter.stop`."""
+        """See `engine.seam.adapter.Adapter.stop`."""
         if self._process not in (0, os.getpid()):
             return  # a fork of the engine's process: nothing of this is its own
         for worker in self._workers.values():

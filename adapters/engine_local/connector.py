@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from engine.adapter import Channel, ChannelListener, PlatformRefs
+from engine.seam.adapter import Channel, ChannelListener, PlatformRefs
 from engine_wire import WireConnector, connect
 
 __all__ = ["LocalConnector"]
 
 
 class LocalConnector(WireConnector):
-    """An `engine.adapter.Adapter` that only opens channels.
+    """An `engine.seam.adapter.Adapter` that only opens channels.
 
     Args:
         control_address: Where the controller listens.
@@ -22,5 +22,5 @@ class LocalConnector(WireConnector):
         return (LocalConnector, (self.control_address,))
 
     def open_channel(self, address: str, listener: ChannelListener, *, on_loop: bool) -> Channel:
-        """See `engine.adapter.Adapter.open_channel`."""
+        """See `engine.seam.adapter.Adapter.open_channel`."""
         return connect(address, listener, on_loop=on_loop, poller=self._poller)

@@ -23,11 +23,11 @@ __all__ = ["ForkServer"]
 
 _LIGHT = (
     "cloudpickle",
-    "engine.serialization",
-    "engine.control",
+    "engine.seam.serialization",
+    "engine.seam.control_messages",
     "engine_wire",
     "engine_local.worker",
-    "engine.replica_worker",
+    "engine.serving.replica_worker",
 )
 """What every worker needs, imported before the first one."""
 _LATER = ("asyncio", "uvloop", "anyio", "starlette.requests", "starlette.responses")
@@ -119,7 +119,7 @@ class ForkServer:
             try:
                 __import__(name)
             except BaseException as error:
-                from engine.serialization import pack_exception
+                from engine.seam.serialization import pack_exception
 
                 self._report(PreloadFailed(name, pack_exception(error)))
                 return False

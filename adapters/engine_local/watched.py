@@ -15,9 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from engine.adapter import Channel, ChannelClosed
-from engine.control import LogLine
-from engine.messages import Control, Message
+from engine.seam.adapter import Channel, ChannelClosed
+from engine.seam.control_messages import LogLine
+from engine.seam.messages import Control, Message
 from engine_wire import LoopDriver, SocketChannel
 
 from .launcher import Launcher
@@ -33,7 +33,7 @@ class WatchedWorker:
         worker_id: Unique within the engine.
         launcher: Of the fork server that forks it.
         path: Of the socket it may open.
-        said: Gets what it says (`engine.adapter.AdapterEvents.worker_said`).
+        said: Gets what it says (`engine.seam.adapter.AdapterEvents.worker_said`).
         lost: Told when its control channel has ended.
         loop: Runs all this.
 
@@ -102,15 +102,15 @@ class WatchedWorker:
         self._channel.close()
         self.path.unlink(missing_ok=True)
 
-    # -- engine.adapter.ChannelListener ------------------------------------------------------------------------------
+    # -- engine.seam.adapter.ChannelListener -------------------------------------------------------------------------
 
     def received(self, channel: Channel, message: Message) -> None:
-        """See `engine.adapter.ChannelListener.received`."""
+        """See `engine.seam.adapter.ChannelListener.received`."""
         if isinstance(message, Control):
             self._said(self.worker_id, message.body)
 
     def lost(self, channel: Channel, reason: str) -> None:
-        """See `engine.adapter.ChannelListener.lost`."""
+        """See `engine.seam.adapter.ChannelListener.lost`."""
         self._lost(self)
 
     def _print(self, level: int, stream: str, line: str) -> None:

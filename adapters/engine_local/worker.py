@@ -17,9 +17,9 @@ import sys
 import types
 from typing import TYPE_CHECKING, NoReturn
 
-from engine.control import StartFailed
 from engine.errors import BackendStartError
-from engine.serialization import pack_exception
+from engine.seam.control_messages import StartFailed
+from engine.seam.serialization import pack_exception
 from engine_wire.logs import LogToEngine
 
 from .host import LocalHost

@@ -1,4 +1,4 @@
-"""What the workers of this adapter tell it beyond `engine.control`: bodies of `engine.messages.Control`."""
+"""What the workers of this adapter tell it beyond `engine.seam.control_messages`: bodies of `Control` messages."""
 
 from __future__ import annotations
 

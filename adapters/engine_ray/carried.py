@@ -11,7 +11,7 @@ import io
 import pickle
 from typing import Any, NamedTuple
 
-from engine.serialization import loads, refuse, unpack_exception
+from engine.seam.serialization import loads, refuse, unpack_exception
 
 __all__ = ["CarriedError", "CarriedResult", "Errand", "Filled", "Placeholder", "carried", "refuse_refs"]
 
@@ -40,7 +40,7 @@ class Errand(NamedTuple):
         number: Of all that this source made, from 0 on.
         timeout_s: Seconds until it fails, or None.
 
-    The others are those of `engine.slot.Outgoing`.
+    The others are those of `engine.calling.slot.Outgoing`.
     """
 
     source: str
@@ -90,7 +90,7 @@ class CarriedResult:
 
 
 class CarriedError(Exception):
-    """A packed exception (`engine.serialization.pack_exception`); pickled, it is that exception with its cause."""
+    """A packed exception (`engine.seam.serialization.pack_exception`); pickled, it is that exception with its cause."""
 
     def __init__(self, payload: bytes) -> None:
         super().__init__(payload)

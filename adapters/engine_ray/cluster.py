@@ -18,7 +18,8 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from engine.adapter import (
+from engine.errors import EngineClosed, InvalidArgument
+from engine.seam.adapter import (
     AdapterEvents,
     Channel,
     ChannelListener,
@@ -27,8 +28,7 @@ from engine.adapter import (
     WorkerExit,
     WorkerSpec,
 )
-from engine.errors import EngineClosed, InvalidArgument
-from engine.messages import Control, Message
+from engine.seam.messages import Control, Message
 from engine_wire import Acceptor, SocketChannel, notice_silence
 
 from . import connection
@@ -67,7 +67,7 @@ class _Running(NamedTuple):
 
 
 class ClusterAdapter(RayCaller):
-    """An `engine.adapter.Adapter` whose workers are actors: what all controllers on Ray need, wherever they run.
+    """An `engine.seam.adapter.Adapter` whose workers are actors: what all controllers on Ray need, wherever they run.
 
     Args:
         address: The cluster to connect to, or None; see `engine_ray.adapter.RayAdapter`.
@@ -93,10 +93,10 @@ class ClusterAdapter(RayCaller):
         self.heard_of: set[str] = set()  # ids of workers that ever said who they are
         self._strangers = Strangers()
 
-    # -- engine.adapter.Adapter --------------------------------------------------------------------------------------
+    # -- engine.seam.adapter.Adapter ---------------------------------------------------------------------------------
 
     async def start(self, engine_id: str, events: AdapterEvents) -> None:
-        """See `engine.adapter.Adapter.start`.
+        """See `engine.seam.adapter.Adapter.start`.
 
         Raises:
             engine.errors.InvalidArgument: There is no such cluster, or the adapter already serves an engine.
@@ -127,7 +127,7 @@ class ClusterAdapter(RayCaller):
             raise
 
     async def start_worker(self, spec: WorkerSpec) -> None:
-        """See `engine.adapter.Adapter.start_worker`."""
+        """See `engine.seam.adapter.Adapter.start_worker`."""
         running = self._running
         check_connected()
         if running is None:
@@ -171,7 +171,7 @@ class ClusterAdapter(RayCaller):
         ended.add_done_callback(lambda future: self._from_ray(worker.ray_ended, described_death(future.exception())))
 
     async def adopt_worker(self, spec: WorkerSpec) -> None:
-        """See `engine.adapter.Adapter.adopt_worker`."""
+        """See `engine.seam.adapter.Adapter.adopt_worker`."""
         running = self._running
         assert running is not None
         actor = await asyncio.to_thread(self._former, spec)
@@ -187,38 +187,38 @@ class ClusterAdapter(RayCaller):
             worker.expect_within(_RETURN_PATIENCE_S, "did not come back to the controller")
 
     def tell(self, worker_id: str, body: Any) -> None:
-        """See `engine.adapter.Adapter.tell`."""
+        """See `engine.seam.adapter.Adapter.tell`."""
         worker = self._workers.get(worker_id)
         if worker is not None:
             worker.tell(body)
 
     def kill_worker(self, worker_id: str) -> None:
-        """See `engine.adapter.Adapter.kill_worker`."""
+        """See `engine.seam.adapter.Adapter.kill_worker`."""
         worker = self._workers.get(worker_id)
         if worker is not None:
             worker.killed = True
             kill_actor(worker.actor)
 
     def unplaced(self, worker_id: str) -> str | None:
-        """See `engine.adapter.Adapter.unplaced`."""
+        """See `engine.seam.adapter.Adapter.unplaced`."""
         worker = self._workers.get(worker_id)
         return None if worker is None or worker.placed else shortage(worker.spec.resources)
 
     def bound(self, listen: Listen, node_id: str) -> Listen:
-        """See `engine.adapter.Adapter.bound`."""
+        """See `engine.seam.adapter.Adapter.bound`."""
         return self._ports.bound(listen, node_id)
 
     def nodes(self) -> tuple[Node, ...]:
-        """See `engine.adapter.Adapter.nodes`."""
+        """See `engine.seam.adapter.Adapter.nodes`."""
         return self._nodes.nodes
 
     def watch_nodes(self) -> None:
-        """See `engine.adapter.Adapter.watch_nodes`."""
+        """See `engine.seam.adapter.Adapter.watch_nodes`."""
         if self._running is not None:
             self._nodes.begin()
 
     async def stop(self) -> None:
-        """See `engine.adapter.Adapter.stop`."""
+        """See `engine.seam.adapter.Adapter.stop`."""
         running = self._running
         if running is None or self._process != os.getpid():
             return  # also in a fork of the engine's process: nothing of this is its own

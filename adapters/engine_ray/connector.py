@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from engine.adapter import Channel, ChannelClosed, ChannelListener
+from engine.seam.adapter import Channel, ChannelClosed, ChannelListener
 from engine_wire import WireConnector, connect, notice_silence
 
 from . import connection
@@ -17,13 +17,13 @@ from .addresses import Address, cluster_of, engine_of, is_symbolic
 from .registry import Entry, Registry
 
 if TYPE_CHECKING:
-    from engine.adapter import PlatformRefs
+    from engine.seam.adapter import PlatformRefs
 
 __all__ = ["RayConnector"]
 
 
 class RayConnector(WireConnector):
-    """An `engine.adapter.Adapter` that only opens channels.
+    """An `engine.seam.adapter.Adapter` that only opens channels.
 
     Args:
         control_address: Where the controller listens, if known.
@@ -34,7 +34,7 @@ class RayConnector(WireConnector):
 
     @property
     def refs(self) -> PlatformRefs | None:
-        """See `engine.adapter.Adapter.refs`: who wants some takes an `engine_ray.refs.RayCaller`."""
+        """See `engine.seam.adapter.Adapter.refs`: who wants some takes an `engine_ray.refs.RayCaller`."""
         return None
 
     def __init__(self, control_address: str = "", secret: bytes | None = None) -> None:
@@ -45,7 +45,7 @@ class RayConnector(WireConnector):
         self._closed = False
 
     def open_channel(self, address: str, listener: ChannelListener, *, on_loop: bool) -> Channel:
-        """See `engine.adapter.Adapter.open_channel`."""
+        """See `engine.seam.adapter.Adapter.open_channel`."""
         poller = self._poller  # of now: looking an address up takes a while, and `close` may come in between
         party = self.locate(address)
         channel = connect(
@@ -59,7 +59,7 @@ class RayConnector(WireConnector):
         """Where a party is now.
 
         Raises:
-            engine.adapter.ChannelClosed: Nobody is, as far as the cluster knows.
+            engine.seam.adapter.ChannelClosed: Nobody is, as far as the cluster knows.
         """
         if is_symbolic(address):
             entry = self._look_up(address)
@@ -73,7 +73,7 @@ class RayConnector(WireConnector):
         return party
 
     def returns(self, control_address: str) -> bool:
-        """See `engine.adapter.Adapter.returns`: true of a detached engine until it is shut down."""
+        """See `engine.seam.adapter.Adapter.returns`: true of a detached engine until it is shut down."""
         if not is_symbolic(control_address):
             return False
         import ray
@@ -84,7 +84,7 @@ class RayConnector(WireConnector):
             return bool(ray.is_initialized())
 
     def close(self) -> None:
-        """See `engine.adapter.Adapter.close`."""
+        """See `engine.seam.adapter.Adapter.close`."""
         super().close()
         self._closed = True
         if self._joined:

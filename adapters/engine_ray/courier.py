@@ -18,13 +18,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from engine.caller import deadline_error
-from engine.client import Client
+from engine.calling.caller import deadline_error
+from engine.calling.client import Client
+from engine.calling.handle import answer_to
+from engine.calling.slot import Outgoing
 from engine.errors import EngineClosed, EngineError, NotSerializable
-from engine.handle import answer_to
-from engine.messages import PYTHON, Reply
-from engine.serialization import dumps, pack_exception
-from engine.slot import Outgoing
+from engine.seam.messages import PYTHON, Reply
+from engine.seam.serialization import dumps, pack_exception
 
 from .actors import NAMESPACE, kill_actor
 from .carried import CarriedError, Filled, carried, refuse_refs
@@ -119,7 +119,7 @@ class Courier:
         raise EngineClosed("the engine was shut down")
 
     async def statistics(self) -> dict[str, Any]:
-        """What was counted of the calls of all processes: see `engine.caller.Caller.statistics`."""
+        """What was counted of the calls of all processes: see `engine.calling.caller.Caller.statistics`."""
         return self._client.loop_caller().statistics()
 
     async def leave(self) -> None:
@@ -151,7 +151,7 @@ class _OwnConnector(RayConnector):
         self._tell_closed = closed
 
     def close(self) -> None:
-        """See `engine.adapter.Adapter.close`."""
+        """See `engine.seam.adapter.Adapter.close`."""
         super().close()
         self._tell_closed()
 

@@ -1,6 +1,6 @@
 """Engines that outlive their creator: the controller as a named actor, which Ray starts again when it dies.
 
-The actor holds the core's `engine.detached.DetachedController` with an adapter of its own (`DetachedAdapter`), whose
+The actor holds the core's `DetachedController` with an adapter of its own (`DetachedAdapter`), whose
 workers are detached, too. What the controller manages is kept in the cluster's control plane before anybody is told
 that it is done; a controller that was started again reads it, waits for its workers to come back to it, and replaces
 those that don't. Meanwhile calls go on: callers keep the last picture and their own channels to the replicas.
@@ -17,10 +17,10 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from engine.adapter import AdapterEvents, RemoteController, WorkerSpec
 from engine.config import HTTPOptions
-from engine.detached import DetachedController
+from engine.control.detached import DetachedController
 from engine.errors import EngineClosed, EngineError, InvalidArgument, RetryLater
+from engine.seam.adapter import AdapterEvents, RemoteController, WorkerSpec
 
 from . import connection
 from .actors import NAMESPACE, actor_names, kill_actor, kill_named
@@ -87,7 +87,7 @@ class DetachedAdapter(ClusterAdapter):
         return None
 
     async def start(self, engine_id: str, events: AdapterEvents) -> None:
-        """See `engine.adapter.Adapter.start`."""
+        """See `engine.seam.adapter.Adapter.start`."""
         await super().start(engine_id, events)
         found = await asyncio.to_thread(_worker_names, engine_id)
         if found:
@@ -144,12 +144,12 @@ class ControllerActor:
         return self._engine_id
 
     def run(self, operation: str, arguments: bytes) -> bytes:
-        """See `engine.detached.DetachedController.run`."""
+        """See `engine.control.detached.DetachedController.run`."""
         return self._controller.run(operation, arguments)
 
 
 class RayController:
-    """See `engine.adapter.RemoteController`.
+    """See `engine.seam.adapter.RemoteController`.
 
     Args:
         actor: Ray's handle of the controller.
@@ -164,7 +164,7 @@ class RayController:
         self.control_address = symbolic(engine_id, connection.cluster())
 
     def run(self, operation: str, arguments: bytes) -> bytes:
-        """See `engine.adapter.RemoteController.run`."""
+        """See `engine.seam.adapter.RemoteController.run`."""
         import ray
         from ray import exceptions
 
@@ -186,7 +186,7 @@ class RayController:
         return outcome
 
     def leave(self, *, ended: bool) -> None:
-        """See `engine.adapter.RemoteController.leave`."""
+        """See `engine.seam.adapter.RemoteController.leave`."""
         import ray
 
         if ended and ray.is_initialized():
@@ -213,7 +213,7 @@ def create_controller(
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    from engine.serialization import dumps_by_value
+    from engine.seam.serialization import dumps_by_value
 
     engine_id = os.urandom(6).hex()
     options: dict[str, Any] = {"runtime_env": runtime_env} if runtime_env else {}

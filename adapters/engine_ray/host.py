@@ -1,4 +1,4 @@
-"""A worker's side of the adapter: the `engine.adapter.WorkerHost` of an actor's process.
+"""A worker's side of the adapter: the `engine.seam.adapter.WorkerHost` of an actor's process.
 
 Opens the worker's channel to the controller, read by a thread of its own, and the sockets on which it is called: a Unix
 socket for callers on its node and TCP on the node's address for all others. When the controller is lost, the engine is
@@ -12,10 +12,10 @@ import os
 import time
 from typing import Any
 
-from engine.adapter import Adapter, ChannelClosed, ChannelListener, Service
-from engine.control import Ready
 from engine.errors import EngineClosed, InvalidArgument
-from engine.messages import Control
+from engine.seam.adapter import Adapter, ChannelClosed, ChannelListener, Service
+from engine.seam.control_messages import Ready
+from engine.seam.messages import Control
 from engine_wire import SocketChannel, Undriven, WireWorkerHost, connect, notice_silence
 from engine_wire.listening import bind_shared
 
@@ -74,19 +74,19 @@ class RayHost(WireWorkerHost):
         return channel
 
     def tell(self, body: Any) -> None:
-        """See `engine.adapter.WorkerHost.tell`."""
+        """See `engine.seam.adapter.WorkerHost.tell`."""
         if isinstance(body, (Ready, Bound)):
             self._standing[type(body)] = body
         super().tell(body)
 
-    # -- engine.adapter.WorkerHost -----------------------------------------------------------------------------------
+    # -- engine.seam.adapter.WorkerHost ------------------------------------------------------------------------------
 
     def adapter(self) -> Adapter:
-        """See `engine.adapter.WorkerHost.adapter`."""
+        """See `engine.seam.adapter.WorkerHost.adapter`."""
         return self._connector
 
     def listen_sockets(self) -> list[Any]:
-        """See `engine.adapter.WorkerHost.listen_sockets`.
+        """See `engine.seam.adapter.WorkerHost.listen_sockets`.
 
         Raises:
             engine.errors.InvalidArgument: The address cannot be bound.
@@ -103,7 +103,7 @@ class RayHost(WireWorkerHost):
         return [sock]
 
     def serve(self, service: Service) -> None:
-        """See `engine.adapter.WorkerHost.serve`."""
+        """See `engine.seam.adapter.WorkerHost.serve`."""
         order = self._order
         listening, sockets = listen_everywhere(f"engine-{order.engine_id}")
         address = str(Address(order.engine_id, self._connector.node_id(), sockets))

@@ -9,7 +9,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from engine.adapter import Node
+from engine.seam.adapter import Node
 
 __all__ = ["NodeWatch"]
 

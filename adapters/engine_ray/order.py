@@ -7,7 +7,7 @@ import os
 import sys
 from typing import NamedTuple
 
-from engine.adapter import Listen
+from engine.seam.adapter import Listen
 
 __all__ = ["Order", "Surroundings", "extend_path"]
 

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from engine.adapter import Resources, WorkerSpec
 from engine.errors import EngineClosed
+from engine.seam.adapter import Resources, WorkerSpec
 from engine_wire import listen_tcp, listen_unix, tcp_address
 
 __all__ = ["check_connected", "listen_everywhere", "options_of", "shortage", "trifle"]

@@ -10,7 +10,7 @@ import asyncio
 import dataclasses
 from collections.abc import Collection
 
-from engine.adapter import Listen
+from engine.seam.adapter import Listen
 
 __all__ = ["PublicPorts"]
 

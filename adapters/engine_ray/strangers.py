@@ -10,9 +10,9 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 
-from engine.adapter import Channel, ChannelClosed
-from engine.control import Drain
-from engine.messages import Control, Message
+from engine.seam.adapter import Channel, ChannelClosed
+from engine.seam.control_messages import Drain
+from engine.seam.messages import Control, Message
 from engine_wire import SocketChannel
 
 __all__ = ["Newcomer", "Stranger", "Strangers"]
@@ -32,7 +32,7 @@ class Newcomer:
         self._introduced = introduced
 
     def received(self, channel: Channel, message: Message) -> None:
-        """See `engine.adapter.ChannelListener.received`."""
+        """See `engine.seam.adapter.ChannelListener.received`."""
         assert isinstance(channel, SocketChannel)
         if channel.listener is self:
             self._introduced(channel, message)
@@ -40,7 +40,7 @@ class Newcomer:
             channel.listener.received(channel, message)
 
     def lost(self, channel: Channel, reason: str) -> None:
-        """See `engine.adapter.ChannelListener.lost`; nobody knew it."""
+        """See `engine.seam.adapter.ChannelListener.lost`; nobody knew it."""
 
 
 class Stranger:
@@ -55,11 +55,11 @@ class Stranger:
         self.heard: list[Message] = []
 
     def received(self, channel: Channel, message: Message) -> None:
-        """See `engine.adapter.ChannelListener.received`."""
+        """See `engine.seam.adapter.ChannelListener.received`."""
         self.heard.append(message)
 
     def lost(self, channel: Channel, reason: str) -> None:
-        """See `engine.adapter.ChannelListener.lost`; should it be adopted yet, sending to it will tell."""
+        """See `engine.seam.adapter.ChannelListener.lost`; should it be adopted yet, sending to it will tell."""
 
 
 class Strangers:

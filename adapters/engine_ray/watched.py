@@ -11,9 +11,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from engine.adapter import Channel, ChannelClosed, WorkerSpec
 from engine.errors import EngineError
-from engine.messages import Control, Message
+from engine.seam.adapter import Channel, ChannelClosed, WorkerSpec
+from engine.seam.messages import Control, Message
 from engine_wire import SocketChannel
 
 from .bodies import Bound, Leaving
@@ -33,7 +33,7 @@ class WatchedWorker:
     Args:
         spec: What it is.
         actor: Ray's handle.
-        said: Gets what it says (`engine.adapter.AdapterEvents.worker_said`).
+        said: Gets what it says (`engine.seam.adapter.AdapterEvents.worker_said`).
         bound: Told at which port it listens on its public address.
         ended: Told once, with a phrase for people, that it has ended.
     """
@@ -119,10 +119,10 @@ class WatchedWorker:
             channel.close()
         self._stop_timer()  # at last: the end of what it said may have started it
 
-    # -- engine.adapter.ChannelListener ------------------------------------------------------------------------------
+    # -- engine.seam.adapter.ChannelListener -------------------------------------------------------------------------
 
     def received(self, channel: Channel, message: Message) -> None:
-        """See `engine.adapter.ChannelListener.received`."""
+        """See `engine.seam.adapter.ChannelListener.received`."""
         if not isinstance(message, Control):
             return
         body = message.body
@@ -134,7 +134,7 @@ class WatchedWorker:
             self._said(self.worker_id, body)
 
     def lost(self, channel: Channel, reason: str) -> None:
-        """See `engine.adapter.ChannelListener.lost`."""
+        """See `engine.seam.adapter.ChannelListener.lost`."""
         if channel is not self._channel:
             return
         self._connected = False

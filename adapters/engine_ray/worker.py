@@ -14,8 +14,8 @@ import os
 import sys
 from typing import Any
 
-from engine.control import LogLine, StartFailed
-from engine.serialization import pack_exception
+from engine.seam.control_messages import LogLine, StartFailed
+from engine.seam.serialization import pack_exception
 from engine_wire.logs import LogToEngine
 
 from .host import RayHost

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
-from engine.adapter import AdapterEvents, Listen, Node, RemoteController, StateStore, WorkerSpec
 from engine.config import HTTPOptions
+from engine.seam.adapter import AdapterEvents, Listen, Node, RemoteController, StateStore, WorkerSpec
 
 from .drivers import Poller
 
@@ -17,7 +17,7 @@ __all__ = ["WireConnector"]
 
 
 class WireConnector:
-    """An `engine.adapter.Adapter` that only opens channels, for adapters to build on.
+    """An `engine.seam.adapter.Adapter` that only opens channels, for adapters to build on.
 
     Args:
         control_address: Where the controller listens, if known.
@@ -31,12 +31,12 @@ class WireConnector:
         self._poller = Poller()
 
     def close(self) -> None:
-        """See `engine.adapter.Adapter.close`."""
+        """See `engine.seam.adapter.Adapter.close`."""
         poller, self._poller = self._poller, Poller()
         poller.close()
 
     def returns(self, control_address: str) -> bool:
-        """See `engine.adapter.Adapter.returns`: by default the controller is its engine."""
+        """See `engine.seam.adapter.Adapter.returns`: by default the controller is its engine."""
         return False
 
     def detach(self, name: str, http: HTTPOptions | None) -> RemoteController:

@@ -10,8 +10,8 @@ import dataclasses
 import socket
 from typing import Any
 
-from engine.adapter import Listen
 from engine.errors import InvalidArgument
+from engine.seam.adapter import Listen
 
 __all__ = ["ListeningSockets", "bind_shared"]
 

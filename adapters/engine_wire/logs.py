@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 
-from engine.control import LogLine
+from engine.seam.control_messages import LogLine
 
 from .worker_host import WireWorkerHost
 

@@ -14,7 +14,7 @@ import struct
 import time
 
 from engine.errors import InvalidArgument
-from engine.messages import Call, Cancel, Control, Credit, End, Failure, Item, Message, Reply
+from engine.seam.messages import Call, Cancel, Control, Credit, End, Failure, Item, Message, Reply
 
 __all__ = ["GREETING", "MAX_FRAME_BYTES", "PROTOCOL_VERSION", "Decoder", "ProtocolError", "encode"]
 

@@ -1,0 +1,407 @@
+"""Sends calls and takes their answers: the shell around one router.
+
+There is one caller for all the threads of a process and one for each event loop that makes calls. A call is routed and
+written by the thread that makes it, and its answer delivered by whoever reads the channel: no hop in between.
+
+A call that was given up still counts against its replica until the replica's answer comes, so that no slot is ever
+leaked or counted twice. When a replica dies, its calls fail with `ReplicaDied`; calls it refused or never got are
+routed again. Its connection breaks then; or a snapshot has the news, if its host is gone and all is silent.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import DeadlineExceeded, EngineClosed, EngineError, ReplicaDied
+from ..seam.adapter import Adapter, Channel, ChannelClosed
+from ..seam.messages import Call, Cancel, Credit, End, Failure, FailureKind, Item, Message, Reply
+from ..seam.snapshot import RoutingSnapshot
+from .home import Home
+from .replica_set import ReplicaSet, Target
+from .router import Router
+from .slot import Outgoing, Slot
+
+__all__ = ["Caller"]
+
+_RETRY_S = 0.005
+"""How long a replica that refused is left alone. Other callers' calls end without our hearing of it, so look again."""
+_UNREACHABLE_S = 0.05
+_LAST_WORDS_S = 0.5
+"""For what a replica answered before it died, and for its connection to break by itself, which says more."""
+_DEAD = "the engine has found it dead"
+
+
+class _Shadow(Slot):
+    """Nobody waits for a copied call."""
+
+    __slots__ = ()
+
+    def deliver(self, message: Reply | Failure | Item | End) -> None:
+        pass
+
+    def fail(self, error: EngineError) -> None:
+        pass
+
+
+class Caller:
+    """One party's calls. It hears all of its channels.
+
+    Args:
+        adapter: Opens the channels.
+        home: Where the channels are read and timers run.
+        current: Returns the snapshot that rules now.
+    """
+
+    def __init__(self, adapter: Adapter, home: Home, current: Callable[[], RoutingSnapshot]) -> None:
+        self._adapter = adapter
+        self.home = home
+        self._current = current
+        self._lock = threading.RLock()  # guards the router, its targets and `_channels`
+        self._router = Router()
+        self._channels: dict[Channel, Target] = {}
+        self._ids = itertools.count(1)
+        self._pending: dict[int, Slot] = {}  # single dict operations only, which need no lock
+        self._closed: EngineError | None = None
+
+    def __repr__(self) -> str:
+        return f"<Caller {'loop' if self.home.on_loop else 'threads'} pending={len(self._pending)} {self._router}>"
+
+    # -- calls -----------------------------------------------------------------------------------------------------
+
+    def submit(self, endpoint: str, outgoing: Outgoing, slot: Slot, *, again: bool = False) -> None:
+        """Route a call and send it, or queue it. Errors go to ``slot.fail``, possibly before this returns.
+
+        A call that is routed ``again`` is neither counted nor copied a second time.
+        """
+        slot.endpoint = endpoint
+        slot.outgoing = outgoing
+        if self._router.snapshot is not self._current():
+            self.apply(self._current())
+        copies: list[ReplicaSet] = []
+        try:
+            with self._lock:
+                if self._closed is not None:
+                    raise self._closed
+                replica_set, known = self._router.route(endpoint, outgoing.shard_key)
+                if not again:
+                    known.calls += 1
+                if known.entry.shadows and not again:
+                    copies = list(self._router.shadows(known))
+                target = self._place(slot, replica_set)
+        except EngineError as error:
+            slot.fail(error)
+            return
+        if target is not None:
+            self._send(slot, target, watch=not slot.drives)
+        for copy in copies:
+            self._submit_copy(outgoing, copy)
+
+    def cancel(self, slot: Slot) -> None:
+        """Give a call up: its slot hears nothing any more, and the replica need not run it (idempotent)."""
+        with self._lock:
+            if slot.pool is not None and slot.replica is None:
+                try:
+                    slot.pool.waiting.remove(slot)
+                except ValueError:
+                    pass
+                slot.pool = None
+                slot.outgoing = None
+                return
+            # From here on the slot only stands for the answer that is due: whoever takes it sees that there is no
+            # call to deliver to. Taking the slot out here instead would race with the thread that reads the answer.
+            outgoing, slot.outgoing = slot.outgoing, None
+            channel, call_id = slot.channel, slot.call_id
+            if outgoing is None or channel is None or self._pending.get(call_id) is not slot:
+                return
+        try:
+            channel.send(Cancel(call_id))
+            channel.watch()
+        except ChannelClosed:
+            self.lost(channel, "the channel is closed")
+
+    def credit(self, slot: Slot, amount: int) -> None:
+        """Let a streaming replica send this many more items."""
+        channel = slot.channel
+        if channel is not None and slot.outgoing is not None and self._pending.get(slot.call_id) is slot:
+            try:
+                channel.send(Credit(slot.call_id, amount))
+            except ChannelClosed as error:
+                self.lost(channel, str(error))
+
+    # -- snapshots -------------------------------------------------------------------------------------------------
+
+    def apply(self, snapshot: RoutingSnapshot) -> None:
+        """Take a newer snapshot; calls queued for what is gone are routed again."""
+        with self._lock:
+            left, homeless = self._router.apply(snapshot)
+            idle = [target for target in left if not target.in_flight]
+            for target in idle:
+                self._disconnect(target)
+            for target in left:
+                if target.dead and target.channel is not None:
+                    # not at once, and not here: `lost` tells slots, which may not happen under the lock
+                    delay_s = _LAST_WORDS_S if target.channel.opened else 0.0
+                    self.home.call_later(delay_s, self.lost, target.channel, _DEAD)
+            ready = [
+                placement
+                for replica_set in self._router.replica_sets.values()
+                for placement in replica_set.next_placements(time.monotonic())
+            ]
+        for slot in homeless:
+            self._resubmit(slot)
+        for slot, target in ready:
+            self._send(slot, target)
+
+    def statistics(self) -> dict[str, Any]:
+        """What this caller counted and holds."""
+        with self._lock:
+            return {
+                "endpoints": {name: {"calls": known.calls} for name, known in self._router.endpoints.items()},
+                "backends": {
+                    tag: {
+                        "queued": len(replica_set.waiting),
+                        "in_flight": sum(target.in_flight for target in replica_set.targets.values()),
+                        "dropped_copies": replica_set.dropped_copies,
+                    }
+                    for tag, replica_set in self._router.replica_sets.items()
+                },
+            }
+
+    def begin_close(self, error: EngineError) -> None:
+        """Take no more calls and fail those that wait for a replica; what is in flight goes on (idempotent)."""
+        with self._lock:
+            self._closed = self._closed or error
+            waiting = [slot for known in self._router.replica_sets.values() for slot in known.give_up_waiting()]
+        for slot in waiting:
+            slot.fail(error)
+
+    def close(self, error: EngineError | None = None) -> None:
+        """Fail what waits and what is in flight, and close every channel (idempotent)."""
+        error = error or EngineClosed("the engine was shut down")
+        self.begin_close(error)
+        with self._lock:
+            channels, self._channels = list(self._channels), {}
+        for channel in channels:
+            channel.close()
+        # Only now, when no call can be sent any more, have all that were sent become known.
+        pending = [slot for slot in list(self._pending.values()) if self._pending.pop(slot.call_id, None) is slot]
+        for slot in pending:
+            if slot.outgoing is not None:
+                slot.fail(error)
+        self.home.close()
+
+    # -- what the channels say -------------------------------------------------------------------------------------
+
+    def received(self, channel: Channel, message: Message) -> None:
+        """See `engine.seam.adapter.ChannelListener.received`."""
+        kind = type(message)
+        if kind is Item:
+            slot = self._pending.get(message.id)  # type: ignore[union-attr]
+            if slot is not None and slot.outgoing is not None:
+                slot.deliver(message)  # type: ignore[arg-type]
+            return
+        if kind is not Reply and not isinstance(message, (Failure, End)):
+            return
+        slot = self._pending.pop(message.id, None)  # type: ignore[union-attr]
+        if slot is None:
+            return
+        target: Target = slot.replica
+        refused = kind is Failure and message.kind in (FailureKind.REFUSED, FailureKind.DRAINING)  # type: ignore[union-attr]
+        self._settle(target, message.load, refused=refused)  # type: ignore[union-attr]
+        if refused:
+            self._requeue(slot, target)
+        elif slot.outgoing is not None:
+            slot.deliver(message)  # type: ignore[arg-type]
+
+    def lost(self, channel: Channel, reason: str) -> None:
+        """See `ChannelListener.lost`: the replica's calls fail, its place stays blocked for a while.
+
+        Calls that it cannot have received are routed again.
+        """
+        with self._lock:
+            target = self._channels.pop(channel, None)
+            if target is None:
+                return
+            target.channel = None
+            target.blocked_until = time.monotonic() + _UNREACHABLE_S
+            dead = [
+                slot
+                for slot in list(self._pending.values())
+                if slot.channel is channel and self._pending.pop(slot.call_id, None) is slot
+            ]
+            target.in_flight -= len(dead)
+            self._schedule_retry(target.replica_set, _UNREACHABLE_S)
+        channel.close()
+        if not channel.opened:
+            for slot in reversed(dead):  # so that each gets back to its place before those that came later
+                self._requeue(slot, target)
+            return
+        fate = "it was ended on purpose" if target.gone and not target.dead else "it is being replaced"
+        for slot in dead:
+            if slot.outgoing is not None:
+                slot.fail(
+                    self._closed
+                    or ReplicaDied(
+                        f"replica {target.replica_id} died while it held this call ({reason}); {fate}, "
+                        "and the call may have run: repeat it only if that is safe"
+                    )
+                )
+
+    # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _place(self, slot: Slot, replica_set: ReplicaSet) -> Target | None:
+        now = time.monotonic()
+        target = replica_set.place(slot, now)
+        slot.pool = replica_set
+        if target is None:
+            slot.replica = None
+            self._schedule_retry(replica_set, _RETRY_S)
+        return target
+
+    def _send(self, slot: Slot, target: Target, *, watch: bool = True) -> None:
+        outgoing = slot.outgoing
+        if outgoing is None:  # given up meanwhile
+            self._settle(target, None, refused=False)
+            return
+        call_id = next(self._ids)
+        slot.call_id, slot.replica = call_id, target
+        channel: Channel | None = None
+        try:
+            channel = target.channel or self._connect(target)
+            slot.channel = channel
+            self._pending[call_id] = slot
+            channel.send(
+                Call(
+                    call_id,
+                    outgoing.kind,
+                    outgoing.method,
+                    outgoing.deadline,
+                    outgoing.request_id,
+                    outgoing.head,
+                    outgoing.payload,
+                )
+            )
+            if watch:
+                channel.watch()
+        except ChannelClosed as error:
+            self._not_sent(slot, target, call_id, channel, str(error))
+        except EngineError as error:
+            if channel is None or self._pending.pop(call_id, None) is slot:
+                self._settle(target, None, refused=False)
+                slot.fail(error)
+
+    def _not_sent(self, slot: Slot, target: Target, call_id: int, channel: Channel | None, reason: str) -> None:
+        # What the slot says may be of a later try already: whoever reads the channel may have found it lost meanwhile,
+        # taken the slot out and sent the call elsewhere. Then there is nothing left to do here but for the channel.
+        mine = channel is None or self._pending.pop(call_id, None) is slot
+        if mine:
+            with self._lock:
+                target.in_flight -= 1
+                target.blocked_until = time.monotonic() + _UNREACHABLE_S
+        if channel is not None:
+            self.lost(channel, reason)
+        if mine:
+            self._requeue(slot, target)
+
+    def _connect(self, target: Target) -> Channel:
+        with self._lock:
+            if self._closed is not None:
+                raise self._closed
+            if target.dead:
+                raise ChannelClosed(_DEAD)
+            if target.channel is None:
+                target.channel = self._adapter.open_channel(target.address, self, on_loop=self.home.on_loop)
+                self._channels[target.channel] = target
+            return target.channel
+
+    def _disconnect(self, target: Target) -> None:
+        if target.channel is not None:
+            self._channels.pop(target.channel, None)
+            target.channel.close()
+            target.channel = None
+
+    def _settle(self, target: Target, load: int | None, *, refused: bool) -> None:
+        """A replica answered a call: count it out and use the room."""
+        with self._lock:
+            replica_set = target.replica_set
+            target.in_flight -= 1
+            if load is not None and load > target.in_flight:
+                target.elsewhere, target.elsewhere_at = load - target.in_flight, time.monotonic()
+            else:
+                target.elsewhere = 0
+            if refused:
+                target.blocked_until = time.monotonic() + _RETRY_S
+            else:
+                target.blocked_until = 0.0
+            if target.gone and not target.in_flight:
+                self._disconnect(target)
+            if not replica_set.waiting:
+                return
+            ready = list(replica_set.next_placements(time.monotonic()))
+        for slot, chosen in ready:
+            self._send(slot, chosen)
+
+    def _requeue(self, slot: Slot, target: Target) -> None:
+        """Route a call again that its replica did not take, at the place it had; and see to those behind it."""
+        replica_set = target.replica_set
+        failure: EngineError | None = None
+        with self._lock:
+            slot.channel, slot.replica = None, None
+            stays = self._router.replica_sets.get(replica_set.tag) is replica_set
+            if isinstance(slot, _Shadow):
+                replica_set.dropped_copies += 1
+                slot.outgoing = None
+            elif stays and slot.outgoing is not None:
+                failure = self._closed or replica_set.refusal()
+                if failure is None:
+                    replica_set.waiting.appendleft(slot)
+                    slot.pool = replica_set
+            self._schedule_retry(replica_set, _RETRY_S)
+            ready = list(replica_set.next_placements(time.monotonic()))
+        if failure is not None:
+            slot.fail(failure)
+        elif not stays:
+            self._resubmit(slot)
+        for queued, chosen in ready:
+            self._send(queued, chosen)
+
+    def _resubmit(self, slot: Slot) -> None:
+        outgoing = slot.outgoing
+        if outgoing is not None:
+            slot.pool = slot.replica = slot.channel = None
+            self.submit(slot.endpoint, outgoing, slot, again=True)
+
+    def _submit_copy(self, outgoing: Outgoing, replica_set: ReplicaSet) -> None:
+        copy = _Shadow()
+        copy.outgoing = outgoing
+        with self._lock:
+            target = replica_set.choose(time.monotonic())
+            if target is None:
+                replica_set.dropped_copies += 1  # a copy never waits: it would hold memory for nobody
+                return
+            target.in_flight += 1
+            copy.pool = replica_set
+        self._send(copy, target)
+
+    def _schedule_retry(self, replica_set: ReplicaSet, delay_s: float) -> None:
+        blocked = any(target.blocked_until for target in replica_set.targets.values())
+        if replica_set.waiting and blocked and not replica_set.retry_scheduled and self._closed is None:
+            replica_set.retry_scheduled = True
+            self.home.call_later(delay_s, self._retry, replica_set)
+
+    def _retry(self, replica_set: ReplicaSet) -> None:
+        with self._lock:
+            replica_set.retry_scheduled = False
+            ready = list(replica_set.next_placements(time.monotonic()))
+            self._schedule_retry(replica_set, _RETRY_S)
+        for slot, target in ready:
+            self._send(slot, target)
+
+
+def deadline_error(endpoint: str, timeout_s: float) -> DeadlineExceeded:
+    """What a caller is told whose call took too long."""
+    return DeadlineExceeded(f"endpoint {endpoint!r} did not answer within timeout_s={timeout_s:g}")

@@ -1,0 +1,284 @@
+"""This process's side of one engine: the routing snapshot that rules here, and the callers that use it.
+
+The process that created the engine has its client from the controller directly. Any other process (a replica that uses
+handles, an ingress, a program that was sent a handle) attaches: it opens a channel to the engine's control address,
+subscribes, and from then on gets every new snapshot pushed.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from ..errors import EngineClosed, EngineError
+from ..seam.adapter import Adapter, ChannelClosed
+from ..seam.snapshot import RoutingSnapshot
+from .caller import Caller
+from .home import LoopHome, ThreadHome
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from .subscription import Subscription
+
+__all__ = ["Client"]
+
+_ATTACH_TIMEOUT_S = 10.0
+_RETURN_TIMEOUT_S = 30.0
+"""The same while the controller is being started again, which first waits for its workers to come back to it."""
+
+_SHUT_DOWN = "the engine was shut down"
+
+_lock = threading.Lock()  # guards `_clients`, which maps engine ids: engines do not see each other
+_clients: dict[str, Client] = {}
+
+
+class Client:
+    """Holds the ruling snapshot and one caller per event loop, plus one for threads.
+
+    Args:
+        engine_id: The engine.
+        adapter: Opens channels from this process.
+    """
+
+    def __init__(self, engine_id: str, adapter: Adapter) -> None:
+        self.engine_id = engine_id
+        self.pid = os.getpid()
+        self.snapshot = RoutingSnapshot(version=-1)
+        self.refs = adapter.refs
+        self._adapter = adapter
+        self._lock = threading.Lock()  # guards the callers
+        self._threads: Caller | None = None
+        self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Caller] = weakref.WeakKeyDictionary()
+        self._why_closed = ""  # as long as it is open
+        self._owns_adapter = False
+        self._subscription: Subscription | None = None  # to a controller in another process
+        self._moved = threading.Condition()  # told whenever a snapshot came to rule
+
+    def register(self) -> None:
+        """Let `find` find it, now that a snapshot rules."""
+        with _lock:
+            _clients[self.engine_id] = self
+
+    @staticmethod
+    def find(engine_id: str) -> Client | None:
+        """This process's client of an engine, if it has one."""
+        with _lock:
+            client = _clients.get(engine_id)
+        return client if client is not None and client.pid == os.getpid() else None
+
+    @classmethod
+    def attach(
+        cls,
+        engine_id: str,
+        adapter: Adapter,
+        control_address: str,
+        *,
+        ingress: bool = False,
+        worker_id: str = "",
+        owns_adapter: bool = False,
+    ) -> Client:
+        """This process's client of an engine that another process created; subscribes if there is none here yet.
+
+        Such a client closes the adapter with itself if it owns it.
+
+        Raises:
+            errors.EngineClosed: The engine cannot be reached.
+        """
+        with _attaching:
+            known = cls.find(engine_id)
+            if known is not None:
+                return known
+            return cls.subscribe(
+                engine_id,
+                adapter,
+                control_address,
+                ingress=ingress,
+                worker_id=worker_id,
+                owns_adapter=owns_adapter,
+            )
+
+    @classmethod
+    def subscribe(
+        cls,
+        engine_id: str,
+        adapter: Adapter,
+        control_address: str,
+        *,
+        ingress: bool = False,
+        worker_id: str = "",
+        owns_adapter: bool = False,
+    ) -> Client:
+        """A further client of such an engine, with a life of its own. As `attach`.
+
+        Raises:
+            errors.EngineClosed: The engine cannot be reached.
+        """
+        from .subscription import Subscription
+
+        client = cls(engine_id, adapter)
+        client._owns_adapter = owns_adapter
+        subscription = client._subscription = Subscription(
+            client, adapter, control_address, ingress=ingress, worker_id=worker_id
+        )
+        try:
+            subscription.begin()
+        except ChannelClosed as error:
+            if not adapter.returns(control_address):
+                client.close()
+                raise EngineClosed(
+                    f"the engine of this handle was shut down, or cannot be reached from here: {error}"
+                ) from error
+            subscription.seek(str(error))
+        in_time = subscription.first.wait(_ATTACH_TIMEOUT_S) or (
+            adapter.returns(control_address) and subscription.first.wait(_RETURN_TIMEOUT_S - _ATTACH_TIMEOUT_S)
+        )
+        if not in_time or client.closed:
+            client.close()
+            raise EngineClosed("the engine of this handle did not answer, or was shut down meanwhile")
+        client.register()
+        return client
+
+    @classmethod
+    async def connect(
+        cls, engine_id: str, adapter: Adapter, control_address: str, *, ingress: bool, worker_id: str
+    ) -> Client:
+        """As `attach`, for a worker about to serve on the running loop."""
+        return cls.attach(engine_id, adapter, control_address, ingress=ingress, worker_id=worker_id)
+
+    @property
+    def closed(self) -> bool:
+        """Whether no call can be made through it any more."""
+        return bool(self._why_closed)
+
+    # -- callers ---------------------------------------------------------------------------------------------------
+
+    def thread_caller(self) -> Caller:
+        """The caller of all threads."""
+        caller = self._threads
+        if caller is None or self.pid != os.getpid():
+            with self._lock:
+                self.check_open()
+                if self._threads is None:
+                    self._threads = Caller(self._adapter, ThreadHome(), self._current)
+                caller = self._threads
+        return caller
+
+    def loop_caller(self) -> Caller:
+        """The caller of the asyncio loop that runs in this thread."""
+        import asyncio
+
+        loop = asyncio.get_running_loop()
+        caller = self._loops.get(loop)
+        if caller is None or self.pid != os.getpid():
+            self._drop_closed_loops()
+            with self._lock:
+                self.check_open()
+                caller = self._loops[loop] = Caller(self._adapter, LoopHome(loop), self._current)
+        return caller
+
+    # -- snapshots -------------------------------------------------------------------------------------------------
+
+    def apply(self, snapshot: RoutingSnapshot) -> None:
+        """Let this snapshot rule; every call submitted after this returns is routed by it."""
+        if snapshot.version <= self.snapshot.version:
+            return
+        self.snapshot = snapshot
+        self._drop_closed_loops()
+        with self._lock:
+            threads, loops = self._threads, list(self._loops.items())
+        if threads is not None:
+            threads.apply(snapshot)
+        for loop, caller in loops:
+            _on_loop(loop, caller.apply, snapshot)
+        with self._moved:
+            self._moved.notify_all()
+
+    def wait_applied(self, version: int, timeout_s: float) -> bool:
+        """Wait until a snapshot of at least this version rules; False if it takes too long."""
+        with self._moved:
+            return self._moved.wait_for(lambda: self.snapshot.version >= version or self.closed, timeout_s)
+
+    def statistics(self) -> list[dict[str, Any]]:
+        """What the callers of this process counted, and those that make its calls for refs of the platform."""
+        self._drop_closed_loops()
+        with self._lock:
+            callers = list(self._loops.values()) + ([self._threads] if self._threads else [])
+        elsewhere = self.refs.statistics() if self.refs is not None else []
+        return [caller.statistics() for caller in callers] + elsewhere
+
+    def begin_close(self) -> None:
+        """Take no more calls and fail those that wait for a replica; what is in flight goes on."""
+        error = EngineClosed(_SHUT_DOWN)
+        with self._lock:
+            self._why_closed = self._why_closed or _SHUT_DOWN
+            threads, loops = self._threads, list(self._loops.items())
+        if threads is not None:
+            threads.begin_close(error)
+        for loop, caller in loops:
+            _on_loop(loop, caller.begin_close, error)
+
+    def close(self, error: EngineError | None = None) -> None:
+        """Fail what is in flight and close all channels (idempotent).
+
+        Args:
+            error: What calls raise from now on; by default that the engine was shut down.
+        """
+        with self._lock:
+            self._why_closed = self._why_closed or (str(error) if error is not None else _SHUT_DOWN)
+            threads, loops = self._threads, list(self._loops.items())
+        with self._moved:
+            self._moved.notify_all()  # nothing will come any more
+        with _lock:
+            if _clients.get(self.engine_id) is self:
+                del _clients[self.engine_id]
+        if self._subscription is not None:
+            self._subscription.end()
+        if threads is not None:
+            threads.close(error)
+        for loop, caller in loops:
+            # A loop that does not run now may never run again.
+            if not (loop.is_running() and _on_loop(loop, caller.close, error)):
+                caller.close(error)
+        if self._owns_adapter:
+            self._adapter.close()
+
+    def _drop_closed_loops(self) -> None:
+        """Hang up for loops that ended: nobody calls from there any more, and nobody waits for what they called."""
+        with self._lock:
+            ended = [self._loops.pop(loop) for loop in list(self._loops) if loop.is_closed()]
+        for caller in ended:
+            caller.close()
+
+    def _current(self) -> RoutingSnapshot:
+        return self.snapshot
+
+    def check_open(self) -> None:
+        """Raise `errors.EngineClosed` if no call can be made through it."""
+        if self.pid != os.getpid():
+            raise EngineClosed("this engine belongs to the process that this one was forked from; create one here")
+        if self._why_closed:
+            raise EngineClosed(self._why_closed)
+
+
+_attaching = threading.Lock()
+
+
+def _on_loop(loop: asyncio.AbstractEventLoop, function: Any, argument: Any) -> bool:
+    """Run a function on a loop: at once if it is this thread's, else soon. False if the loop is closed."""
+    import asyncio
+
+    try:
+        running: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
+    except RuntimeError:
+        running = None
+    if running is loop:
+        function(argument)
+        return True
+    try:
+        loop.call_soon_threadsafe(function, argument)
+    except RuntimeError:
+        return False
+    return True

@@ -1,0 +1,447 @@
+"""Handles: a caller's references to an endpoint, for threads (`Handle`) and for event loops (`AsyncHandle`).
+
+A handle is small, immutable and picklable. Unpickled in another process it finds that process's client of the engine,
+or attaches one on first use.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..config import LONGEST_S
+from ..errors import EngineClosed, EngineError, InvalidArgument
+from ..seam.messages import PYTHON, End, Failure, Item, Reply
+from ..seam.serialization import dumps_arguments
+from ..serving.context import check_may_block
+from .caller import Caller, deadline_error
+from .client import Client
+from .connectors import connector_for
+from .ref import Ref, WaitSlot, open_answer
+from .slot import Outgoing, Slot
+from .waiting import running_asyncio_loop
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from ..seam.adapter import PlatformRefs
+
+__all__ = ["AsyncHandle", "CallOptions", "Handle", "answer_to", "make_handle"]
+
+_PLAIN = frozenset((type(None), bool, int, float, str, bytes, list, tuple, dict))
+"""Types that are neither refs nor requests; what they hold does not matter."""
+_HTTP_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+
+
+@dataclass(frozen=True)
+class CallOptions:
+    """What ``handle.options`` sets.
+
+    Attributes:
+        method_name: The backend's method to call.
+        shard_key: Calls with equal keys go to the same backend.
+        http_method: ``request.method`` of the call.
+        http_headers: ``request.headers`` of the call.
+        timeout_s: Seconds until the call fails with `errors.DeadlineExceeded`, or None.
+    """
+
+    method_name: str = "__call__"
+    shard_key: str | None = None
+    http_method: str = "GET"
+    http_headers: tuple[tuple[str, str], ...] = ()
+    timeout_s: float | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.method_name, str) or not self.method_name.isidentifier():
+            raise InvalidArgument(f"method_name must be the name of a method, not {self.method_name!r}")
+        if self.shard_key is not None and not isinstance(self.shard_key, str):
+            raise InvalidArgument(f"shard_key must be a str or None, not {self.shard_key!r}")
+        if not isinstance(self.http_method, str) or self.http_method.upper() not in _HTTP_METHODS:
+            raise InvalidArgument(f"http_method must be one of {', '.join(_HTTP_METHODS)}, not {self.http_method!r}")
+        timeout = self.timeout_s
+        if timeout is not None and (
+            isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 <= timeout <= LONGEST_S
+        ):
+            raise InvalidArgument(f"timeout_s must be a number of seconds from 0 to a year or None, not {timeout!r}")
+
+    def head(self) -> bytes:
+        """`engine.seam.messages.Call.head` of such a call: empty unless there is something to say."""
+        if not self.http_headers and self.http_method == "GET":
+            return b""
+        return pickle.dumps((self.http_method, self.http_headers), 5)
+
+
+def _header_pairs(headers: Any) -> tuple[tuple[str, str], ...]:
+    pairs = list(headers.items()) if isinstance(headers, Mapping) else headers
+    try:
+        checked = tuple((name, value) for name, value in pairs)
+    except (TypeError, ValueError):
+        raise InvalidArgument(f"http_headers must be a dict of str to str, not {headers!r}") from None
+    for name, value in checked:
+        if not isinstance(name, str) or not isinstance(value, str):
+            raise InvalidArgument(f"http_headers must map str to str, not {name!r} to {value!r}")
+    return checked
+
+
+class _BaseHandle:
+    """What both kinds of handle share."""
+
+    __slots__ = ("_adapter_name", "_client", "_control_address", "_endpoint", "_engine_id", "_head", "_options")
+
+    _sync: bool
+
+    def __init__(
+        self, engine_id: str, adapter_name: str, control_address: str, endpoint: str, options: CallOptions
+    ) -> None:
+        self._engine_id = engine_id
+        self._adapter_name = adapter_name
+        self._control_address = control_address
+        self._endpoint = endpoint
+        self._options = options
+        self._head = options.head()
+        self._client: Client | None = None
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} to {self._endpoint!r} of engine {self._engine_id!r}>"
+
+    def __reduce__(self) -> Any:
+        state = (self._engine_id, self._adapter_name, self._control_address, self._endpoint, self._options)
+        return type(self), state
+
+    def bound_to(self, client: Client) -> Self:
+        """This handle, with its process's client known from the start."""
+        self._client = client
+        return self
+
+    def _with(self, changes: dict[str, Any]) -> Any:
+        if "http_headers" in changes:
+            changes["http_headers"] = _header_pairs(changes["http_headers"])
+        values = {name: getattr(self._options, name) for name in CallOptions.__dataclass_fields__}
+        for name in changes:
+            if name not in values:
+                raise InvalidArgument(f"options: unknown option {name!r}; the options are {', '.join(values)}")
+        copy = type(self)(
+            self._engine_id, self._adapter_name, self._control_address, self._endpoint, CallOptions(**values | changes)
+        )
+        copy._client = self._client
+        return copy
+
+    def _reach(self) -> Client:
+        client = self._client
+        if client is None:
+            client = Client.find(self._engine_id)
+            if client is None:
+                adapter, made = connector_for(self._engine_id, self._adapter_name)
+                client = Client.attach(self._engine_id, adapter, self._control_address, owns_adapter=made)
+            self._client = client
+        if client.pid != os.getpid():
+            raise EngineClosed(
+                "this handle belongs to the process that this one was forked from: pass it on pickled, "
+                "or create an engine here"
+            )
+        return client
+
+    def _start_on_platform(
+        self, client: Client, refs: PlatformRefs, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        args, kwargs, lifted = refs.lift(args, kwargs)
+        return refs.start(self._endpoint, self._outgoing(args, kwargs), lifted, self._options.timeout_s)
+
+    def _outgoing(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outgoing:
+        options = self._options
+        if len(args) > 1 and options.method_name == "__call__":
+            raise InvalidArgument(
+                f"a backend takes one argument (and query parameters by name), not {len(args)}; "
+                "call a method with .options(method_name=...) to pass several"
+            )
+        timeout = options.timeout_s
+        return Outgoing(
+            PYTHON,
+            options.method_name,
+            None if timeout is None else time.monotonic() + timeout,
+            "",
+            self._head,
+            dumps_arguments(args, kwargs, "the argument"),
+            options.shard_key,
+        )
+
+
+def _passes_request(args: tuple[Any, ...]) -> bool:
+    from ..request import is_starlette_request
+
+    return any(is_starlette_request(arg) for arg in args)
+
+
+def _enveloped(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    from ..request import envelope_of, is_starlette_request
+
+    return tuple(envelope_of(arg) if is_starlette_request(arg) else arg for arg in args)
+
+
+def _is_own_ref(value: Any) -> bool:
+    return isinstance(value, Ref)
+
+
+def _refs_in(args: tuple[Any, ...], kwargs: dict[str, Any], is_ref: Callable[[Any], bool] = _is_own_ref) -> list[Any]:
+    return [value for value in (*args, *kwargs.values()) if is_ref(value)]
+
+
+def _filled(
+    args: tuple[Any, ...], kwargs: dict[str, Any], is_ref: Callable[[Any], bool], results: Iterable[Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Replace refs by their results, which come in the order of `_refs_in`."""
+    coming = iter(results)
+    return (
+        tuple(next(coming) if is_ref(arg) else arg for arg in args),
+        {name: next(coming) if is_ref(value) else value for name, value in kwargs.items()},
+    )
+
+
+def _resolved(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Replace the engine's own refs, which are done, by their results."""
+    return _filled(args, kwargs, _is_own_ref, (ref.result(0) for ref in _refs_in(args, kwargs)))
+
+
+class Handle(_BaseHandle):
+    """Calls an endpoint from plain (blocking) code; safe to share between threads."""
+
+    __slots__ = ()
+
+    def options(self, **changes: Any) -> Handle:
+        """A new handle whose calls differ; see `CallOptions` for the names.
+
+        Raises:
+            errors.InvalidArgument: An option is unknown or has a wrong value.
+        """
+        copy: Handle = self._with(changes)
+        return copy
+
+    def remote(self, *args: Any, **kwargs: Any) -> Any:
+        """Start a call without waiting for it.
+
+        Args:
+            args: The data (one object), or a named method's arguments. A ref is replaced by its result.
+            kwargs: The query parameters, or a named method's keyword arguments.
+
+        Returns:
+            A ref to the result: a `Ref`, or the platform's own (on Ray a ``ray.ObjectRef``). Every error but a bad
+            argument arrives through it.
+
+        Raises:
+            errors.NotSerializable: An argument cannot be pickled.
+            errors.EngineClosed: The engine was shut down before.
+        """
+        client = self._reach()
+        client.check_open()
+        if client.refs is not None:
+            return self._start_on_platform(client, client.refs, *self._prepared(args, kwargs, None))
+        caller = client.thread_caller()
+        ref = Ref(caller)
+        ref.endpoint = self._endpoint
+        pending = _refs_in(args, kwargs)
+        if pending:
+            _when_all_done(pending, lambda: self._start_resolved(caller, ref, args, kwargs))
+        else:
+            self._start(caller, ref, args, kwargs)
+        if self._options.timeout_s is not None:
+            ref.expire_after(self._options.timeout_s)
+        return ref
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """Make a call and wait for its result: the shortest path, with no ref in between.
+
+        Raises:
+            errors.DeadlineExceeded: ``timeout_s`` passed.
+            errors.WouldBlock: Called on the event loop of an async backend.
+            BaseException: Whatever the backend raised.
+        """
+        check_may_block("a sync handle's call()")
+        client = self._reach()
+        caller = client.thread_caller()
+        if kwargs or len(args) != 1 or type(args[0]) not in _PLAIN:
+            args, kwargs = self._prepared(args, kwargs, client.refs)
+        slot = WaitSlot()
+        caller.submit(self._endpoint, self._outgoing(args, kwargs), slot)
+        return slot.wait(caller, self._options.timeout_s)
+
+    @staticmethod
+    def _prepared(
+        args: tuple[Any, ...], kwargs: dict[str, Any], platform: PlatformRefs | None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        refs = _refs_in(args, kwargs)
+        for ref in refs:
+            ref.result()
+        if refs:
+            args, kwargs = _resolved(args, kwargs)
+        if platform is not None and (refs := _refs_in(args, kwargs, platform.is_ref)):
+            args, kwargs = _filled(args, kwargs, platform.is_ref, platform.results(refs, None))
+        return (_enveloped(args) if _passes_request(args) else args), kwargs
+
+    def _start(self, caller: Caller, ref: Ref, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if _passes_request(args):
+            args = _enveloped(args)
+        caller.submit(self._endpoint, self._outgoing(args, kwargs), ref)
+
+    def _start_resolved(self, caller: Caller, ref: Ref, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if ref.done():
+            return
+        try:
+            args, kwargs = _resolved(args, kwargs)
+            self._start(caller, ref, args, kwargs)
+        except BaseException as error:
+            ref.fail(error)
+
+
+def _when_all_done(refs: list[Ref], action: Any) -> None:
+    import threading
+
+    lock = threading.Lock()
+    missing = len(refs)
+
+    def one_done(_: Ref) -> None:
+        nonlocal missing
+        with lock:
+            missing -= 1
+            last = missing == 0
+        if last:
+            action()
+
+    for ref in refs:
+        ref.add_done_callback(one_done)
+
+
+class AsyncHandle(_BaseHandle):
+    """Calls an endpoint from a coroutine, on asyncio, uvloop or trio."""
+
+    __slots__ = ()
+
+    def options(self, **changes: Any) -> AsyncHandle:
+        """As `Handle.options`."""
+        copy: AsyncHandle = self._with(changes)
+        return copy
+
+    async def remote(self, *args: Any, **kwargs: Any) -> Any:
+        """Start a call; the ref it gives is awaited in turn. As `Handle.remote`.
+
+        The call starts when this coroutine is awaited.
+        """
+        client = self._reach() if self._client is not None else await self._reach_aside()
+        client.check_open()
+        if client.refs is not None:
+            return self._start_on_platform(client, client.refs, *await self._prepared(args, kwargs, None))
+        caller = client.thread_caller() if running_asyncio_loop() is None else client.loop_caller()
+        args, kwargs = await self._prepared(args, kwargs, None)
+        return self._started(caller, args, kwargs)
+
+    async def _reach_aside(self) -> Client:
+        """As `_reach`, for the first time: a process that is new to the engine subscribes, which blocks a thread."""
+        if Client.find(self._engine_id) is None:
+            from anyio import to_thread
+
+            return await to_thread.run_sync(self._reach)
+        return self._reach()
+
+    def _started(self, caller: Caller, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ref:
+        ref = Ref(caller)
+        caller.submit(self._endpoint, self._outgoing(args, kwargs), ref)
+        if self._options.timeout_s is not None:
+            ref.expire_after(self._options.timeout_s)
+        return ref
+
+    async def call(self, *args: Any, **kwargs: Any) -> Any:
+        """Make a call and await its result. Cancelling the await gives the call up. As `Handle.call`."""
+        loop = running_asyncio_loop()
+        client = self._reach() if self._client is not None else await self._reach_aside()
+        if kwargs or len(args) != 1 or type(args[0]) not in _PLAIN:
+            args, kwargs = await self._prepared(args, kwargs, client.refs)
+        if loop is None:
+            return await self._call_by_ref(client.thread_caller(), args, kwargs)
+        outgoing = self._outgoing(args, kwargs)
+        return open_answer(await answer_to(client.loop_caller(), self._endpoint, outgoing, self._options.timeout_s))
+
+    async def _call_by_ref(self, caller: Caller, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        ref = self._started(caller, args, kwargs)
+        try:
+            return await ref
+        finally:
+            ref.cancel()
+
+    @staticmethod
+    async def _prepared(
+        args: tuple[Any, ...], kwargs: dict[str, Any], platform: PlatformRefs | None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        refs = _refs_in(args, kwargs)
+        if refs:
+            for ref in refs:
+                await ref
+            args, kwargs = _resolved(args, kwargs)
+        if platform is not None and (refs := _refs_in(args, kwargs, platform.is_ref)):
+            results = [await platform.result(ref) for ref in refs]
+            args, kwargs = _filled(args, kwargs, platform.is_ref, results)
+        if args and _passes_request(args):
+            from ..request import envelope_of_async, is_starlette_request
+
+            args = tuple([await envelope_of_async(arg) if is_starlette_request(arg) else arg for arg in args])
+        return args, kwargs
+
+
+class _FutureSlot(Slot):
+    """The waiting place of a task; everything happens on its loop."""
+
+    __slots__ = ("future",)
+
+    def __init__(self, future: Any) -> None:
+        super().__init__()
+        self.future = future
+
+    def deliver(self, message: Reply | Failure | Item | End) -> None:
+        if not self.future.done():
+            self.future.set_result(message)
+
+    def fail(self, error: EngineError) -> None:
+        if not self.future.done() and not self.future.get_loop().is_closed():
+            self.future.set_exception(error)
+
+
+async def answer_to(caller: Caller, endpoint: str, outgoing: Outgoing, timeout_s: float | None) -> Any:
+    """Make a call on the running asyncio loop and await its answer, unopened. Cancelling the await gives the call up.
+
+    Args:
+        caller: Of this loop.
+        endpoint: Its name.
+        outgoing: The call.
+        timeout_s: Seconds until it fails, or None.
+
+    Raises:
+        errors.EngineError: No answer will come.
+    """
+    import asyncio
+
+    loop = asyncio.get_running_loop()
+    slot = _FutureSlot(loop.create_future())
+    caller.submit(endpoint, outgoing, slot)
+    timer = None if timeout_s is None else loop.call_later(timeout_s, _expire, slot, timeout_s)
+    try:
+        return await slot.future
+    except BaseException:
+        caller.cancel(slot)
+        raise
+    finally:
+        if timer is not None:
+            timer.cancel()
+
+
+def _expire(slot: _FutureSlot, timeout_s: float) -> None:
+    slot.fail(deadline_error(slot.endpoint, timeout_s))
+
+
+def make_handle(
+    engine_id: str, adapter_name: str, control_address: str, endpoint: str, *, sync: bool
+) -> Handle | AsyncHandle:
+    """A handle of either kind with default options."""
+    kind = Handle if sync else AsyncHandle
+    return kind(engine_id, adapter_name, control_address, endpoint, CallOptions())

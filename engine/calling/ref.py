@@ -1,0 +1,320 @@
+"""Refs: the future-like results of ``handle.remote()``, and waiting for them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Generator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..config import LONGEST_S
+from ..errors import BackendError, CallError, DeadlineExceeded, EngineError, InvalidArgument, WouldBlock
+from ..seam.messages import End, Failure, Item, Reply
+from ..seam.serialization import loads, unpack_exception
+from ..serving.context import check_may_block
+from .caller import Caller, deadline_error
+from .slot import Slot
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from ..seam.adapter import PlatformRefs
+
+__all__ = ["Ref", "get", "open_answer", "wait"]
+
+
+def open_answer(message: Reply | Failure | Item | End) -> Any:
+    """Turn the answer to a Python call into its result.
+
+    Raises:
+        BaseException: What user code raised, or an `EngineError`.
+    """
+    if type(message) is Reply:
+        try:
+            return loads(message.payload)
+        except Exception as error:
+            raise BackendError(
+                f"the result cannot be rebuilt in this process ({type(error).__name__}: {error}); "
+                "its type must be importable here"
+            ) from error
+    if isinstance(message, Failure):
+        raise unpack_exception(message.payload)
+    raise BackendError("the backend answered with a stream; call it over HTTP, or return the whole result")
+
+
+class Ref(Slot):
+    """The result of a call that may still run.
+
+    ``await ref``, ``ref.result(timeout)``, ``ref.future()`` and `Engine.get` give the result or raise what the call
+    raised; passed to another ``remote()`` it is replaced by its result before the callee sees it. Any thread or loop
+    may use it. Dropping it does not stop the call.
+    """
+
+    __slots__ = ("__weakref__", "_callbacks", "_caller", "_error", "_lock", "_message", "_opened", "_timer", "_value")
+
+    def __init__(self, caller: Caller | None) -> None:
+        super().__init__()
+        self._caller = caller
+        self._lock = threading.Lock()  # guards `_callbacks` against `_settle`
+        self._callbacks: list[Callable[[Ref], None]] | None = []
+        self._message: Any = None
+        self._error: BaseException | None = None
+        self._opened = False
+        self._value: Any = None
+        self._timer: Any = None
+
+    def __repr__(self) -> str:
+        state = "pending" if not self.done() else "failed" if self._error is not None else "done"
+        return f"<Ref {self.endpoint!r} {state}>"
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a ref can only be an argument of its own, as in handle.remote(ref): "
+            "get the result first to put it inside another object"
+        )
+
+    def done(self) -> bool:
+        """Whether the result is there."""
+        return self._callbacks is None
+
+    def result(self, timeout: float | None = None) -> Any:
+        """Wait for the result.
+
+        Args:
+            timeout: Seconds to wait, or None for as long as it takes.
+
+        Raises:
+            errors.DeadlineExceeded: It did not come in time; the call goes on.
+            errors.WouldBlock: Called on the event loop of an async backend, or on the one the ref belongs to.
+            BaseException: Whatever the call raised.
+        """
+        if not self.done():
+            self._check_may_wait()
+            ready = threading.Event()
+            self.add_done_callback(lambda _: ready.set())
+            if not ready.wait(None if timeout is None else min(timeout, LONGEST_S)):
+                raise DeadlineExceeded(f"the result of {self.endpoint!r} did not come within timeout={timeout:g} s")
+        return self._open()
+
+    def _check_may_wait(self) -> None:
+        check_may_block("waiting for a ref")
+        if self._caller is not None and self._caller.home.runs_here():
+            raise WouldBlock(
+                "waiting for this ref would block the event loop that its answer comes to, for ever: await it instead"
+            )
+
+    def future(self) -> Future[Any]:
+        """A `concurrent.futures.Future` of the same result."""
+        from concurrent.futures import Future
+
+        future: Future[Any] = Future()
+        future.set_running_or_notify_cancel()
+
+        def copy(ref: Ref) -> None:
+            try:
+                future.set_result(ref._open())
+            except BaseException as error:
+                future.set_exception(error)
+
+        self.add_done_callback(copy)
+        return future
+
+    def cancel(self) -> None:
+        """Give the call up: what waits for the ref fails, and the replica need not run it."""
+        if not self.done() and self._caller is not None:
+            self._caller.cancel(self)
+            self.fail(CallError("the call was cancelled"))
+
+    def add_done_callback(self, callback: Callable[[Ref], None]) -> None:
+        """Call ``callback(ref)`` once the result is there, in the thread that learns of it; it must not block."""
+        with self._lock:
+            if self._callbacks is not None:
+                self._callbacks.append(callback)
+                return
+        callback(self)
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        if not self.done():
+            from .waiting import settled
+
+            yield from settled(self).__await__()
+        return self._open()
+
+    # -- what the caller says ----------------------------------------------------------------------------------------
+
+    def deliver(self, message: Reply | Failure | Item | End) -> None:
+        """See `Slot.deliver`."""
+        self._settle(message, None)
+
+    def fail(self, error: BaseException) -> None:
+        """See `Slot.fail`."""
+        self._settle(None, error)
+
+    def expire_after(self, timeout_s: float) -> None:
+        """Fail with `DeadlineExceeded` unless the result comes in time."""
+        assert self._caller is not None
+        if not self.done():
+            self._timer = self._caller.home.call_later(timeout_s, self._expire, timeout_s)
+
+    def _expire(self, timeout_s: float) -> None:
+        if not self.done():
+            assert self._caller is not None
+            self._caller.cancel(self)
+            self.fail(deadline_error(self.endpoint, timeout_s))
+
+    def _settle(self, message: Any, error: BaseException | None) -> None:
+        """Take the first outcome; one that comes later (an answer after the deadline, say) changes nothing."""
+        with self._lock:
+            callbacks = self._callbacks
+            if callbacks is None:
+                return
+            self._message, self._error = message, error
+            self._callbacks = None
+        timer, self._timer = self._timer, None
+        if timer is not None:
+            timer.cancel()
+        for callback in callbacks:
+            try:
+                callback(self)
+            except Exception:  # it must not stop whoever brings the other answers
+                import logging
+
+                logging.getLogger("engine.ref").exception("a callback of %r failed", self)
+
+    def _open(self) -> Any:
+        if self._error is not None:
+            raise self._error
+        if not self._opened:
+            try:
+                self._value = open_answer(self._message)
+            except BaseException as error:
+                self._error = error
+                raise
+            finally:
+                self._message = None
+            self._opened = True
+        return self._value
+
+
+def get(refs: Any, timeout: float | None = None, platform: PlatformRefs | None = None) -> Any:
+    """The result of a ref, or the list of the results of several, within ``timeout`` seconds for all of them.
+
+    ``platform`` knows the refs that are not the engine's own.
+    """
+    if isinstance(refs, Ref):
+        return refs.result(timeout)
+    single = platform is not None and platform.is_ref(refs)
+    checked = [refs] if single else _checked(refs, platform)
+    deadline = None if timeout is None else time.monotonic() + timeout
+    foreign = [ref for ref in checked if not isinstance(ref, Ref)]
+    if foreign:
+        assert platform is not None
+        check_may_block("waiting for a ref")
+        theirs = iter(platform.results(foreign, timeout))
+    results = [
+        ref.result(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        if isinstance(ref, Ref)
+        else next(theirs)
+        for ref in checked
+    ]
+    return results[0] if single else results
+
+
+def wait(
+    refs: Sequence[Any], num_returns: int = 1, timeout: float | None = None, platform: PlatformRefs | None = None
+) -> tuple[list[Any], list[Any]]:
+    """Wait until ``num_returns`` of the refs have settled, or for ``timeout`` seconds.
+
+    Returns:
+        ``(ready, not_ready)``, each in the order given; ``ready`` has at most ``num_returns``.
+    """
+    checked = _checked(refs, platform)
+    if not checked:
+        raise InvalidArgument("refs must be a list of at least one ref")
+    if isinstance(num_returns, bool) or not isinstance(num_returns, int) or not 1 <= num_returns <= len(checked):
+        raise InvalidArgument(f"num_returns must be an integer from 1 to the {len(checked)} refs, not {num_returns!r}")
+    if len(set(map(id, checked))) != len(checked):
+        raise InvalidArgument("refs must all be different")
+    own = [ref for ref in checked if isinstance(ref, Ref)]
+    if not own:
+        assert platform is not None
+        check_may_block("waiting for a ref")
+        return platform.wait(checked, num_returns, timeout)
+    if len(own) < len(checked):
+        raise InvalidArgument("refs must all be of one engine: wait for those of each engine by a call of its own")
+    missing = threading.Semaphore(0)
+    if sum(ref.done() for ref in own) < num_returns:
+        for ref in own:
+            if not ref.done():
+                ref._check_may_wait()
+        deadline = None if timeout is None else time.monotonic() + timeout
+        for ref in own:
+            ref.add_done_callback(lambda _: missing.release())
+        for _ in range(num_returns):
+            remaining = None if deadline is None else min(max(0.0, deadline - time.monotonic()), LONGEST_S)
+            if not missing.acquire(timeout=remaining):
+                break
+    ready = [ref for ref in own if ref.done()][:num_returns]
+    chosen = set(map(id, ready))
+    return ready, [ref for ref in checked if id(ref) not in chosen]
+
+
+def _checked(refs: Any, platform: PlatformRefs | None) -> list[Any]:
+    if isinstance(refs, Ref) or not isinstance(refs, Sequence):
+        raise InvalidArgument(f"refs must be a list of refs, not {refs!r}")
+    for position, ref in enumerate(refs):
+        if not isinstance(ref, Ref) and not (platform is not None and platform.is_ref(ref)):
+            raise InvalidArgument(f"refs[{position}] must be a ref as handle.remote() returns it, not {ref!r}")
+    return list(refs)
+
+
+class WaitSlot(Slot):
+    """The waiting place of a thread that does nothing else meanwhile."""
+
+    __slots__ = ("answer", "arrived", "error")
+
+    drives = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answer: Any = None
+        self.error: BaseException | None = None
+        self.arrived = threading.Lock()
+        self.arrived.acquire()
+
+    def deliver(self, message: Reply | Failure | Item | End) -> None:
+        """See `Slot.deliver`."""
+        self.answer = message
+        self.arrived.release()
+
+    def fail(self, error: EngineError) -> None:
+        """See `Slot.fail`."""
+        self.error = error
+        self.arrived.release()
+
+    def wait(self, caller: Caller, timeout_s: float | None) -> Any:
+        """Drive the call's channel, or wait for whoever drives it; returns the call's result."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        channel = self.channel
+        if channel is not None and self.arrived.locked():
+            try:
+                drove = channel.drive(lambda: not self.arrived.locked() or self.channel is not channel, timeout_s)
+            except BaseException:
+                caller.cancel(self)
+                raise
+            if not drove:
+                channel.watch()
+        remaining = -1.0 if deadline is None else max(0.0, deadline - time.monotonic())
+        try:
+            arrived = self.arrived.acquire(timeout=remaining)
+        except BaseException:
+            caller.cancel(self)
+            raise
+        if not arrived:
+            caller.cancel(self)
+            if self.arrived.locked():
+                assert timeout_s is not None
+                raise deadline_error(self.endpoint, timeout_s)
+        if self.error is not None:
+            raise self.error
+        return open_answer(self.answer)

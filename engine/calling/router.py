@@ -1,0 +1,97 @@
+"""Endpoint to backend to replica: every decision, and nothing else.
+
+Synchronous and pure but for its own tables. The `Caller` that owns a router holds a lock around every
+method and performs what the router decides.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ..errors import EndpointNotFound
+from ..seam.snapshot import EndpointEntry, RoutingSnapshot
+from .replica_set import ReplicaSet, Target
+from .slot import Slot
+from .traffic import TrafficPolicy, hash_fraction
+
+__all__ = ["Endpoint", "Router"]
+
+
+@dataclass
+class Endpoint:
+    """An endpoint as one caller sees it, with what it counted."""
+
+    entry: EndpointEntry
+    policy: TrafficPolicy
+    only: ReplicaSet | None  # the backend that gets everything, if there is one
+    calls: int = 0
+
+
+class Router:
+    """One caller's picture of the engine."""
+
+    def __init__(self) -> None:
+        self.snapshot = RoutingSnapshot(version=-1)
+        self.endpoints: dict[str, Endpoint] = {}
+        self.replica_sets: dict[str, ReplicaSet] = {}
+
+    def __repr__(self) -> str:
+        return f"<Router version={self.snapshot.version} {list(self.replica_sets.values())}>"
+
+    def apply(self, snapshot: RoutingSnapshot) -> tuple[list[Target], list[Slot]]:
+        """Replace the picture by a newer one.
+
+        Returns:
+            The targets that left it, and the queued calls whose backend left it or has no replica to wait for (to be
+            routed again).
+        """
+        if snapshot.version <= self.snapshot.version:
+            return [], []
+        self.snapshot = snapshot
+        left: list[Target] = []
+        homeless: list[Slot] = []
+        for tag in [tag for tag in self.replica_sets if tag not in snapshot.backends]:
+            removed = self.replica_sets.pop(tag)
+            homeless += removed.give_up_waiting()
+            left += removed.targets.values()
+            for target in removed.targets.values():
+                target.gone = True
+        for tag, entry in snapshot.backends.items():
+            known = self.replica_sets.get(tag)
+            if known is None:
+                self.replica_sets[tag] = ReplicaSet(entry)
+            else:
+                left += known.apply(entry)
+                if known.hopeless:
+                    homeless += known.give_up_waiting()
+        self.endpoints = {name: self._endpoint(entry) for name, entry in snapshot.endpoints.items()}
+        return left, homeless
+
+    def route(self, name: str, shard_key: str | None) -> tuple[ReplicaSet, Endpoint]:
+        """The replica set that serves this call.
+
+        Raises:
+            EndpointNotFound: There is no such endpoint.
+        """
+        endpoint = self.endpoints.get(name)
+        if endpoint is None:
+            known = ", ".join(sorted(self.endpoints)) or "none"
+            raise EndpointNotFound(f"there is no endpoint {name!r}; the endpoints are: {known}")
+        if endpoint.only is not None:
+            return endpoint.only, endpoint
+        fraction = random.random() if shard_key is None else hash_fraction(shard_key)
+        return self.replica_sets[endpoint.policy.pick(fraction)], endpoint
+
+    def shadows(self, endpoint: Endpoint) -> Iterator[ReplicaSet]:
+        """The replica sets that get a copy of this call."""
+        for tag, proportion in endpoint.entry.shadows:
+            if random.random() < proportion:
+                yield self.replica_sets[tag]
+
+    def _endpoint(self, entry: EndpointEntry) -> Endpoint:
+        policy = TrafficPolicy(entry.traffic)
+        single = policy.single
+        known = self.endpoints.get(entry.name)
+        return Endpoint(entry, policy, self.replica_sets[single] if single else None, known.calls if known else 0)

@@ -1,0 +1,141 @@
+"""A caller's channel to the controller of an engine that another process created.
+
+When the controller is lost, its engine is, too: every call fails. Only the controller of a detached engine comes back;
+the last picture then rules until it does. A thread that lives as long as that takes finds out which it is and opens the
+channel again.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+from ..errors import EngineClosed
+from ..seam.adapter import Adapter, Channel, ChannelClosed
+from ..seam.control_messages import Applied, Publish, Subscribe
+from ..seam.messages import Control, Message
+
+if TYPE_CHECKING:
+    from .client import Client
+
+__all__ = ["Subscription"]
+
+_RETRY_S = 0.2
+
+
+class Subscription:
+    """Hears the controller, and lets each snapshot rule in this process's client.
+
+    Args:
+        client: Of this process.
+        adapter: Opens the channel.
+        control_address: Where the controller is.
+        ingress: Whether this caller is waited for when routes change.
+        worker_id: Of this caller, if it is a worker.
+
+    Attributes:
+        first: Set once the first snapshot rules, or the controller is lost.
+    """
+
+    def __init__(
+        self, client: Client, adapter: Adapter, control_address: str, *, ingress: bool, worker_id: str
+    ) -> None:
+        self._client = client
+        self._adapter = adapter
+        self._control_address = control_address
+        self._request = Control(Subscribe(ingress, worker_id))
+        self._lock = threading.Lock()  # guards the next two, and that nothing is opened once `_ended` is set
+        self._channel: Channel | None = None  # the one that stands, as far as is known
+        self._seeking = False  # a thread looks for the next controller
+        self._ended = threading.Event()
+        self.first = threading.Event()
+
+    def begin(self) -> None:
+        """Ask for snapshots.
+
+        Raises:
+            ChannelClosed: The controller is gone.
+        """
+        channel = self._adapter.open_channel(self._control_address, self, on_loop=False)
+        with self._lock:
+            ended = self._ended.is_set()
+            if not ended:
+                self._channel = channel
+        try:
+            if ended:
+                raise ChannelClosed("the client was closed")
+            channel.send(self._request)
+        except ChannelClosed:
+            self._forget(channel)
+            channel.close()
+            raise
+        channel.watch()
+
+    def end(self) -> None:
+        """Hang up, for good."""
+        self._ended.set()
+        with self._lock:
+            channel, self._channel = self._channel, None
+        if channel is not None:
+            channel.close()
+
+    def received(self, channel: Channel, message: Message) -> None:
+        """See `engine.seam.adapter.ChannelListener.received`."""
+        if isinstance(message, Control) and isinstance(message.body, Publish):
+            snapshot = message.body.snapshot
+            self._client.apply(snapshot)
+            self.first.set()
+            try:
+                channel.send(Control(Applied(snapshot.version)))
+            except ChannelClosed:
+                pass  # whoever reads the channel will find that, and say so
+
+    def lost(self, channel: Channel, reason: str) -> None:
+        """See `engine.seam.adapter.ChannelListener.lost`: without its controller there is no engine."""
+        if self._forget(channel):
+            self.seek(reason)
+
+    def seek(self, reason: str) -> None:
+        """Look for the next controller; does nothing if that is being done, or one was found already. Does not block.
+
+        Args:
+            reason: Why there is none, for those whose calls fail if there will be no other.
+        """
+        with self._lock:
+            if self._seeking or self._channel is not None:
+                return
+            self._seeking = True
+        # Also whether there will be one at all is found out there: that may take the adapter seconds, and whoever calls
+        # this reads the channels of all replicas as well, which go on answering.
+        seeker = threading.Thread(target=self._begin_again, args=(reason,), name="engine-subscribe", daemon=True)
+        try:
+            seeker.start()
+        except RuntimeError:  # at the end of the interpreter, which has no more threads to give
+            self._give_up(reason)
+
+    def _forget(self, channel: Channel) -> bool:
+        """Let go of a channel that broke; False if it is not the one that stands, so that it is nobody's loss."""
+        with self._lock:
+            stood = self._channel is channel
+            if stood:
+                self._channel = None
+        return stood
+
+    def _begin_again(self, reason: str) -> None:
+        while self._returns() and not self._ended.wait(_RETRY_S):
+            try:
+                self.begin()
+            except ChannelClosed:
+                pass
+            with self._lock:
+                if self._channel is not None:  # else it was lost again meanwhile, and left to this thread
+                    self._seeking = False
+                    return
+        self._give_up(reason)
+
+    def _returns(self) -> bool:
+        return not self._ended.is_set() and self._adapter.returns(self._control_address)
+
+    def _give_up(self, reason: str) -> None:
+        self._client.close(EngineClosed(f"the engine is gone: {reason}"))
+        self.first.set()

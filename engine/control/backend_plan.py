@@ -1,0 +1,68 @@
+"""A backend as the application described it: what `Engine.create_backend` hands to the controller."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..config import BackendConfig
+from ..errors import InvalidArgument, NotSerializable
+from ..seam.adapter import Resources
+from ..seam.serialization import dumps, dumps_by_value
+
+__all__ = ["BackendPlan", "pack_target"]
+
+
+def pack_target(tag: str, target: Any, init_args: tuple[Any, ...], init_kwargs: dict[str, Any]) -> bytes:
+    """Pickle what a backend is made of.
+
+    Raises:
+        NotSerializable: A part of it cannot be pickled; the message says which.
+    """
+    try:
+        return dumps_by_value((target, init_args, init_kwargs), f"backend {tag!r}")
+    except NotSerializable:
+        dumps_by_value(target, f"backend {tag!r}")
+        for position, value in enumerate(init_args):
+            dumps_by_value(value, f"init argument {position} of backend {tag!r}")
+        for name, value in init_kwargs.items():
+            dumps_by_value(value, f"init argument {name!r} of backend {tag!r}")
+        raise
+
+
+@dataclass(frozen=True)
+class BackendPlan:
+    """A backend as the application described it.
+
+    Attributes:
+        target: The pickled ``(function or class, init_args, init_kwargs)``.
+        blocking: It has no ``async def`` callable.
+        batches: It has a callable marked with ``accept_batch``.
+        reconfigurable: It is a class with a ``reconfigure`` method.
+    """
+
+    tag: str
+    target: bytes
+    config: BackendConfig
+    resources: Resources
+    blocking: bool
+    batches: bool
+    reconfigurable: bool
+
+    def check(self, config: BackendConfig) -> None:
+        """Refuse a configuration that this callable cannot honour.
+
+        Raises:
+            InvalidArgument: It can't.
+            NotSerializable: ``user_config`` cannot be pickled.
+        """
+        dumps(config.user_config, f"config: user_config of backend {self.tag!r}")
+        if config.max_batch_size is not None and not self.batches:
+            raise InvalidArgument(
+                f"config: max_batch_size={config.max_batch_size} of backend {self.tag!r} needs a callable that takes "
+                "a list: mark the function or method with @accept_batch"
+            )
+        if config.user_config is not None and not self.reconfigurable:
+            raise InvalidArgument(
+                f"config: user_config of backend {self.tag!r} needs a class with a reconfigure(user_config) method"
+            )

@@ -1,0 +1,328 @@
+"""The replicas of one backend, as the controller keeps them: started, configured, counted, replaced and ended.
+
+Runs on the controller's loop. Callers learn of nothing here before the controller publishes it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Container
+from dataclasses import replace
+from typing import Any
+
+from ..config import BackendConfig
+from ..seam.adapter import Adapter, WorkerSpec
+from ..seam.serialization import dumps
+from ..seam.snapshot import BackendEntry, ReplicaEntry
+from ..serving.replica_spec import ReplicaSpec
+from .backend_plan import BackendPlan
+from .backoff import backoff_s
+from .checkpoint import KnownBackend, KnownWorker
+from .workers import Life, Worker, Workers
+
+__all__ = ["BackendReplicas"]
+
+_logger = logging.getLogger("engine.controller")
+
+_ENTRY = "engine.serving.replica_worker:main"
+_STABLE_S = 10.0
+"""A replica that lived this long died of bad luck: the next one starts at once. Others wait longer and longer."""
+_KEPT_DEAD = 100
+"""Deaths that callers are told of: far more than happen between two snapshots that a caller gets."""
+_HOPELESS_AFTER = 3
+"""Failures in a row after which callers are told that there is no replica, rather than left waiting for one."""
+
+
+class BackendReplicas:
+    """Owns the workers that run one backend.
+
+    Args:
+        engine_id: For replicas to attach to.
+        adapter: Runs them.
+        workers: Keeps them.
+        plan: What they run.
+        debug: Whether they send tracebacks to HTTP clients.
+        publish: Keeps what there is and lets callers know, or raises.
+        announce: Lets callers know come what may: of what has happened and cannot be taken back.
+
+    Attributes:
+        plan: What rules now.
+        lock: Held by whoever starts, configures or removes replicas.
+        running: The replicas in service, oldest first.
+        live: It was created: replicas that die are replaced.
+        deleted: It was, or is about to be.
+    """
+
+    def __init__(
+        self,
+        engine_id: str,
+        adapter: Adapter,
+        workers: Workers,
+        plan: BackendPlan,
+        *,
+        debug: bool,
+        publish: Callable[[], int],
+        announce: Callable[[], None],
+    ) -> None:
+        self._engine_id = engine_id
+        self._adapter = adapter
+        self._workers = workers
+        self._debug = debug
+        self._publish = publish
+        self._announce = announce
+        self._started = 0  # numbers the replicas
+        self._failures = 0  # replicas in a row that did not start, or died soon
+        self._dead: deque[str] = deque(maxlen=_KEPT_DEAD)  # ids of the last ones
+        self.plan = plan
+        self.lock = asyncio.Lock()
+        self.running: list[Worker] = []
+        self.live = False
+        self.deleted = False
+
+    # -- looking at it -------------------------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> BackendConfig:
+        """Its configuration."""
+        return self.plan.config
+
+    @property
+    def missing(self) -> int:
+        """How many replicas there are too few; negative if there are too many."""
+        return self.config.num_replicas - len(self.running)
+
+    def entry(self) -> BackendEntry:
+        """The backend as callers are to see it."""
+        return BackendEntry(
+            self.plan.tag,
+            tuple(ReplicaEntry(one.spec.worker_id, one.address) for one in self.running if one.life is Life.READY),
+            self.config.concurrency(blocking=self.plan.blocking),
+            self.config.max_queued_requests,
+            expecting=self._failures < _HOPELESS_AFTER,
+            failures=self._failures,
+            dead=tuple(self._dead),
+        )
+
+    def known(self) -> KnownBackend:
+        """The backend as the next controller is to find it."""
+        running = tuple(KnownWorker(one.spec.worker_id, one.spec.name, None) for one in self.running)
+        return KnownBackend(self.plan, self._started, running)
+
+    def describe(self) -> dict[str, str]:
+        """The stage of each replica's life by its id."""
+        return {one.spec.worker_id: one.life.value for one in self.running}
+
+    # -- changes of what is wanted -------------------------------------------------------------------------------------
+
+    async def create(self) -> None:
+        """Start as many replicas as are wanted, and be there.
+
+        Raises:
+            BaseException: What a replica's constructor raised, why it did not become ready, or why the store does not
+                keep the backend. Then no replica of it is left.
+        """
+        try:
+            self.running = await self._start(self.plan, self.missing)
+            self.live = True
+            self._publish()
+        except BaseException:
+            self.live, self.deleted = False, True
+            await self.end(self.running, at_once=True)
+            raise
+
+    async def update(self, changes: Any) -> list[Worker]:
+        """Change the configuration.
+
+        If ``reconfigure`` raises in some replicas, the others return to the former configuration, which rules. If a new
+        replica does not start, all of the change rules but the number of replicas. If the store does not keep the
+        change, nothing of it rules. A replica that refuses to return is replaced.
+
+        Returns:
+            The replicas that are too many now. They are out of service, and the caller's to end.
+
+        Raises:
+            InvalidArgument: The change is not valid.
+            BaseException: What ``reconfigure`` or a new replica's constructor raised, or why the store does not keep
+                the change.
+        """
+        before = self.plan
+        after = before.config.updated(changes)
+        before.check(after)
+        packed = self._packed(after)
+        try:
+            refused = await self._reconfigure(before.config, after, packed)
+        except BaseException:  # it was given up
+            await self._return_from(after)
+            raise
+        if refused:
+            await self._return_from(after, but=refused)
+            raise next(iter(refused.values()))
+        plan = replace(before, config=after)
+        failure: BaseException | None = None
+        started: list[Worker] = []
+        try:
+            started = await self._start(plan, after.num_replicas - len(self.running))
+        except BaseException as error:
+            failure = error
+            plan = replace(plan, config=replace(after, num_replicas=before.config.num_replicas))
+        running = self.running
+        self.plan, self.running = plan, (running + started)[: plan.config.num_replicas]
+        try:
+            self._publish()
+        except BaseException:
+            self.plan, self.running = before, running
+            await self.end(started, at_once=True)
+            await self._return_from(after)
+            raise
+        if failure is not None:
+            raise failure
+        return running[plan.config.num_replicas :]
+
+    async def _return_from(self, taken: BackendConfig, but: Container[Worker] = ()) -> None:
+        """Have the replicas, but for some, return from a configuration that does not rule to the one that does."""
+        refused = await self._reconfigure(taken, self.config, self._packed(self.config), but)
+        if refused:
+            for worker, error in refused.items():
+                _logger.error("%s does not return to its former configuration: %r; ending it", worker.spec.name, error)
+            self.running = [worker for worker in self.running if worker not in refused]
+            self._announce()
+            await self.end(list(refused))
+
+    def _packed(self, config: BackendConfig) -> bytes:
+        return dumps(config, f"config: user_config of backend {self.plan.tag!r}")
+
+    async def _reconfigure(
+        self, before: BackendConfig, after: BackendConfig, packed: bytes, but: Container[Worker] = ()
+    ) -> dict[Worker, BaseException]:
+        """Have the replicas, but for some, go from one configuration to another, if it is another for them.
+
+        Returns:
+            Once all have answered, those that did not take it, and why: what the backend's ``reconfigure`` raised.
+        """
+        changed = not _equal(after.user_config, before.user_config)
+        if not changed and replace(after, num_replicas=before.num_replicas, user_config=before.user_config) == before:
+            return {}
+        replicas = [worker for worker in self.running if worker.life is Life.READY and worker not in but]
+        outcomes = await asyncio.gather(
+            *[self._workers.reconfigure(worker, packed, user_config_changed=changed) for worker in replicas],
+            return_exceptions=True,  # the next operation may only begin when all have answered
+        )
+        pairs = zip(replicas, outcomes, strict=True)
+        return {worker: outcome for worker, outcome in pairs if isinstance(outcome, BaseException)}
+
+    # -- starting and ending them --------------------------------------------------------------------------------------
+
+    async def restore(self, known: KnownBackend) -> None:
+        """Take over the replicas of a former controller; returns when each has come back or is certain not to."""
+        self._started = known.started
+        self.live = True
+        resources = self.plan.resources
+        specs = [WorkerSpec(one.worker_id, one.name, _ENTRY, b"", resources=resources) for one in known.running]
+        workers = await asyncio.gather(*[self._workers.adopt(spec) for spec in specs])
+        self.running = [one for one in workers if one.life is Life.READY]
+        self._dead += [one.spec.worker_id for one in workers if one.life is not Life.READY]
+
+    async def _start(self, plan: BackendPlan, count: int) -> list[Worker]:
+        """Start replicas, all or none; they are ready to be put in service, but for those that died meanwhile.
+
+        Raises:
+            BaseException: What a replica's constructor raised, or why it did not become ready.
+        """
+        starts = [asyncio.ensure_future(self._start_one(plan)) for _ in range(count)]
+        try:
+            await asyncio.gather(*starts)
+        except BaseException:
+            for start in starts:
+                start.cancel()
+            done = await asyncio.gather(*starts, return_exceptions=True)
+            await self.end([one for one in done if isinstance(one, Worker)], at_once=True)
+            raise
+        ready = []
+        for start in starts:
+            worker = start.result()
+            if worker.life is Life.READY:
+                ready.append(worker)
+            else:  # while the others were still starting
+                self._failures += 1
+                _logger.warning("%s %s as soon as it was ready", worker.spec.name, worker.exit_reason)
+        return ready
+
+    async def _start_one(self, plan: BackendPlan) -> Worker:
+        self._started += 1
+        replica_tag = f"{plan.tag}#{self._started}"
+        spec = ReplicaSpec(
+            engine_id=self._engine_id,
+            adapter_name=self._adapter.name,
+            control_address=self._adapter.control_address,
+            backend_tag=plan.tag,
+            replica_tag=replica_tag,
+            target=plan.target,
+            config=plan.config,
+            debug=self._debug,
+            shares_process=self._adapter.shares_process,
+        )
+        return await self._workers.start(
+            WorkerSpec(
+                worker_id=replica_tag,
+                name=f"replica.{plan.tag}.{self._started}",
+                entry=_ENTRY,
+                payload=dumps(spec, f"config: user_config of backend {plan.tag!r}"),
+                resources=plan.resources,
+            ),
+            plan.config.start_timeout_s,
+        )
+
+    async def end(self, leaving: list[Worker], *, at_once: bool = False, grace_s: float | None = None) -> None:
+        """End replicas that are out of service: when they have finished what they hold, or ``at_once``.
+
+        Args:
+            leaving: The replicas.
+            at_once: Let them finish nothing.
+            grace_s: Seconds that they get at most, if less than the configuration grants.
+        """
+        if at_once:
+            await asyncio.gather(*[self._workers.kill(worker) for worker in leaving])
+            return
+        granted_s = self.config.graceful_shutdown_timeout_s
+        timeout_s = granted_s if grace_s is None else min(grace_s, granted_s)
+        await asyncio.gather(*[self._workers.drain(worker, timeout_s) for worker in leaving])
+
+    # -- while they run ------------------------------------------------------------------------------------------------
+
+    def lost(self, worker: Worker) -> bool:
+        """A worker died; returns whether it was a replica in service here."""
+        if worker not in self.running:
+            return False
+        self.running.remove(worker)
+        self._dead.append(worker.spec.worker_id)
+        lived = time.monotonic() - worker.ready_at
+        _logger.warning("%s %s after %.1f s; replacing it", worker.spec.name, worker.exit_reason, lived)
+        self._failures = 0 if lived > _STABLE_S else self._failures + 1
+        return True
+
+    async def refill(self) -> None:
+        """Start the replicas that are missing, one after the other; the more fail in a row, the more slowly."""
+        while True:
+            if self._failures > 1:
+                await asyncio.sleep(backoff_s(self._failures - 1))
+            async with self.lock:
+                if self.deleted or self.missing <= 0:
+                    return
+                try:
+                    ready = await self._start(self.plan, 1)
+                    self.running += ready
+                except Exception as error:
+                    self._failures += 1
+                    _logger.error("backend %r: a replica could not be replaced: %r", self.plan.tag, error)
+                self._announce()
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two values are known to be equal; arrays, for one, do not say so in one word."""
+    try:
+        return bool(one == other)
+    except Exception:
+        return False

@@ -1,0 +1,398 @@
+"""The controller: what the application wants, and what is done to get there. Never on the path of a call.
+
+All of it runs on one asyncio loop, in a thread of the engine's process; `engine.engine.Engine` brings calls there.
+Changes are events: an API call, a worker's word, a worker's death. Operations on one backend exclude each other;
+operations on different ones run side by side.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from typing import Any
+
+from ..calling.client import Client
+from ..config import BackendConfig, HTTPOptions
+from ..errors import InvalidArgument
+from ..seam.adapter import Adapter, Channel, ChannelListener, WorkerExit
+from ..seam.snapshot import EndpointEntry
+from .backend_plan import BackendPlan
+from .backend_replicas import BackendReplicas
+from .checkpoint import Checkpoint, Picture
+from .endpoint_table import EndpointTable
+from .ingress_fleet import IngressFleet
+from .keeper import Keeper
+from .publisher import Publisher
+from .workers import Worker, Workers
+
+__all__ = ["Controller"]
+
+_logger = logging.getLogger("engine.controller")
+
+_APPLIED_TIMEOUT_S = 5.0
+_LEFT_ALONE_TIMEOUT_S = 1.0
+"""For callers to learn that a replica leaves. What comes later is refused there, and placed elsewhere."""
+
+
+class Controller:
+    """Holds the desired and the actual state of one engine.
+
+    Args:
+        engine_id: Names the engine towards adapters and handles.
+        adapter: Runs the workers.
+        client: Of this process.
+        http: How the engine is reached over HTTP.
+    """
+
+    def __init__(self, engine_id: str, adapter: Adapter, client: Client, http: HTTPOptions) -> None:
+        self._engine_id = engine_id
+        self._adapter = adapter
+        self._client = client
+        self._http = http
+        self._backends: dict[str, BackendReplicas] = {}
+        self._leaving: set[str] = set()  # tags of deleted backends with replicas that have yet to end
+        self._endpoints = EndpointTable({})
+        self._workers = Workers(adapter, self._replace_worker)
+        self._publisher = Publisher(client, silent=adapter.store is not None)
+        self._ingresses = IngressFleet(engine_id, adapter, self._workers, http)
+        self._checkpoint = Checkpoint(adapter.store)
+        self._keeper = Keeper(self._checkpoint, self._picture)
+        self._background: set[asyncio.Task[None]] = set()
+        self._endings: set[asyncio.Task[None]] = set()
+        self._restoring = False  # what is held is not yet all there is: nothing is published, kept or refilled
+        self._closing = False
+
+    # -- AdapterEvents -----------------------------------------------------------------------------------------------
+
+    def worker_said(self, worker_id: str, body: Any) -> None:
+        """See `engine.seam.adapter.AdapterEvents.worker_said`."""
+        self._workers.worker_said(worker_id, body)
+
+    def worker_exited(self, exit: WorkerExit) -> None:
+        """See `engine.seam.adapter.AdapterEvents.worker_exited`."""
+        self._workers.worker_exited(exit)
+
+    def peer_connected(self, channel: Channel) -> ChannelListener:
+        """See `engine.seam.adapter.AdapterEvents.peer_connected`."""
+        return self._publisher.connected(channel)
+
+    def nodes_changed(self) -> None:
+        """See `engine.seam.adapter.AdapterEvents.nodes_changed`."""
+        if not self._closing and not self._restoring:
+            self._spawn(self._refill_ingresses())
+
+    # -- life ----------------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Get the adapter ready, and take over what a former controller left."""
+        await self._adapter.start(self._engine_id, self)
+        try:
+            left = self._checkpoint.load()
+            if left is not None:
+                await self._restore(left)
+            elif self._adapter.store is not None:
+                self._publish()  # now that it is known that there was no other
+        except BaseException:
+            self._keeper.close()
+            raise
+
+    async def _restore(self, picture: Picture) -> None:
+        self._restoring = True
+        self._publisher.resume(picture.version)
+        self._endpoints = EndpointTable(picture.endpoints)
+        restoring = []
+        for tag, known in picture.backends.items():
+            backend = self._backends[tag] = self._new_backend(known.plan)
+            restoring.append(backend.restore(known))
+        if picture.ingresses is not None:
+            restoring.append(self._ingresses.restore(*picture.ingresses))
+        await asyncio.gather(*restoring)
+        self._publish()
+        self._restoring = False
+        for backend in self._backends.values():
+            self._refill(backend)
+        if picture.ingresses is not None:
+            self._spawn(self._refill_ingresses())
+
+    async def shutdown(self, grace_s: float) -> None:
+        """Stop taking calls, give those in flight ``grace_s`` seconds, end every worker."""
+        self._closing = True
+        self._keeper.close()
+        for task in self._background:
+            task.cancel()
+        await self._workers.close()
+        await self._ingresses.stop(grace_s)
+        self._client.begin_close()
+        self._publisher.publish({}, {})
+        await asyncio.gather(*[one.end(list(one.running), grace_s=grace_s) for one in self._backends.values()])
+        self._client.close()
+        await self._adapter.stop()
+        self._adapter.close()
+
+    # -- backends ------------------------------------------------------------------------------------------------------
+
+    async def create_backend(self, plan: BackendPlan) -> None:
+        """Start a backend; it exists once all of its replicas are ready, or not at all.
+
+        Raises:
+            InvalidArgument: The tag is taken, also by a backend whose deletion goes on.
+            BaseException: What a replica's constructor raised, why it did not become ready, or why the store does not
+                keep it.
+        """
+        if plan.tag in self._backends:
+            raise InvalidArgument(f"backend {plan.tag!r} exists already: choose another tag or delete it first")
+        if plan.tag in self._leaving:  # the new replicas would be taken for the old ones, whose names they have
+            raise InvalidArgument(f"backend {plan.tag!r} is still being deleted: wait until delete_backend returns")
+        backend = self._backends[plan.tag] = self._new_backend(plan)
+        async with backend.lock:
+            try:
+                await backend.create()
+            except BaseException:
+                del self._backends[plan.tag]  # only now: the next one's replicas have the same names
+                raise
+            self._refill(backend)
+
+    async def update_backend_config(self, tag: str, changes: Any) -> None:
+        """Change a backend's configuration; the change rules once this returns.
+
+        Raises:
+            InvalidArgument: The backend is unknown, or the change is not valid.
+            BaseException: See `engine.control.backend_replicas.BackendReplicas.update`, also for what rules then.
+        """
+        backend = self._backend(tag)
+        async with backend.lock:
+            self._backend(tag)  # it may have been deleted meanwhile
+            try:
+                leaving = await backend.update(changes)
+            finally:
+                self._refill(backend)
+            await self._see_through(self._end_replicas(backend, leaving))
+
+    async def delete_backend(self, tag: str, *, force: bool) -> None:
+        """End a backend that no endpoint uses.
+
+        Raises:
+            InvalidArgument: It is unknown, or in use.
+            BaseException: Why the store does not keep that. Then the backend goes on.
+        """
+        backend = self._backend(tag)
+        self._endpoints.check_unused(tag)
+        backend.deleted = True  # nobody begins anything with it any more
+        try:
+            async with backend.lock:
+                del self._backends[tag]
+                self._publish()
+        except BaseException:
+            self._backends[tag] = backend
+            backend.deleted = False
+            self._refill(backend)
+            raise
+        await self._see_through(self._end_backend(backend, at_once=force))
+
+    async def get_backend_config(self, tag: str) -> BackendConfig:
+        """A backend's configuration.
+
+        Raises:
+            InvalidArgument: It is unknown.
+        """
+        return self._backend(tag).config
+
+    async def list_backends(self) -> dict[str, BackendConfig]:
+        """Every backend's configuration by tag."""
+        return {tag: backend.config for tag, backend in self._known().items()}
+
+    # -- endpoints -----------------------------------------------------------------------------------------------------
+
+    async def create_endpoint(self, entry: EndpointEntry) -> None:
+        """Name a backend for callers; a route is served by every ingress when this returns.
+
+        Ingresses that were started for it stay if it fails afterwards, and serve what routes there are.
+
+        Raises:
+            InvalidArgument: The name or the route is taken, or the backend is unknown.
+            BaseException: Why an ingress did not become ready, or why the store does not keep the endpoint.
+        """
+        self._with_new(entry)  # before anything is started for it
+        if entry.route is not None and not await self._ingresses.ensure_started():
+            self._spawn(self._refill_ingresses())
+        await self._change_endpoints(self._with_new(entry))  # and afterwards: others change endpoints, too
+
+    async def delete_endpoint(self, name: str) -> None:
+        """Remove a name; calls in flight finish.
+
+        Raises:
+            InvalidArgument: It is unknown.
+            BaseException: Why the store does not keep that. Then the endpoint goes on.
+        """
+        await self._change_endpoints(self._endpoints.without(name))
+
+    async def set_traffic(self, name: str, weights: dict[str, float]) -> None:
+        """Split an endpoint's calls over backends.
+
+        Raises:
+            InvalidArgument: The endpoint or a backend is unknown.
+            BaseException: Why the store does not keep that. Then calls are split as before.
+        """
+        endpoints = self._endpoints.with_traffic(name, weights)
+        for tag in weights:
+            self._backend(tag)
+        await self._change_endpoints(endpoints)
+
+    async def shadow_traffic(self, name: str, tag: str, proportion: float) -> None:
+        """Copy a proportion of an endpoint's calls to a backend; 0 ends it.
+
+        Raises:
+            InvalidArgument: The endpoint or the backend is unknown.
+            BaseException: Why the store does not keep that. Then copies are made as before.
+        """
+        endpoints = self._endpoints.with_shadow(name, tag, proportion)
+        self._backend(tag)
+        await self._change_endpoints(endpoints)
+
+    async def list_endpoints(self) -> dict[str, EndpointEntry]:
+        """Every endpoint by name."""
+        return self._endpoints.entries()
+
+    # -- looking at it -------------------------------------------------------------------------------------------------
+
+    def http_url(self) -> str | None:
+        """The ingress's base URL, once it runs."""
+        return self._ingresses.url()
+
+    async def statistics(self, counts: list[dict[str, Any]]) -> dict[str, Any]:
+        """Replicas by backend, and what the asking process's callers counted (`Client.statistics`)."""
+        backends = {
+            tag: {"replicas": backend.describe(), "queued": 0, "in_flight": 0, "dropped_copies": 0}
+            for tag, backend in self._backends.items()
+        }
+        endpoints: dict[str, dict[str, Any]] = {name: {"calls": 0} for name in self._endpoints.entries()}
+        for counted in counts:
+            for tag, numbers in counted["backends"].items():
+                for name, value in numbers.items():
+                    if tag in backends:
+                        backends[tag][name] += value
+            for name, numbers in counted["endpoints"].items():
+                if name in endpoints:
+                    endpoints[name]["calls"] += numbers["calls"]
+        return {"backends": backends, "endpoints": endpoints, "ingresses": self._ingresses.describe()}
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _new_backend(self, plan: BackendPlan) -> BackendReplicas:
+        return BackendReplicas(
+            self._engine_id,
+            self._adapter,
+            self._workers,
+            plan,
+            debug=self._http.debug,
+            publish=self._publish,
+            announce=self._publish_anyway,
+        )
+
+    def _backend(self, tag: str) -> BackendReplicas:
+        backend = self._known().get(tag)
+        if backend is None:
+            known = ", ".join(map(repr, self._known())) or "none"
+            raise InvalidArgument(f"there is no backend {tag!r}; the backends are: {known}")
+        return backend
+
+    def _known(self) -> dict[str, BackendReplicas]:
+        return {tag: backend for tag, backend in self._backends.items() if backend.live and not backend.deleted}
+
+    def _with_new(self, entry: EndpointEntry) -> EndpointTable:
+        endpoints = self._endpoints.with_new(entry)
+        for tag, _ in entry.traffic:
+            self._backend(tag)
+        return endpoints
+
+    # -- changes -------------------------------------------------------------------------------------------------------
+
+    def _publish(self) -> int:
+        """Keep the picture, then let it rule; returns its version.
+
+        Raises:
+            BaseException: Why the store did not keep it. Then it does not rule, and whoever changed it takes that back
+                before anybody else can look.
+        """
+        self._keeper.keep()
+        return self._let_rule()
+
+    def _publish_anyway(self) -> None:
+        """As `_publish`, for what has happened and cannot be taken back: callers need the news."""
+        self._keeper.keep_soon()
+        self._let_rule()
+
+    def _let_rule(self) -> int:
+        backends = {tag: backend.entry() for tag, backend in self._backends.items()}
+        return self._publisher.publish(self._endpoints.entries(), backends)
+
+    def _picture(self) -> Picture:
+        backends = {tag: backend.known() for tag, backend in self._backends.items() if backend.live}
+        return Picture(self._publisher.version, self._endpoints.entries(), backends, self._ingresses.known())
+
+    async def _change_endpoints(self, endpoints: EndpointTable) -> None:
+        before, self._endpoints = self._endpoints, endpoints
+        try:
+            version = self._publish()
+        except BaseException:
+            self._endpoints = before
+            raise
+        if not await self._publisher.applied(version, _APPLIED_TIMEOUT_S, ingress_only=True):
+            _logger.warning("an ingress has not taken the newest routes within %g s", _APPLIED_TIMEOUT_S)
+
+    async def _end_backend(self, backend: BackendReplicas, *, at_once: bool) -> None:
+        tag = backend.plan.tag
+        self._leaving.add(tag)
+        try:
+            await self._end_replicas(backend, backend.running, at_once=at_once)
+        finally:
+            self._leaving.discard(tag)
+
+    async def _end_replicas(self, backend: BackendReplicas, leaving: list[Worker], *, at_once: bool = False) -> None:
+        """End replicas that were published to be out of service."""
+        if leaving and not at_once:
+            await self._publisher.applied(self._publisher.version, _LEFT_ALONE_TIMEOUT_S, ingress_only=False)
+        await backend.end(leaving, at_once=at_once)
+
+    async def _see_through(self, ending: Coroutine[Any, Any, None]) -> None:
+        """Wait for what goes on also when whoever waits is interrupted: nobody else would end those replicas."""
+        task = asyncio.get_running_loop().create_task(ending)
+        self._endings.add(task)
+        task.add_done_callback(self._endings.discard)
+        await asyncio.shield(task)
+
+    # -- workers -------------------------------------------------------------------------------------------------------
+
+    def _replace_worker(self, worker: Worker) -> None:
+        """A ready worker died."""
+        if self._closing:
+            return
+        for backend in self._backends.values():
+            if backend.lost(worker):
+                if not self._restoring:
+                    self._publish_anyway()
+                    self._refill(backend)
+                return
+        if self._ingresses.forget(worker):
+            _logger.warning("%s %s; replacing it", worker.spec.name, worker.exit_reason)
+            if not self._restoring:
+                self._spawn(self._refill_ingresses())
+
+    def _refill(self, backend: BackendReplicas) -> None:
+        if backend.missing > 0 and not self._closing:
+            self._spawn(backend.refill())
+
+    async def _refill_ingresses(self) -> None:
+        await self._ingresses.complete()
+        self._keeper.keep_soon()
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._background.add(task)
+        task.add_done_callback(self._background_done)
+
+    def _background_done(self, task: asyncio.Task[None]) -> None:
+        self._background.discard(task)
+        if not task.cancelled() and task.exception() is not None and not self._closing:
+            _logger.error("replacing a worker failed", exc_info=task.exception())

@@ -1,0 +1,257 @@
+"""The workers of one engine: their lives, from start to exit, as the controller sees them.
+
+Everything here runs on the controller's loop. A worker's life is one of `Life`, and `_MOVES` says which follows which.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import BackendStartError, EngineClosed, EngineError, ResourcesUnavailable
+from ..seam.adapter import Adapter, WorkerExit, WorkerSpec
+from ..seam.control_messages import Drain, LogLine, Ready, Reconfigure, Reconfigured, StartFailed
+from ..seam.serialization import unpack_exception
+
+__all__ = ["Life", "Worker", "Workers"]
+
+_logger = logging.getLogger("engine.controller")
+_KEPT_LINES = 5
+_EXIT_MARGIN_S = 0.5
+"""What a worker gets on top of its drain time to leave by itself, before it is killed."""
+
+
+class Life(enum.Enum):
+    """The stages of a worker."""
+
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    GONE = "gone"
+
+
+_MOVES = {
+    Life.STARTING: {Life.READY, Life.DRAINING, Life.GONE},
+    Life.READY: {Life.DRAINING, Life.GONE},
+    Life.DRAINING: {Life.GONE},
+    Life.GONE: set[Life](),
+}
+
+
+class Worker:
+    """One worker.
+
+    Attributes:
+        watched: The adapter has taken it, and would report its death.
+        ready: Set once it is ready, or it is certain that it never will be.
+        gone: Set once it has exited.
+        error: Why it did not become ready.
+        exit_reason: How it ended.
+    """
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        self.spec = spec
+        self.life = Life.STARTING
+        self.watched = False
+        self.address = ""
+        self.ready = asyncio.Event()
+        self.gone = asyncio.Event()
+        self.error: BaseException | None = None
+        self.exit_reason = ""
+        self.ready_at = 0.0
+        self.last_lines: deque[str] = deque(maxlen=_KEPT_LINES)
+        self.replies: dict[int, asyncio.Future[Reconfigured]] = {}
+
+    def __repr__(self) -> str:
+        return f"<Worker {self.spec.name} {self.life.value}>"
+
+    def move(self, life: Life) -> None:
+        """Enter the next stage.
+
+        Raises:
+            RuntimeError: No worker can go from its stage to this one.
+        """
+        if life not in _MOVES[self.life]:
+            raise RuntimeError(f"{self.spec.name} cannot go from {self.life.value} to {life.value}")
+        self.life = life
+
+
+class Workers:
+    """Starts, watches, drains and kills workers. It is the adapter's `AdapterEvents` for all but new peers.
+
+    Args:
+        adapter: Runs them.
+        on_exit: Called with a worker that was ready and exited without being asked to.
+    """
+
+    def __init__(self, adapter: Adapter, on_exit: Callable[[Worker], None]) -> None:
+        self._adapter = adapter
+        self._on_exit = on_exit
+        self._by_id: dict[str, Worker] = {}
+        self._tokens = 0
+        self._closed = False
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    async def start(self, spec: WorkerSpec, timeout_s: float) -> Worker:
+        """Start a worker and wait until it is ready. If it does not become ready, nothing of it is left.
+
+        Raises:
+            errors.BackendStartError: It died, or outlasted ``timeout_s``.
+            errors.ResourcesUnavailable: What it needs is not free, or was not for ``timeout_s``.
+            BaseException: What its constructor raised.
+        """
+        if self._closed:
+            raise _closed_error()
+        worker = self._by_id[spec.worker_id] = Worker(spec)
+        try:
+            await self._adapter.start_worker(spec)
+        except BaseException:
+            del self._by_id[spec.worker_id]
+            raise
+        worker.watched = True
+        if self._closed:
+            await self.kill(worker)
+            raise _closed_error()
+        try:
+            await asyncio.wait_for(worker.ready.wait(), timeout_s)
+        except (asyncio.TimeoutError, TimeoutError):
+            unplaced = self._adapter.unplaced(spec.worker_id)
+            await self.kill(worker)
+            if unplaced is not None:
+                raise ResourcesUnavailable(
+                    f"{spec.name} found no place within start_timeout_s={timeout_s:g}: {unplaced}"
+                ) from None
+            raise BackendStartError(
+                f"{spec.name} was not ready within start_timeout_s={timeout_s:g}; it was killed{_tail(worker)}"
+            ) from None
+        except BaseException:
+            await self.kill(worker)
+            raise
+        if worker.error is not None:
+            await self.kill(worker)
+            raise worker.error
+        if worker.life is Life.GONE:
+            raise BackendStartError(f"{spec.name} {worker.exit_reason} as soon as it was ready{_tail(worker)}")
+        return worker
+
+    async def adopt(self, spec: WorkerSpec) -> Worker:
+        """Take over a worker of a former controller; returns it once it has come back, or is certain not to."""
+        worker = self._by_id[spec.worker_id] = Worker(spec)
+        worker.watched = True
+        await self._adapter.adopt_worker(spec)
+        await worker.ready.wait()
+        return worker
+
+    async def close(self) -> None:
+        """Start no more workers, and kill those that are not ready yet: whoever waits for one is told why."""
+        self._closed = True
+        starting = [worker for worker in self._by_id.values() if worker.watched and worker.life is Life.STARTING]
+        for worker in starting:
+            worker.error = worker.error or _closed_error()
+        await asyncio.gather(*[self.kill(worker) for worker in starting])
+
+    async def drain(self, worker: Worker, timeout_s: float) -> None:
+        """Let a worker finish what it holds and leave; kill it if it takes longer than ``timeout_s`` seconds."""
+        if not timeout_s:
+            await self.kill(worker)
+        elif worker.life is not Life.GONE:
+            if worker.life is not Life.DRAINING:
+                worker.move(Life.DRAINING)
+            self._adapter.tell(worker.spec.worker_id, Drain(timeout_s))
+            try:
+                await asyncio.wait_for(worker.gone.wait(), timeout_s + _EXIT_MARGIN_S)
+            except (asyncio.TimeoutError, TimeoutError):
+                _logger.warning(
+                    "%s did not finish within %g s and is killed; its calls fail", worker.spec.name, timeout_s
+                )
+                await self.kill(worker)
+
+    async def kill(self, worker: Worker) -> None:
+        """End a worker at once and wait until it is gone."""
+        if worker.life is not Life.GONE:
+            if worker.life is not Life.DRAINING:
+                worker.move(Life.DRAINING)
+            self._adapter.kill_worker(worker.spec.worker_id)
+            await worker.gone.wait()
+
+    async def reconfigure(self, worker: Worker, config: bytes, *, user_config_changed: bool) -> None:
+        """Pass a configuration to a replica and wait until it has taken it.
+
+        Raises:
+            BaseException: What the backend's ``reconfigure`` raised.
+        """
+        if worker.life is Life.GONE:  # it died since the caller looked: nobody would ever answer
+            raise EngineError(f"{worker.spec.name} {worker.exit_reason}")
+        self._tokens += 1
+        token = self._tokens
+        reply = worker.replies[token] = asyncio.get_running_loop().create_future()
+        self._adapter.tell(worker.spec.worker_id, Reconfigure(token, config, user_config_changed))
+        try:
+            answer = await reply
+        finally:
+            worker.replies.pop(token, None)
+        if answer.error is not None:
+            raise unpack_exception(answer.error)
+
+    # -- what the adapter says ---------------------------------------------------------------------------------------
+
+    def worker_said(self, worker_id: str, body: Any) -> None:
+        """See `engine.seam.adapter.AdapterEvents.worker_said`."""
+        worker = self._by_id.get(worker_id)
+        if worker is None:
+            return
+        if isinstance(body, LogLine):
+            self._log(worker, body)
+        elif isinstance(body, Ready):
+            if worker.life is Life.STARTING:
+                worker.move(Life.READY)
+                worker.address = body.address
+                worker.ready_at = time.monotonic()
+                worker.ready.set()
+        elif isinstance(body, StartFailed):
+            worker.error = unpack_exception(body.error)
+            worker.ready.set()
+        elif isinstance(body, Reconfigured):
+            reply = worker.replies.get(body.token)
+            if reply is not None and not reply.done():
+                reply.set_result(body)
+
+    def worker_exited(self, exit: WorkerExit) -> None:
+        """See `engine.seam.adapter.AdapterEvents.worker_exited`."""
+        worker = self._by_id.pop(exit.worker_id, None)
+        if worker is None:
+            return
+        before = worker.life
+        worker.move(Life.GONE)
+        worker.exit_reason = exit.reason
+        if before is Life.STARTING and worker.error is None:
+            worker.error = BackendStartError(f"{worker.spec.name} {exit.reason} before it was ready{_tail(worker)}")
+        worker.ready.set()
+        worker.gone.set()
+        for reply in worker.replies.values():
+            if not reply.done():
+                reply.set_exception(EngineError(f"{worker.spec.name} {exit.reason}"))
+        if before is Life.READY:
+            self._on_exit(worker)
+
+    def _log(self, worker: Worker, line: LogLine) -> None:
+        if line.logger == "stderr":
+            worker.last_lines.append(line.text)
+        logger = logging.getLogger(f"engine.{worker.spec.name}")
+        if logger.isEnabledFor(line.level):
+            logger.log(line.level, "%s", line.text, extra={"worker_logger": line.logger})
+
+
+def _closed_error() -> EngineClosed:
+    return EngineClosed("the engine was shut down")
+
+
+def _tail(worker: Worker) -> str:
+    return "; its last words:\n" + "\n".join(worker.last_lines) if worker.last_lines else ""

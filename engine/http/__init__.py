@@ -1,0 +1,1 @@
+"""The ingress as an ASGI application, and results as HTTP. No server: that is a plug-in."""

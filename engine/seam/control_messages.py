@@ -1,0 +1,109 @@
+"""The control plane's messages: bodies of `engine.seam.messages.Control`.
+
+None of them is on the path of a call. Workers speak with the controller over a channel of their own; callers in other
+processes subscribe to routing snapshots at `Adapter.control_address`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from .snapshot import RoutingSnapshot
+
+__all__ = [
+    "Applied",
+    "Drain",
+    "Drained",
+    "LogLine",
+    "Ping",
+    "Pong",
+    "Publish",
+    "Ready",
+    "Reconfigure",
+    "Reconfigured",
+    "StartFailed",
+    "Subscribe",
+]
+
+
+class Ready(NamedTuple):
+    """Worker: I accept calls at ``address`` (empty for a worker that takes no calls)."""
+
+    address: str
+
+
+class StartFailed(NamedTuple):
+    """Worker: I cannot start. ``error`` is a packed exception (`engine.seam.serialization.pack_exception`)."""
+
+    error: bytes
+
+
+class LogLine(NamedTuple):
+    """Worker: user code or the engine logged, or wrote to a standard stream, there.
+
+    Attributes:
+        level: As in `logging`.
+        logger: The logger's name in the worker, or "stdout" / "stderr".
+        text: The formatted message.
+    """
+
+    level: int
+    logger: str
+    text: str
+
+
+class Ping(NamedTuple):
+    """Controller: are you there?"""
+
+    token: int
+
+
+class Pong(NamedTuple):
+    """Worker: I am. ``load`` is what it holds, queued and running."""
+
+    token: int
+    load: int
+
+
+class Reconfigure(NamedTuple):
+    """Controller: take this configuration. ``config`` is a pickled `BackendConfig`; ``user_config`` changed or not."""
+
+    token: int
+    config: bytes
+    user_config_changed: bool
+
+
+class Reconfigured(NamedTuple):
+    """Worker: done, or the packed exception that ``reconfigure`` raised."""
+
+    token: int
+    error: bytes | None
+
+
+class Drain(NamedTuple):
+    """Controller: take no more work, finish what you hold within ``timeout_s`` seconds and leave."""
+
+    timeout_s: float
+
+
+class Drained(NamedTuple):
+    """Worker: I hold nothing any more and am about to leave."""
+
+
+class Subscribe(NamedTuple):
+    """Caller: send me snapshots. An ``ingress`` is waited for when routes change."""
+
+    ingress: bool
+    worker_id: str = ""
+
+
+class Publish(NamedTuple):
+    """Controller: the picture as of now."""
+
+    snapshot: RoutingSnapshot
+
+
+class Applied(NamedTuple):
+    """Caller: this version of the snapshot rules here now."""
+
+    version: int

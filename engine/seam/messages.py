@@ -1,0 +1,123 @@
+"""What crosses a channel.
+
+Immutable tuples of bytes, ids and deadlines: no loop, no callback, no live object. A `Call` travels from a caller to
+a replica and is answered by exactly one `Reply` or `Failure`, or by any number of `Item` messages and one `End`.
+`Cancel` and `Credit` travel the way the call did. `Control` belongs to the channels between the controller and its
+workers and callers; calls never share a channel with it.
+
+Deadlines are absolute seconds of this process's ``time.monotonic()``; a transport carries them as time remaining.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, NamedTuple, TypeAlias
+
+__all__ = [
+    "HTTP",
+    "INITIAL_CREDIT",
+    "PYTHON",
+    "Call",
+    "Cancel",
+    "Control",
+    "Credit",
+    "End",
+    "Failure",
+    "FailureKind",
+    "Item",
+    "Message",
+    "Reply",
+]
+
+PYTHON: Final = 0
+"""`Call.kind` of a handle's call: ``payload`` is the pickled ``(args, kwargs)``, the result comes back pickled."""
+HTTP: Final = 1
+"""`Call.kind` of an HTTP request: ``head`` is the pickled scope, ``payload`` the body; the result comes encoded."""
+
+INITIAL_CREDIT: Final = 16
+"""Items a replica may send ahead of the consumer before it must wait for `Credit`."""
+
+
+class FailureKind:
+    """Why a call failed, as one byte on the wire."""
+
+    USER: Final = 0  # user code raised; `payload` is the packed exception
+    REFUSED: Final = 1  # the replica is full: the router may place the call again
+    DRAINING: Final = 2  # the replica takes no more calls: the router must place the call elsewhere
+    ENGINE: Final = 3  # the engine itself failed the call; `payload` is the packed `EngineError`
+
+
+class Call(NamedTuple):
+    """A request to run one method of a replica."""
+
+    id: int
+    kind: int
+    method: str
+    deadline: float | None
+    request_id: str
+    head: bytes
+    payload: bytes
+
+
+class Reply(NamedTuple):
+    """The whole answer to a call.
+
+    ``head`` is empty for `PYTHON` calls and, for `HTTP` ones, the JSON array ``[status, [[name, value], ...]]``.
+    ``load`` is what the replica still holds, queued and running.
+    """
+
+    id: int
+    load: int
+    head: bytes
+    payload: bytes
+
+
+class Failure(NamedTuple):
+    """The call failed; see `FailureKind`.
+
+    ``head`` is what an HTTP client is told, in the form of `Reply.head`, so that the ingress unpickles nothing; it is
+    empty for `PYTHON` calls.
+    """
+
+    id: int
+    load: int
+    kind: int
+    head: bytes
+    payload: bytes
+
+
+class Item(NamedTuple):
+    """One part of a streamed answer; the first one of an HTTP answer carries its head."""
+
+    id: int
+    head: bytes
+    payload: bytes
+
+
+class End(NamedTuple):
+    """The end of a streamed answer; ``failed`` when it broke off and the consumer must not take it for complete."""
+
+    id: int
+    load: int
+    failed: bool
+
+
+class Cancel(NamedTuple):
+    """The caller no longer waits for this call."""
+
+    id: int
+
+
+class Credit(NamedTuple):
+    """The consumer has room for ``amount`` more items."""
+
+    id: int
+    amount: int
+
+
+class Control(NamedTuple):
+    """A message of the control plane; see `engine.seam.control_messages`. Pickled on the wire."""
+
+    body: Any
+
+
+Message: TypeAlias = Call | Reply | Failure | Item | End | Cancel | Credit | Control

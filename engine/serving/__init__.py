@@ -1,0 +1,1 @@
+"""A replica: user code, and the door through which calls enter it."""

@@ -1,0 +1,164 @@
+"""A replica of plain callables: one call at a time, on the host's thread, straight between two reads of its sockets."""
+
+from __future__ import annotations
+
+import pickle
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any
+
+from ..config import BackendConfig
+from ..seam.adapter import ServiceHost
+from ..seam.control_messages import Reconfigure, Reconfigured
+from ..seam.serialization import pack_exception
+from .replica import FAREWELL_S, Job, Replica, awaited
+from .user_callable import Method
+
+if TYPE_CHECKING:
+    import asyncio
+
+__all__ = ["BlockingReplica"]
+
+
+class BlockingReplica(Replica):
+    """Runs plain callables one at a time on the host's thread."""
+
+    on_loop = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._queue: deque[Job] = deque()
+        self._batch_head: Job | None = None  # the call that `_batch_due` counts from
+        self._batch_due: float | None = None  # when the batch at the head of the queue runs, full or not
+        self._loop: asyncio.AbstractEventLoop | None = None  # for streams and stray coroutines; made when needed
+
+    def attach(self, host: ServiceHost) -> None:
+        """See `engine.seam.adapter.Service.attach`."""
+        self._host = host
+
+    def close(self) -> None:
+        """Release the private loop."""
+        if self._loop is not None:
+            self._loop.close()
+
+    def _begin(self, job: Job) -> None:
+        self._queue.append(job)
+
+    def run_next(self) -> float | None:
+        """See `engine.seam.adapter.Service.run_next`."""
+        while self._chores:
+            self._reconfigure(self._chores.popleft())
+        queue = self._queue
+        while queue and (queue[0].cancelled or queue[0].expired):
+            self._drop(queue.popleft())
+        if not queue:
+            return self._farewell()
+        method = queue[0].method
+        assert method is not None
+        if method.batched:
+            due = self._collect(method)
+            if due > 0:
+                return due
+        else:
+            self._run_one(queue.popleft())
+        # Another thread may have heard of more to do while user code ran.
+        return 0.0 if self._queue or self._chores or self._drain_until is not None else None
+
+    def _farewell(self) -> float | None:
+        """For how long to wait for callers to hang up, if the replica is to leave."""
+        if self._drain_until is None:
+            return None
+        now = time.monotonic()
+        if self._drained_since is None:
+            self._drained_since = now
+        return max(0.001, self._drained_since + FAREWELL_S - now)
+
+    def _run_one(self, job: Job) -> None:
+        method = job.method
+        assert method is not None
+        try:
+            args, kwargs = self._arguments(job)
+            result = self._run_user_code(method.function, *args, **kwargs)
+        except BaseException as error:
+            self._fail(job, error)
+            return
+        rest = self._succeed(job, result)
+        if rest is not None:
+            self._complete_rest(job, rest)
+
+    def _collect(self, method: Method) -> float:
+        """Run the batch at the head of the queue; or return for how many seconds it waits for more calls."""
+        batch = [job for job in self._queue if job.method is method][: self._batch_size]
+        if len(batch) < self._batch_size and self._config.batch_wait_timeout and self._drain_until is None:
+            now = time.monotonic()
+            if self._batch_due is None or self._batch_head is not batch[0]:
+                self._batch_head = batch[0]
+                self._batch_due = now + self._config.batch_wait_timeout
+            if now < self._batch_due:
+                return self._batch_due - now
+        self._batch_due = self._batch_head = None
+        taken = set(map(id, batch))
+        self._queue = deque(job for job in self._queue if id(job) not in taken)
+        live: list[Job] = []
+        for job in batch:
+            if job.cancelled or job.expired:
+                self._drop(job)
+            else:
+                live.append(job)
+        if live:
+            self._run_batch(method, live)
+        return 0.0
+
+    def _run_batch(self, method: Method, jobs: list[Job]) -> None:
+        jobs, items = self._batch_items(jobs)
+        if not jobs:
+            return
+        try:
+            results = self._run_user_code(method.function, items)
+        except BaseException as error:
+            for job in jobs:
+                self._fail(job, error)
+            return
+        for job, rest in self._spread(jobs, results):
+            self._complete_rest(job, rest)
+
+    def _reconfigure(self, chore: Reconfigure) -> None:
+        error = None
+        try:
+            config: BackendConfig = pickle.loads(chore.config)
+            if chore.user_config_changed:
+                self._run_user_code(self._user.reconfigure, config.user_config)
+            self._take(config)
+        except BaseException as failure:
+            error = pack_exception(failure)
+        self._tell(Reconfigured(chore.token, error))
+
+    def _run_user_code(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        host = self._host
+        assert host is not None
+        host.step_out()
+        try:
+            result = function(*args, **kwargs)
+            return self._complete(awaited(result)) if hasattr(result, "__await__") else result
+        finally:
+            host.step_in()
+
+    def _complete(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        if self._loop is None:
+            import asyncio
+
+            self._loop = asyncio.new_event_loop()
+        return self._loop.run_until_complete(coroutine)
+
+    def _complete_rest(self, job: Job, rest: Coroutine[Any, Any, None]) -> None:
+        try:
+            self._complete(rest)
+        except BaseException as error:  # the end of a stream, say, that raised while it was closed
+            self._fail(job, error)
+
+    async def _between_items(self, job: Job) -> None:
+        assert self._host is not None
+        self._host.poll(0.0)
+        while job.credit <= 0 and not job.cancelled:
+            self._host.poll(None)

@@ -1,0 +1,105 @@
+"""Where user code runs: which replica, if any, and whether blocking here would stop an event loop.
+
+A worker process runs one replica, so a process-wide context is right there for every thread user code starts. Replicas
+of the inline adapter share a process; each has a context variable in its own thread.
+"""
+
+from __future__ import annotations
+
+import threading
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+from ..errors import EngineError, WouldBlock
+
+if TYPE_CHECKING:
+    from ..calling.handle import AsyncHandle, Handle
+
+__all__ = ["ReplicaContext", "check_may_block", "enter_replica", "get_replica_context"]
+
+
+@dataclass(frozen=True)
+class ReplicaContext:
+    """What a backend can know of where it runs.
+
+    Attributes:
+        engine_id: The engine that runs it.
+        backend_tag: The backend it is a copy of.
+        replica_tag: The copy, e.g. ``"model#3"``.
+    """
+
+    engine_id: str
+    backend_tag: str
+    replica_tag: str
+    _adapter_name: str
+    _control_address: str
+    _on_loop: bool
+
+    @overload
+    def get_handle(self, endpoint: str, sync: Literal[True]) -> Handle: ...
+    @overload
+    def get_handle(self, endpoint: str, sync: Literal[False]) -> AsyncHandle: ...
+    @overload
+    def get_handle(self, endpoint: str, sync: None = None) -> Any: ...
+
+    def get_handle(self, endpoint: str, sync: bool | None = None) -> Handle | AsyncHandle:
+        """A handle to another endpoint of the same engine.
+
+        Args:
+            endpoint: Its name; checked when the handle is first used.
+            sync: The kind of handle; by default the kind that suits this backend: sync for a plain callable, async
+                for one with ``async def`` methods.
+        """
+        from ..calling.handle import make_handle
+
+        wants_sync = not self._on_loop if sync is None else sync
+        return make_handle(self.engine_id, self._adapter_name, self._control_address, endpoint, sync=wants_sync)
+
+
+_context: ContextVar[ReplicaContext | None] = ContextVar("engine_replica", default=None)
+_process_context: ReplicaContext | None = None
+_loop_threads: set[int] = set()  # threads that run the event loop of an async backend
+
+
+def enter_replica(context: ReplicaContext, *, whole_process: bool) -> None:
+    """Declare that this thread (or the whole process) belongs to a replica from now on."""
+    global _process_context
+    _context.set(context)
+    if whole_process:
+        _process_context = context
+
+
+def mark_loop_thread() -> None:
+    """Declare that this thread runs the event loop of an async backend."""
+    _loop_threads.add(threading.get_ident())
+
+
+def unmark_loop_thread() -> None:
+    """Take `mark_loop_thread` back."""
+    _loop_threads.discard(threading.get_ident())
+
+
+def get_replica_context() -> ReplicaContext:
+    """The context of the replica this code runs in.
+
+    Raises:
+        errors.EngineError: Called outside a replica.
+    """
+    context = _context.get() or _process_context
+    if context is None:
+        raise EngineError("get_replica_context() was called outside a backend: only a replica has a context")
+    return context
+
+
+def check_may_block(what: str) -> None:
+    """Refuse to block the event loop that an async backend runs on.
+
+    Raises:
+        errors.WouldBlock: This thread runs such a loop.
+    """
+    if _loop_threads and threading.get_ident() in _loop_threads:
+        raise WouldBlock(
+            f"{what} would block the event loop of this async backend: get the handle with "
+            "get_handle(name, sync=False) and await it, or await the ref"
+        )
