@@ -777,7 +777,7 @@ async def test_the_full_lane_is_imported_before_it_is_needed(monkeypatch: pytest
 
 def test_plain_serving_imports_no_protocols() -> None:
     program = (
-        "import sys, engine_http, engine_http.plain, engine_http.settings, hypercorn.config\n"
+        "import sys, engine_http, engine_http.connections, engine_http.plain, engine_http.settings, hypercorn.config\n"
         "print(sorted({m.split('.')[0] for m in sys.modules} & {'h11', 'h2', 'wsproto', 'starlette', 'priority'}))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

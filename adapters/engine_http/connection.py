@@ -1,4 +1,4 @@
-"""Connections: their sockets, their lives, and which lane their requests take.
+"""One connection: its socket, its life, and which lane its requests take.
 
 A `Connection` begins in the plain lane (`engine_http.plain`), which serves ordinary HTTP/1.1 requests at little cost.
 The first thing it meets that is not ordinary moves it for good to the other lane (`engine_http.full`), where hypercorn
@@ -15,120 +15,41 @@ Everything here runs on one asyncio loop, and only its thread touches it.
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 import socket
-import time
 from collections.abc import Coroutine
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import Any, Protocol, cast
 
-from engine.seam.ingress_server import ASGIApp
+from .lane import Lane, LaneWithTask
+from .server_context import ServerContext
 
-if TYPE_CHECKING:
-    from hypercorn.asyncio.worker_context import WorkerContext
-    from hypercorn.config import Config
-
-__all__ = ["Connection", "Connections", "Lane"]
+__all__ = ["Connection", "Owner"]
 
 log = logging.getLogger("engine.http")
 
-READ_AHEAD = 64 * 1024
-"""Bytes taken from a client before the application took those before."""
 
-
-class Lane(Protocol):
-    """What serves the requests of one connection."""
-
-    def data(self, data: bytes) -> None:
-        """Take what the client sent."""
-
-    def lost(self) -> None:
-        """The client is gone."""
-
-    def flush(self) -> None:
-        """Write what was held back."""
-
-
-class Connections:
-    """All connections of one server.
-
-    Args:
-        app: The application.
-        config: Hypercorn's configuration.
-        loop: The loop that everything here runs on.
-    """
-
-    def __init__(self, app: ASGIApp, config: Config, loop: asyncio.AbstractEventLoop) -> None:
-        self.app = app
-        self.config = config
-        self.loop = loop
-        self.logs_access = config.log.access_logger is not None
-        self.stopping = False  # whether each connection is to be closed after its request
-        self._open: set[Connection] = set()
-        self._none_left = asyncio.Event()
-        self._none_left.set()
-        self._common_second = 0
-        self._common = b""
-
-    def __repr__(self) -> str:
-        return f"<Connections {len(self._open)} open>"
-
-    @functools.cached_property
-    def context(self) -> WorkerContext:
-        """What hypercorn's protocols know of their server; only the full lane needs it, and it is slow to import."""
-        from hypercorn.asyncio.worker_context import WorkerContext
-
-        return WorkerContext(None)
-
-    def common_headers(self) -> bytes:
-        """The header lines that every HTTP/1.1 answer gets, the date among them."""
-        second = int(time.time())
-        if second != self._common_second:
-            self._common_second = second
-            self._common = b"".join(b"%b: %b\r\n" % pair for pair in self.config.response_headers("h11"))
-        return self._common
-
-    def accept(self) -> Connection:
-        """Make the protocol of a new connection."""
-        return Connection(self)
+class Owner(Protocol):
+    """What keeps the connections of a server and makes their lanes: `engine_http.connections.Connections`."""
 
     def add(self, connection: Connection) -> None:
         """Take note of a connection that opened."""
-        self._open.add(connection)
-        self._none_left.clear()
 
     def discard(self, connection: Connection) -> None:
         """Forget a connection that is closed and whose application calls have ended."""
-        self._open.discard(connection)
-        if not self._open:
-            self._none_left.set()
 
-    async def finish(self) -> None:
-        """Close idle connections, let active ones finish their request, return when none is left."""
-        await self._stop()
-        for connection in list(self._open):
-            if connection.idle:
-                connection.close()
-        await self._none_left.wait()
+    def plain_lane(self, connection: Connection) -> Lane:
+        """Make the lane that a connection begins in."""
 
-    async def break_off(self, timeout_s: float) -> None:
-        """Break what is left."""
-        await self._stop()
-        for connection in list(self._open):
-            connection.break_off()
-        try:
-            await asyncio.wait_for(self._none_left.wait(), timeout_s)
-        except asyncio.TimeoutError:
-            log.warning("%d connections did not end with their server", len(self._open))
-
-    async def _stop(self) -> None:
-        self.stopping = True
-        if "context" in self.__dict__:
-            await self.context.terminated.set()
+    def full_lane(self, connection: Connection, *, http2: bool) -> LaneWithTask:
+        """Make the lane for what is not ordinary. ``http2`` says that the client chose HTTP/2 already."""
 
 
 class Connection(asyncio.Protocol):
-    """One client's connection. Made by `Connections.accept`.
+    """One client's connection. Made by `engine_http.connections.Connections.accept`.
+
+    Args:
+        context: What it shares with the server's other connections.
+        owner: What keeps it and makes its lanes.
 
     Attributes:
         tls: The TLS object, or None.
@@ -145,9 +66,10 @@ class Connection(asyncio.Protocol):
     _lane: Lane
     _idle_timer: asyncio.TimerHandle
 
-    def __init__(self, owner: Connections) -> None:
-        self.owner = owner
-        self.loop = owner.loop
+    def __init__(self, context: ServerContext, owner: Owner) -> None:
+        self.context = context
+        self.loop = context.loop
+        self._owner = owner
         self.requests = 0
         self.closing = False
         self.lost = False
@@ -165,19 +87,17 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin to serve the client."""
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is not an instance of it
-        self.owner.add(self)
+        self._owner.add(self)
         family = transport.get_extra_info("socket").family
         self.client = _address(family, transport.get_extra_info("peername"))
         self.server = _address(family, transport.get_extra_info("sockname"))
         self.tls = transport.get_extra_info("ssl_object")
         self._idle_since = self.loop.time()
-        self._idle_timer = self.loop.call_later(self.owner.config.keep_alive_timeout, self._check_idle)
+        self._idle_timer = self.loop.call_later(self.context.config.keep_alive_timeout, self._check_idle)
         if self.tls is not None and self.tls.selected_alpn_protocol() == "h2":
             self.take_full_lane(b"", http2=True)
         else:
-            from .plain import PlainLane
-
-            self._lane = PlainLane(self)
+            self._lane = self._owner.plain_lane(self)
 
     def data_received(self, data: bytes) -> None:
         """Take what the client sent."""
@@ -194,7 +114,7 @@ class Connection(asyncio.Protocol):
         self.resume_writing()
         self._lane.lost()
         if not self._tasks:
-            self.owner.discard(self)
+            self._owner.discard(self)
 
     def pause_writing(self) -> None:
         """Make writers wait: the client takes less than it is given."""
@@ -225,9 +145,7 @@ class Connection(asyncio.Protocol):
             data: What the client sent and nobody served yet.
             http2: It chose HTTP/2 already.
         """
-        from .full import FullLane
-
-        self._lane = lane = FullLane(self, http2=http2)
+        self._lane = lane = self._owner.full_lane(self, http2=http2)
         if data:
             lane.data(data)
         self.spawn(lane.serve())
@@ -287,11 +205,11 @@ class Connection(asyncio.Protocol):
             log.debug("a connection failed", exc_info=task.exception())
             self.close()
         if self.lost and not self._tasks:
-            self.owner.discard(self)
+            self._owner.discard(self)
 
     def _check_idle(self) -> None:
         # One timer per connection that looks back, rather than one per request that is cancelled.
-        timeout_s = self.owner.config.keep_alive_timeout
+        timeout_s = self.context.config.keep_alive_timeout
         left_s = timeout_s
         if self._idle_since is not None:
             left_s = self._idle_since + timeout_s - self.loop.time()

@@ -25,7 +25,7 @@ from hypercorn.typing import ConnectionState
 
 from engine.seam.ingress_server import ASGIApp, StreamBroken
 
-from .connection import READ_AHEAD
+from .lane import READ_AHEAD
 
 if TYPE_CHECKING:
     from hypercorn.config import Config
@@ -57,13 +57,13 @@ class FullLane:
         self._outbox: list[bytes] = []
         self._outbox_bytes = 0
         self._flush_handle: asyncio.Handle | None = None
-        owner = connection.owner
+        context = connection.context
         # hypercorn wants its own wrapper of an application, which only its own task group looks at
         self._args: list[Any] = [
-            owner.app,
-            owner.config,
-            owner.context,
-            _Tasks(connection, owner.app),
+            context.app,
+            context.config,
+            context.hypercorn,
+            _Tasks(connection, context.app),
             ConnectionState({}),
             connection.tls is not None,
             connection.client,
@@ -73,7 +73,7 @@ class FullLane:
         self._protocol: _H1 | _H2 = _H2(*self._args) if http2 else _H1(*self._args)
 
     def data(self, data: bytes) -> None:
-        """See `engine_http.connection.Lane.data`."""
+        """See `engine_http.lane.Lane.data`."""
         self._inbox.append(data)
         self._inbox_bytes += len(data)
         if self._inbox_bytes > READ_AHEAD:
@@ -81,14 +81,14 @@ class FullLane:
         self._wake()
 
     def lost(self) -> None:
-        """See `engine_http.connection.Lane.lost`."""
+        """See `engine_http.lane.Lane.lost`."""
         self._outbox.clear()
         # whatever hypercorn waits for in the middle of an event, it waits in vain
         if self._task is not None:
             self._task.cancel()
 
     def flush(self) -> None:
-        """See `engine_http.connection.Lane.flush`."""
+        """See `engine_http.lane.Lane.flush`."""
         if self._flush_handle is not None:
             self._flush_handle.cancel()
             self._flush_handle = None
@@ -103,8 +103,8 @@ class FullLane:
         connection = self._connection
         self._task = asyncio.current_task()
         try:
-            if connection.owner.stopping:
-                await connection.owner.context.terminated.set()
+            if connection.context.stopping:
+                await connection.context.hypercorn.terminated.set()
             await self._protocol.initiate()
             while not connection.lost:
                 while self._inbox and not connection.closing:
@@ -156,7 +156,7 @@ class FullLane:
             connection.set_idle(event.idle)
             if event.idle:
                 self.flush()
-                if connection.owner.stopping and not self._inbox:
+                if connection.context.stopping and not self._inbox:
                     connection.close()
         elif isinstance(event, Closed):
             connection.close()

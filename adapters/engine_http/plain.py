@@ -20,7 +20,7 @@ from urllib.parse import unquote
 
 from engine.seam.ingress_server import StreamBroken
 
-from .connection import READ_AHEAD
+from .lane import READ_AHEAD
 
 if TYPE_CHECKING:
     from .connection import Connection
@@ -58,7 +58,7 @@ class PlainLane:
         self._to_discard = 0
 
     def data(self, data: bytes) -> None:
-        """See `engine_http.connection.Lane.data`."""
+        """See `engine_http.lane.Lane.data`."""
         exchange = self._exchange
         if exchange is None:
             if self._to_discard:
@@ -78,19 +78,19 @@ class PlainLane:
                 self._connection.pause_reading()
 
     def lost(self) -> None:
-        """See `engine_http.connection.Lane.lost`."""
+        """See `engine_http.lane.Lane.lost`."""
         if self._exchange is not None:
             self._exchange.leave()
 
     def flush(self) -> None:
-        """See `engine_http.connection.Lane.flush`: nothing is ever held back."""
+        """See `engine_http.lane.Lane.flush`: nothing is ever held back."""
 
     def _begin(self) -> None:
         """Begin the next request, if its head is complete."""
         data = self._waiting
         end = data.find(b"\r\n\r\n") + 4
         if end == 3:
-            if len(data) > self._connection.owner.config.h11_max_incomplete_size or not 65 <= data[0] <= 90:
+            if len(data) > self._connection.context.config.h11_max_incomplete_size or not 65 <= data[0] <= 90:
                 self._connection.take_full_lane(data)
             return
         matched = _HEAD.fullmatch(data, 0, end)
@@ -120,7 +120,7 @@ class PlainLane:
             self._waiting = b""
             connection.resume_reading()
             connection.loop.call_later(_LINGER_S, connection.close)
-        elif exchange.closes or connection.owner.stopping:
+        elif exchange.closes or connection.context.stopping:
             connection.close()
         else:
             connection.set_idle(True)
@@ -228,7 +228,7 @@ class Exchange:
         if hosts != 1:
             return None
         connection = lane.connection
-        config = connection.owner.config
+        config = connection.context.config
         if config.server_names:
             return None
         raw_path, _, query = target.partition(b"?")
@@ -254,10 +254,10 @@ class Exchange:
 
     async def run(self) -> None:
         """Run the application."""
-        if self._connection.owner.logs_access:
+        if self._connection.context.logs_access:
             self._began = time.time()
         try:
-            await self._connection.owner.app(self._scope, self.receive, self.send)
+            await self._connection.context.app(self._scope, self.receive, self.send)
         except StreamBroken:
             pass  # who raised it has said why
         except Exception:
@@ -359,7 +359,7 @@ class Exchange:
             self._headers = list(headers)
         self._without_body = self._scope["method"] == "HEAD" or status in (204, 304)
         self._answer_left = length
-        self._head = [_status_line(status), block, self._connection.owner.common_headers()]
+        self._head = [_status_line(status), block, self._connection.context.common_headers()]
 
     def _write(self, body: bytes, more: bool) -> None:
         connection = self._connection
@@ -402,7 +402,7 @@ class Exchange:
             else:
                 self._answer_left = size
                 head.append(b"content-length: %d\r\n" % size)
-        if self.closes or self.missing or self._connection.owner.stopping:
+        if self.closes or self.missing or self._connection.context.stopping:
             self.closes = True
             head.append(b"connection: close\r\n")
         head.append(b"\r\n")
@@ -421,7 +421,7 @@ class Exchange:
     async def _log_access(self) -> None:
         response: Any = {"status": self._status, "headers": self._headers}
         scope: Any = self._scope
-        await self._connection.owner.config.log.access(scope, response, time.time() - self._began)
+        await self._connection.context.config.log.access(scope, response, time.time() - self._began)
 
 
 def _status_line(status: int) -> bytes:

@@ -34,7 +34,12 @@ def _import_full_lane_aside() -> None:
 class HypercornServer:
     """An `engine.seam.ingress_server.IngressServer`."""
 
-    preload: tuple[str, ...] = ("engine_http.plain", "engine_http.settings", "hypercorn.config")
+    preload: tuple[str, ...] = (
+        "engine_http.connections",
+        "engine_http.plain",
+        "engine_http.settings",
+        "hypercorn.config",
+    )
 
     def validate(self, options: HTTPOptions) -> None:
         """Check the settings that are hypercorn's.
@@ -61,13 +66,14 @@ class HypercornServer:
         Raises:
             engine.errors.InvalidArgument: A setting turned out to be wrong only now.
         """
-        from .connection import Connections
+        from .connections import Connections
+        from .server_context import ServerContext
         from .settings import build_config, tls_context
 
         config = build_config(options)
-        context = tls_context(config)
+        tls = tls_context(config)
         loop = asyncio.get_running_loop()
-        connections = Connections(app, config, loop)
+        connections = Connections(ServerContext(app, config, loop))
         servers: list[asyncio.Server] = []
         try:
             for sock in sockets:
@@ -76,9 +82,9 @@ class HypercornServer:
                 server = await loop.create_server(
                     connections.accept,
                     sock=own,
-                    ssl=context,
+                    ssl=tls,
                     backlog=config.backlog,
-                    ssl_handshake_timeout=config.ssl_handshake_timeout if context is not None else None,
+                    ssl_handshake_timeout=config.ssl_handshake_timeout if tls is not None else None,
                 )
                 servers.append(server)
             started()

@@ -1,0 +1,34 @@
+"""What a lane is: it serves the requests of one connection.
+
+There are two, `engine_http.plain.PlainLane` and `engine_http.full.FullLane`; `engine_http.connection` says which
+requests take which. A lane runs on the loop of its connection, and only the loop's thread touches it.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+__all__ = ["READ_AHEAD", "Lane", "LaneWithTask"]
+
+READ_AHEAD = 64 * 1024
+"""Bytes taken from a client before the application took those before."""
+
+
+class Lane(Protocol):
+    """What serves the requests of one connection."""
+
+    def data(self, data: bytes) -> None:
+        """Take what the client sent."""
+
+    def lost(self) -> None:
+        """The client is gone."""
+
+    def flush(self) -> None:
+        """Write what was held back."""
+
+
+class LaneWithTask(Lane, Protocol):
+    """A lane that serves in a task of its own, which the connection runs."""
+
+    async def serve(self) -> None:
+        """Serve what comes until the client is gone."""
