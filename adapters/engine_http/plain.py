@@ -5,7 +5,7 @@ One regular expression, which matches in linear time, says whether a head is tha
 the full lane from its first byte on, which serves it or says what is wrong with it; so nothing is interpreted here that
 could be understood in two ways. An answer leaves in one write.
 
-A request is served by an `Exchange`, one at a time; what the client sends ahead waits.
+A request is served by a `Cycle`, one at a time; what the client sends ahead waits.
 """
 
 from __future__ import annotations
@@ -54,24 +54,24 @@ class PlainLane:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._waiting = b""  # sent by the client, belonging to no request that has begun
-        self._exchange: Exchange | None = None
+        self._cycle: Cycle | None = None
         self._to_discard = 0
 
     def data(self, data: bytes) -> None:
         """See `engine_http.lane.Lane.data`."""
-        exchange = self._exchange
-        if exchange is None:
+        cycle = self._cycle
+        if cycle is None:
             if self._to_discard:
                 self._discard(len(data))
                 return
             self._waiting = self._waiting + data if self._waiting else data
             self._begin()
-        elif exchange.missing:
-            missing = exchange.missing
+        elif cycle.missing:
+            missing = cycle.missing
             if len(data) > missing:
                 self._waiting = data[missing:]
                 data = data[:missing]
-            exchange.feed(data)
+            cycle.feed(data)
         else:
             self._waiting += data
             if len(self._waiting) > READ_AHEAD:
@@ -79,8 +79,8 @@ class PlainLane:
 
     def lost(self) -> None:
         """See `engine_http.lane.Lane.lost`."""
-        if self._exchange is not None:
-            self._exchange.leave()
+        if self._cycle is not None:
+            self._cycle.leave()
 
     def flush(self) -> None:
         """See `engine_http.lane.Lane.flush`: nothing is ever held back."""
@@ -94,33 +94,33 @@ class PlainLane:
                 self._connection.take_full_lane(data)
             return
         matched = _HEAD.fullmatch(data, 0, end)
-        exchange = Exchange.of(matched, self) if matched is not None else None
-        if exchange is None:
+        cycle = Cycle.of(matched, self) if matched is not None else None
+        if cycle is None:
             self._connection.take_full_lane(data)
             return
-        self._exchange = exchange
-        missing = exchange.missing
+        self._cycle = cycle
+        missing = cycle.missing
         if missing:
             self._waiting = data[end + missing :]
             if end < len(data):
-                exchange.feed(data[end : end + missing])
+                cycle.feed(data[end : end + missing])
         else:
             self._waiting = data[end:]
         connection = self._connection
         connection.requests += 1
         connection.set_idle(False)
-        connection.spawn(exchange.run())
+        connection.spawn(cycle.run())
 
-    def answered(self, exchange: Exchange) -> None:
-        """An exchange wrote its whole answer."""
+    def answered(self, cycle: Cycle) -> None:
+        """A cycle wrote its whole answer."""
         connection = self._connection
-        self._exchange = None
-        if exchange.missing:
-            self._to_discard = exchange.missing
+        self._cycle = None
+        if cycle.missing:
+            self._to_discard = cycle.missing
             self._waiting = b""
             connection.resume_reading()
             connection.loop.call_later(_LINGER_S, connection.close)
-        elif exchange.closes or connection.context.stopping:
+        elif cycle.closes or connection.context.stopping:
             connection.close()
         else:
             connection.set_idle(True)
@@ -129,8 +129,8 @@ class PlainLane:
                 self._begin()
 
     def broken(self) -> None:
-        """An exchange ended in the middle of its answer: only the connection's end can tell the client."""
-        self._exchange = None
+        """A cycle ended in the middle of its answer: only the connection's end can tell the client."""
+        self._cycle = None
         self._connection.close()
 
     def _discard(self, amount: int) -> None:
@@ -144,7 +144,7 @@ class PlainLane:
         return self._connection
 
 
-class Exchange:
+class Cycle:
     """One request and its answer, as ASGI.
 
     Attributes:
@@ -198,8 +198,8 @@ class Exchange:
         self._headers: list[tuple[bytes, bytes]] = []
 
     @classmethod
-    def of(cls, matched: re.Match[bytes], lane: PlainLane) -> Exchange | None:
-        """Make the exchange of a well-formed head, or None if there is something about it that is not ordinary."""
+    def of(cls, matched: re.Match[bytes], lane: PlainLane) -> Cycle | None:
+        """Make the cycle of a well-formed head, or None if there is something about it that is not ordinary."""
         method, target, fields = matched.groups()
         headers: list[tuple[bytes, bytes]] = []
         hosts = 0
