@@ -1,4 +1,4 @@
-"""The engine: what an application creates, and the thread its controller runs in."""
+"""The engine: what an application creates. It checks what it is asked for, and has it done by a controller."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import Any, Literal, TypeVar, overload
 
 from .calling.client import Client
 from .calling.connectors import register_connector, unregister_connector
@@ -15,19 +15,36 @@ from .calling.handle import AsyncHandle, Handle, make_handle
 from .calling.ref import get as get_results
 from .calling.ref import wait as wait_for
 from .calling.traffic import validate_proportion, validate_weights
-from .config import BackendConfig, HTTPOptions, resources_of
+from .config import BackendConfig, HTTPOptions
 from .control.backend_plan import BackendPlan, pack_target
+from .control.operations import (
+    CreateBackend,
+    CreateEndpoint,
+    DeleteBackend,
+    DeleteEndpoint,
+    GetBackendConfig,
+    GetOptions,
+    ListBackends,
+    ListEndpoints,
+    Operation,
+    Runs,
+    SetTraffic,
+    ShadowTraffic,
+    Statistics,
+    UpdateBackendConfig,
+)
 from .control.runner import Runner
 from .errors import EndpointNotFound, EngineClosed, InvalidArgument
-from .seam.adapter import Adapter, RemoteController
+from .seam.adapter import Adapter
+from .seam.detached import Detachable, RemoteController
+from .seam.may_block import check_may_block
 from .seam.plugins import load_adapter
+from .seam.resources import resources_of
 from .seam.serialization import dumps_by_value
 from .seam.snapshot import EndpointEntry
-from .serving.context import check_may_block
 from .serving.user_callable import accepts_batches, is_blocking
 
-if TYPE_CHECKING:
-    from .control.remote_runner import RemoteRunner
+T = TypeVar("T")
 
 __all__ = ["Engine"]
 
@@ -72,13 +89,13 @@ class Engine:
         adapter = _adapter_of(backend)
         if detached:
             assert name is not None
-            self._attach(name, adapter, adapter.detach(name, self._http))
+            self._attach(name, adapter, _detachable(adapter, name).detach(name, self._http))
             return
         self._set_up(name, adapter, os.urandom(6).hex())
         self._client = Client(self._id, adapter)
         self._client.register()
         try:
-            self._runner: Runner | RemoteRunner = Runner(self._id, adapter, self._client, self._http)
+            self._runner: Runs = Runner(self._id, adapter, self._client, self._http)
         except BaseException:  # there is no thread to be had
             self._client.close()
             self._unhook()
@@ -98,15 +115,15 @@ class Engine:
         _check_name(name, "name")
         adapter = _adapter_of(backend)
         engine = cls.__new__(cls)
-        runner = engine._attach(name, adapter, adapter.detach(name, None))
+        engine._attach(name, adapter, _detachable(adapter, name).detach(name, None))
         try:
-            engine._http = runner.http_options()
+            engine._http = engine._runner.run(GetOptions())
         except BaseException:
-            engine._close(runner.leave)
+            engine._leave(0.0)
             raise
         return engine
 
-    def _attach(self, name: str, adapter: Adapter, controller: RemoteController) -> RemoteRunner:
+    def _attach(self, name: str, adapter: Adapter, controller: RemoteController) -> None:
         from .control.remote_runner import RemoteRunner
 
         self._set_up(name, adapter, controller.engine_id)
@@ -116,16 +133,13 @@ class Engine:
             self._unhook()
             controller.leave(ended=False)
             raise
-        self._detached = True
-        runner = self._runner = RemoteRunner(controller, self._client)
-        return runner
+        self._runner = RemoteRunner(controller, self._client)
 
     def _set_up(self, name: str | None, adapter: Adapter, engine_id: str) -> None:
         self.name = name
         self._id = engine_id
         self._pid = os.getpid()
         self._adapter: Adapter = adapter
-        self._detached = False
         self._closed = False
         self._shutdown_lock = threading.RLock()  # a signal handler may shut down what is shutting down
         register_connector(self._id, adapter)
@@ -184,7 +198,7 @@ class Engine:
             reconfigurable=isinstance(func_or_class, type) and callable(getattr(func_or_class, "reconfigure", None)),
         )
         plan.check(plan.config)
-        self._control("create_backend", plan)
+        self._control(CreateBackend(plan))
 
     def update_backend_config(self, tag: str, config: BackendConfig | Mapping[str, Any]) -> None:
         """Change fields of a backend's configuration; returns when every replica has taken the change.
@@ -196,7 +210,7 @@ class Engine:
             errors.InvalidArgument: The backend is unknown, or a field is wrong.
             BaseException: What ``reconfigure`` or a new replica's constructor raised.
         """
-        self._control("update_backend_config", tag, config)
+        self._control(UpdateBackendConfig(tag, config))
 
     def get_backend_config(self, tag: str) -> BackendConfig:
         """A backend's configuration as it rules now.
@@ -204,13 +218,11 @@ class Engine:
         Raises:
             errors.InvalidArgument: The backend is unknown.
         """
-        config: BackendConfig = self._control("get_backend_config", tag)
-        return config
+        return self._control(GetBackendConfig(tag))
 
     def list_backends(self) -> dict[str, BackendConfig]:
         """The configurations of all backends by tag."""
-        configs: dict[str, BackendConfig] = self._control("list_backends")
-        return configs
+        return self._control(ListBackends())
 
     def delete_backend(self, tag: str, force: bool = False) -> None:
         """End a backend that no endpoint uses; its replicas finish what they hold first.
@@ -222,7 +234,7 @@ class Engine:
         Raises:
             errors.InvalidArgument: The backend is unknown, or an endpoint uses it.
         """
-        self._control("delete_backend", tag, force=force)
+        self._control(DeleteBackend(tag, force))
 
     # -- endpoints -----------------------------------------------------------------------------------------------------
 
@@ -250,7 +262,7 @@ class Engine:
 
             validate_route(route)
         entry = EndpointEntry(name, route, _checked_methods(methods), ((backend, 1.0),))
-        self._control("create_endpoint", entry)
+        self._control(CreateEndpoint(entry))
 
     def delete_endpoint(self, name: str) -> None:
         """Remove an endpoint and its route; calls in flight finish.
@@ -258,11 +270,11 @@ class Engine:
         Raises:
             errors.InvalidArgument: It is unknown.
         """
-        self._control("delete_endpoint", name)
+        self._control(DeleteEndpoint(name))
 
     def list_endpoints(self) -> dict[str, dict[str, Any]]:
         """Every endpoint by name: its ``route``, ``methods``, ``traffic`` and ``shadows``."""
-        entries = self._control("list_endpoints")
+        entries = self._control(ListEndpoints())
         return {
             name: {
                 "route": entry.route,
@@ -284,7 +296,7 @@ class Engine:
             errors.InvalidArgument: The endpoint or a backend is unknown, or a weight is wrong.
         """
         self._check_open()
-        self._control("set_traffic", name, validate_weights(weights))
+        self._control(SetTraffic(name, validate_weights(weights)))
 
     def shadow_traffic(self, name: str, tag: str, proportion: float) -> None:
         """Send copies of an endpoint's calls to a backend, off the callers' path; 0 ends it.
@@ -298,7 +310,7 @@ class Engine:
             errors.InvalidArgument: The endpoint or the backend is unknown, or the proportion is wrong.
         """
         self._check_open()
-        self._control("shadow_traffic", name, tag, validate_proportion(proportion))
+        self._control(ShadowTraffic(name, tag, validate_proportion(proportion)))
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
@@ -315,8 +327,8 @@ class Engine:
         """
         self._check_open()
         if name not in self._client.snapshot.endpoints:
-            known = ", ".join(map(repr, self._client.snapshot.endpoints)) or "none"
-            raise EndpointNotFound(f"there is no endpoint {name!r}; the endpoints are: {known}")
+            names = ", ".join(map(repr, self._client.snapshot.endpoints)) or "none"
+            raise EndpointNotFound(f"there is no endpoint {name!r}; the endpoints are: {names}")
         handle = make_handle(self._id, self._adapter.name, self._adapter.control_address, name, sync=sync)
         return handle.bound_to(self._client)
 
@@ -331,13 +343,13 @@ class Engine:
             errors.DeadlineExceeded: They did not come in time.
             BaseException: Whatever a call raised.
         """
-        return get_results(ref, timeout, self._adapter.refs)
+        return get_results(ref, timeout, self._client.refs)
 
     def wait(
         self, refs: Sequence[Any], num_returns: int = 1, timeout: float | None = None
     ) -> tuple[list[Any], list[Any]]:
         """Wait until some refs have settled: ``(ready, not_ready)``, at most ``num_returns`` of them in ``ready``."""
-        return wait_for(refs, num_returns, timeout, self._adapter.refs)
+        return wait_for(refs, num_returns, timeout, self._client.refs)
 
     # -- HTTP ----------------------------------------------------------------------------------------------------------
 
@@ -351,7 +363,8 @@ class Engine:
     def asgi(self) -> Any:
         """The ingress as an ASGI application, to mount in another one (on an asyncio server)."""
         self._check_open()
-        from .http.ingress import Ingress, wrap_middlewares
+        from .http.guard import wrap_middlewares
+        from .http.ingress import Ingress
 
         http = self._http
         ingress = Ingress(
@@ -373,8 +386,7 @@ class Engine:
             "url": base URL}}}``. Calls over HTTP are those of the process that serves them, this one for
             `asgi` and inline.
         """
-        counted: dict[str, Any] = self._control("statistics", self._client.statistics())
-        return counted
+        return self._control(Statistics(self._client.statistics()))
 
     def shutdown(self, timeout_s: float = 5.0) -> None:
         """Stop taking calls, let those in flight finish, end every worker and release everything (idempotent).
@@ -398,11 +410,7 @@ class Engine:
 
     def _leave(self, timeout_s: float) -> None:
         """Shut down; or, if the engine is detached, let go of it."""
-        runner = self._runner
-        if isinstance(runner, Runner):
-            self.shutdown(timeout_s)
-        else:
-            self._close(runner.leave)
+        self._close(lambda: self._runner.leave(timeout_s))
 
     def __enter__(self) -> Engine:
         """Start; errors of the adapter show here, and then nothing of the engine is left."""
@@ -448,12 +456,12 @@ class Engine:
             self._client.check_open()  # which knows why
             raise EngineClosed("the engine is being shut down")
 
-    def _control(self, operation: str, *args: Any, **kwargs: Any) -> Any:
+    def _control(self, operation: Operation[T]) -> T:
         """Have the controller do something, and wait for it."""
         self._check_open()
         check_may_block("a control call of the engine")
         self._runner.wait_started()
-        return self._runner.run(operation, *args, **kwargs)
+        return self._runner.run(operation)
 
     def _validate_server_options(self) -> None:
         if self._http.server_options:
@@ -470,6 +478,15 @@ def _adapter_of(backend: Any) -> Adapter:
         raise InvalidArgument(f"backend must be an instance, not the class {adapter.__name__}: {adapter.__name__}(...)")
     if not hasattr(adapter, "start_worker"):
         raise InvalidArgument(f"backend must be the name of an adapter or an adapter instance, not {backend!r}")
+    return adapter
+
+
+def _detachable(adapter: Adapter, name: str) -> Detachable:
+    if not isinstance(adapter, Detachable):
+        raise InvalidArgument(
+            f"detached engine {name!r}: what the {adapter.name} adapter runs ends with this process; "
+            'one that outlives its creator needs backend="ray"'
+        )
     return adapter
 
 

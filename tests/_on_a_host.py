@@ -77,7 +77,7 @@ def _channels() -> dict[str, str]:
     from engine.calling.caller import Caller
 
     return {
-        target.replica_id: channel.sock.family.name
+        target.replica_tag: channel.sock.family.name
         for caller in gc.get_objects()
         if isinstance(caller, Caller)
         for channel, target in caller._channels.items()

@@ -13,9 +13,11 @@ import threading
 import time
 from typing import Any
 
-from engine.seam.adapter import Channel, Service, ServiceHost, WorkerHost
+from engine.seam.channel import Channel
 from engine.seam.control_messages import Drain, LogLine, Ping, Pong, Ready
 from engine.seam.messages import Call, Message, Reply
+from engine.seam.service import Service, ServiceLoop
+from engine.seam.worker import WorkerHost
 
 IMPORTED_BY = os.getpid()
 
@@ -27,9 +29,9 @@ class Echo:
         self.on_loop = on_loop
         self._finished = False
         self._waiting: list[tuple[Channel, Call]] = []
-        self._host: ServiceHost | None = None
+        self._host: ServiceLoop | None = None
 
-    def attach(self, host: ServiceHost) -> None:
+    def attach(self, host: ServiceLoop) -> None:
         self._host = host
 
     def received(self, channel: Channel, message: Message) -> None:
@@ -173,13 +175,13 @@ def take_a_connection(host: WorkerHost) -> None:
 
 def call_home(host: WorkerHost) -> None:
     """Open a channel to the controller and send something over it."""
-    adapter = host.adapter()
+    adapter = host.connector()
     channel = adapter.open_channel(adapter.control_address, Echo(True), on_loop=False)
     channel.send(Call(1, 0, "", None, "", b"", b"from the worker"))
     leave = threading.Event()
     host.on_control(lambda body: leave.set())
     leave.wait()
-    assert host.adapter() is adapter
+    assert host.connector() is adapter
     adapter.close()
 
 

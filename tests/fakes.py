@@ -14,18 +14,20 @@ from typing import Any
 
 from harness import eventually
 
-from engine.calling.slot import Outgoing, Slot
-from engine.seam.adapter import Channel, ChannelClosed, ChannelListener, Listen, Node, WorkerSpec
+from engine.calling.slot import Slot
+from engine.seam.adapter import Node
+from engine.seam.channel import Channel, ChannelClosed, ChannelListener
 from engine.seam.messages import HTTP, PYTHON, Call, Failure, Message, Reply
 from engine.seam.serialization import dumps, loads, unpack_exception
 from engine.seam.snapshot import BackendEntry, EndpointEntry, ReplicaEntry, RoutingSnapshot
+from engine.seam.worker import Listen, WorkerSpec
 
 # -- what crosses the seams ------------------------------------------------------------------------------------------
 
 
-def outgoing(*args: Any, method: str = "__call__", shard_key: str | None = None, **kwargs: Any) -> Outgoing:
+def a_call(*args: Any, method: str = "__call__", **kwargs: Any) -> Call:
     """A Python call that no replica was chosen for yet."""
-    return Outgoing(PYTHON, method, None, "", b"", dumps((args, kwargs), "the argument"), shard_key)
+    return Call(0, PYTHON, method, None, "", b"", dumps((args, kwargs), "the argument"))
 
 
 def backend_entry(
@@ -190,7 +192,7 @@ class FakeHome:
 
 
 class FakeStore:
-    """A `engine.seam.adapter.StateStore` in memory; `log` says in which order rows were written.
+    """A `engine.seam.detached.StateStore` in memory; `log` says in which order rows were written.
 
     It is away from rows whose names begin with one of `away`, and takes those of `mute` without being able to say so.
     """
@@ -297,9 +299,9 @@ class FakeAdapter:
 
     async def stop(self) -> None: ...
 
-    def channel(self, replica_id: str) -> FakeChannel:
+    def channel(self, replica_tag: str) -> FakeChannel:
         """The newest channel to a replica."""
-        return next(one for one in reversed(self.channels) if one.address == f"fake:{replica_id}")
+        return next(one for one in reversed(self.channels) if one.address == f"fake:{replica_tag}")
 
 
 class FakeHost:

@@ -19,7 +19,7 @@ from engine.errors import (
     NotSerializable,
     ResultNotSerializable,
 )
-from engine.seam.adapter import ChannelClosed
+from engine.seam.channel import ChannelClosed
 from engine.seam.control_messages import Drain, Ping, Pong, Reconfigure, Reconfigured
 from engine.seam.messages import INITIAL_CREDIT, Cancel, Credit, End, Failure, FailureKind, Item, Reply
 from engine.seam.serialization import dumps, unpack_exception

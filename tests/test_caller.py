@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from fakes import FakeAdapter, FakeChannel, FakeHome, FakeSlot, backend_entry, outgoing, snapshot
+from fakes import FakeAdapter, FakeChannel, FakeHome, FakeSlot, a_call, backend_entry, snapshot
 from harness import PATIENCE_S, eventually
 
 from engine.calling.caller import Caller
@@ -27,7 +27,7 @@ from engine.errors import (
     Overloaded,
     ReplicaDied,
 )
-from engine.seam.adapter import ChannelClosed
+from engine.seam.channel import ChannelClosed
 from engine.seam.messages import Call, Cancel, Control, Credit, End, Failure, FailureKind, Item, Reply
 from engine.seam.snapshot import BackendEntry, RoutingSnapshot
 
@@ -49,7 +49,7 @@ class World:
 
     def submit(self, name: str = "", *args: Any, **options: Any) -> FakeSlot:
         slot = FakeSlot(name)
-        self.caller.submit("e", outgoing(name, *args, **options), slot)
+        self.caller.submit("e", a_call(name, *args, **options), slot)
         return slot
 
     def channel(self, replica: str) -> FakeChannel:
@@ -141,11 +141,11 @@ def test_a_thread_that_drives_need_not_be_watched_over(world: World) -> None:
     class Driving(FakeSlot):
         drives = True
 
-    world.caller.submit("e", outgoing("a"), Driving())
+    world.caller.submit("e", a_call("a"), Driving())
     assert not world.channel("r1").watched
     world.show(backend_entry("b", ["r1"], limit=1))
     queued = Driving()
-    world.caller.submit("e", outgoing("b"), queued)
+    world.caller.submit("e", a_call("b"), queued)
     world.reply("r1")
     assert world.names("r1") == ["a", "b"]
     assert world.channel("r1").watched  # it waited in the queue, so nobody drives that channel for it
@@ -601,7 +601,7 @@ def test_a_call_given_up_while_its_channel_is_opened(world: World) -> None:
 
     world.adapter.open_channel = open_channel  # type: ignore[method-assign]
     slots.append(FakeSlot())
-    world.caller.submit("e", outgoing("a"), slots[0])
+    world.caller.submit("e", a_call("a"), slots[0])
     world.reply("r1")
     assert not slots[0].settled
     assert world.counted() == IDLE
@@ -629,7 +629,7 @@ def test_a_call_given_up_before_it_is_sent(world: World) -> None:
 
 def test_a_ref_expires_once_and_its_replica_is_told(world: World) -> None:
     ref = Ref(world.caller)
-    world.caller.submit("e", outgoing("a"), ref)
+    world.caller.submit("e", a_call("a"), ref)
     ref.expire_after(0.5)
     (call,) = world.calls("r1")
     assert [delay for delay, _, _ in world.home.timers] == [0.5]
@@ -845,7 +845,7 @@ def test_a_call_whose_caller_is_closed_while_it_connects_is_told(world: World) -
         return original(target)
 
     world.caller._connect = connect  # type: ignore[method-assign]
-    world.caller.submit("e", outgoing("a"), slot)
+    world.caller.submit("e", a_call("a"), slot)
     assert isinstance(slot.error, EngineClosed)
     assert slot.settled == 1
     assert not world.adapter.channels
@@ -929,7 +929,7 @@ def test_nothing_is_lost_or_counted_twice_among_threads(impatient_interpreter: N
             chance = random.Random(number)
             for _ in range(150):
                 slot = WaitingSlot()
-                world.caller.submit("e", outgoing("x"), slot)
+                world.caller.submit("e", a_call("x"), slot)
                 if chance.random() < 0.3:
                     world.caller.cancel(slot)
                 else:

@@ -9,9 +9,8 @@ import pytest
 from starlette.middleware import Middleware
 
 from engine import BackendConfig, HTTPOptions
-from engine.config import resources_of
 from engine.errors import InvalidArgument
-from engine.seam.adapter import Resources
+from engine.seam.resources import Resources, resources_of
 
 NAN, INFINITY = float("nan"), float("inf")
 

@@ -21,18 +21,21 @@ from engine.calling import connectors, subscription
 from engine.calling.client import Client
 from engine.calling.subscription import Subscription
 from engine.config import BackendConfig, HTTPOptions
-from engine.control import remote_runner
+from engine.control import operations, remote_runner
 from engine.control.backend_plan import BackendPlan, pack_target
 from engine.control.checkpoint import Checkpoint, KnownBackend, KnownWorker, Picture
 from engine.control.controller import Controller
 from engine.control.detached import DetachedController
-from engine.control.remote_runner import _REPEATABLE, RemoteRunner
+from engine.control.remote_runner import RemoteRunner
 from engine.errors import InvalidArgument, RemoteTraceback, RetryLater
-from engine.seam.adapter import ChannelClosed, Node, Resources, WorkerExit, WorkerSpec
+from engine.seam.adapter import Node
+from engine.seam.channel import ChannelClosed
 from engine.seam.control_messages import Drain, Publish, Ready, Reconfigure, Reconfigured, Subscribe
 from engine.seam.messages import Control
+from engine.seam.resources import Resources
 from engine.seam.serialization import dumps, loads, pack_exception, unpack_exception
 from engine.seam.snapshot import EndpointEntry
+from engine.seam.worker import WorkerExit, WorkerSpec
 
 HTTP = HTTPOptions.of({"port": 0, "workers": 2})
 
@@ -181,7 +184,7 @@ class Incarnation:
 
     def replicas(self, tag: str) -> list[str]:
         """Those that calls go to."""
-        return [replica.replica_id for replica in self.client.snapshot.backends[tag].replicas]
+        return [replica.replica_tag for replica in self.client.snapshot.backends[tag].replicas]
 
     def ids(self, specs: list[WorkerSpec]) -> list[str]:
         return sorted(spec.worker_id for spec in specs)
@@ -292,7 +295,7 @@ async def test_nothing_rules_elsewhere_until_everything_came_back_or_is_certain_
         first, *_ = published(caller)
         assert first.version > one.version
         assert first.endpoints == one.client.snapshot.endpoints
-        assert [replica.replica_id for replica in first.backends["a"].replicas] == ["a#2"]
+        assert [replica.replica_tag for replica in first.backends["a"].replicas] == ["a#2"]
 
 
 @on_loop
@@ -328,7 +331,7 @@ async def test_what_dies_while_the_rest_has_yet_to_come_back_is_replaced_afterwa
     (first,) = published(caller)
     assert first.endpoints == one.client.snapshot.endpoints
     entries = first.backends
-    assert {tag: [replica.replica_id for replica in entry.replicas] for tag, entry in entries.items()} == {
+    assert {tag: [replica.replica_tag for replica in entry.replicas] for tag, entry in entries.items()} == {
         "a": ["a#2"],
         "b": [],
     }
@@ -724,7 +727,7 @@ async def test_a_shutdown_leaves_the_store_to_the_adapter(platform: Platform) ->
     assert platform.alive == {}
 
 
-# -- operations by name ----------------------------------------------------------------------------------------------
+# -- operations that travel --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -747,30 +750,30 @@ def detached() -> Iterator[Any]:
     controller = DetachedController("e", adapter, HTTP)
     controller.wait_started()
     yield controller
-    do(controller, "stop", 0.0)
+    do(controller, operations.Stop(0.0))
 
 
-def do(controller: DetachedController, operation: str, *args: Any, **kwargs: Any) -> Any:
-    return loads(controller.run(operation, dumps((args, kwargs), "the arguments")))
+def do(controller: DetachedController, operation: operations.Operation[Any] | operations.Stop) -> Any:
+    return loads(controller.run(dumps(operation, "the operation")))
 
 
 def test_an_operation_brings_its_result_and_the_version_that_has_it(detached: Any) -> None:
-    result, error, version = do(detached, "create_backend", plan("b"))
+    result, error, version = do(detached, operations.CreateBackend(plan("b")))
     assert (result, error) == (None, None)
-    backends, error, later = do(detached, "list_backends")
+    backends, error, later = do(detached, operations.ListBackends())
     assert backends == {"b": plan("b").config}
     assert later >= version > 0
 
 
 def test_an_error_travels_as_itself(detached: Any) -> None:
-    result, error, _ = do(detached, "delete_backend", "nothing", force=False)
+    result, error, _ = do(detached, operations.DeleteBackend("nothing", force=False))
     assert result is None
     assert isinstance(unpack_exception(error), InvalidArgument)
 
 
 def test_the_operations_that_are_no_methods_of_the_controller(detached: Any) -> None:
-    assert do(detached, "http_url")[0] is None
-    assert do(detached, "http_options")[0] == HTTP
+    assert do(detached, operations.GetURL())[0] is None
+    assert do(detached, operations.GetOptions())[0] == HTTP
 
 
 @pytest.mark.usefixtures("leaves_nothing")
@@ -801,10 +804,10 @@ def test_an_engine_whose_next_controller_cannot_start_can_be_shut_down(fails: st
     controller = DetachedController("e", adapter, HTTP)
     with pytest.raises(ConnectionError, match="the control plane is away"):
         controller.wait_started()
-    _, error, _ = do(controller, "list_backends")
+    _, error, _ = do(controller, operations.ListBackends())
     assert isinstance(unpack_exception(error), ConnectionError)
     for _ in range(2):
-        assert do(controller, "stop", 0.0)[:2] == (None, None)
+        assert do(controller, operations.Stop(0.0))[:2] == (None, None)
     assert ended == ["stop", "close"]
     assert "picture" in platform.store.rows  # it is the adapter's to clear
 
@@ -823,16 +826,15 @@ class Remote:
         self.asked: list[str] = []
         self.asked_at: list[float] = []  # monotonic seconds
         self.left: list[bool] = []
-        self.answer: Callable[[str, Any, Any], bytes] = lambda operation, args, kwargs: dumps((None, None, 0), "it")
+        self.answer: Callable[[bytes], bytes] = lambda packed: dumps((None, None, 0), "it")
 
-    def run(self, operation: str, arguments: bytes) -> bytes:
-        self.asked.append(operation)
+    def run(self, name: str, operation: bytes) -> bytes:
+        self.asked.append(name)
         self.asked_at.append(time.monotonic())
         if self.deaths:
             self.deaths -= 1
             raise RetryLater("the controller died")
-        args, kwargs = loads(arguments)
-        return self.answer(operation, args, kwargs)
+        return self.answer(operation)
 
     def leave(self, *, ended: bool) -> None:
         self.left.append(ended)
@@ -850,21 +852,21 @@ class Waited(Client):
         return True
 
 
-OPERATIONS = {
-    "get_backend_config": ("b",),
-    "http_options": (),
-    "http_url": (),
-    "list_backends": (),
-    "list_endpoints": (),
-    "set_traffic": ("e", {"b": 1.0}),
-    "shadow_traffic": ("e", "b", 0.5),
-    "statistics": ([],),
-    "stop": (1.0,),
-    "create_backend": (None,),
-    "update_backend_config": ("b", {}),
-    "delete_backend": ("b",),
-    "create_endpoint": (None,),
-    "delete_endpoint": ("e",),
+OPERATIONS: dict[str, operations.Operation[Any] | operations.Stop] = {
+    "get_backend_config": operations.GetBackendConfig("b"),
+    "get_options": operations.GetOptions(),
+    "get_url": operations.GetURL(),
+    "list_backends": operations.ListBackends(),
+    "list_endpoints": operations.ListEndpoints(),
+    "set_traffic": operations.SetTraffic("e", {"b": 1.0}),
+    "shadow_traffic": operations.ShadowTraffic("e", "b", 0.5),
+    "statistics": operations.Statistics([]),
+    "stop": operations.Stop(1.0),
+    "create_backend": operations.CreateBackend(plan("b")),
+    "update_backend_config": operations.UpdateBackendConfig("b", {}),
+    "delete_backend": operations.DeleteBackend("b", False),
+    "create_endpoint": operations.CreateEndpoint(endpoint("e", "b")),
+    "delete_endpoint": operations.DeleteEndpoint("e"),
 }
 
 
@@ -873,12 +875,12 @@ def test_what_is_repeated_when_the_controller_dies(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(remote_runner, "_RETRY_S", 0.01)
     remote, client = Remote(deaths=2), Waited()
     runner = RemoteRunner(remote, client)
-    if operation in _REPEATABLE:
-        runner.run(operation, *OPERATIONS[operation])
+    if isinstance(OPERATIONS[operation], operations.REPEATABLE):
+        runner._run(OPERATIONS[operation])
         assert remote.asked == [operation] * 3
     else:
         with pytest.raises(RetryLater, match="the controller died"):
-            runner.run(operation, *OPERATIONS[operation])
+            runner._run(OPERATIONS[operation])
         assert remote.asked == [operation]
 
 
@@ -887,7 +889,7 @@ def test_between_tries_there_is_a_pause(monkeypatch: pytest.MonkeyPatch) -> None
     assert remote_runner._RETRY_S >= 0.1
     monkeypatch.setattr(remote_runner, "_RETRY_S", 0.05)
     remote = Remote(deaths=3)
-    RemoteRunner(remote, Waited()).run("list_backends")
+    RemoteRunner(remote, Waited()).run(operations.ListBackends())
     assert [later - earlier > 0.04 for earlier, later in pairwise(remote.asked_at)] == [True] * 3
 
 
@@ -900,7 +902,7 @@ def test_tries_end_with_the_engine(monkeypatch: pytest.MonkeyPatch, how: str) ->
     remote, client = Remote(deaths=2 if how == "shut down" else 1000), Waited()
     runner = RemoteRunner(remote, client)
 
-    def answer(operation: str, args: Any, kwargs: Any) -> bytes:
+    def answer(packed: bytes) -> bytes:
         raise errors.EngineClosed("the engine was shut down")
 
     remote.answer = answer
@@ -908,7 +910,7 @@ def test_tries_end_with_the_engine(monkeypatch: pytest.MonkeyPatch, how: str) ->
 
     def try_it() -> None:
         try:
-            trying.set_result(runner.run("list_backends"))
+            trying.set_result(runner.run(operations.ListBackends()))
         except BaseException as error:
             trying.set_exception(error)
 
@@ -925,27 +927,27 @@ def test_tries_end_with_the_engine(monkeypatch: pytest.MonkeyPatch, how: str) ->
 
 def test_only_what_can_be_done_twice_is_repeated() -> None:
     done_again_fails = {"create_backend", "delete_backend", "create_endpoint", "delete_endpoint"}
-    assert not _REPEATABLE & done_again_fails
-    assert _REPEATABLE <= OPERATIONS.keys()
+    assert not any(isinstance(OPERATIONS[name], operations.REPEATABLE) for name in done_again_fails)
+    assert set(operations.REPEATABLE) <= set(map(type, OPERATIONS.values()))
 
 
 def test_the_client_has_the_change_when_the_operation_returns(detached: Any) -> None:
     remote, client = Remote(), Waited()
-    remote.answer = lambda operation, args, kwargs: detached.run(operation, dumps((args, kwargs), "the arguments"))
+    remote.answer = detached.run
     runner = RemoteRunner(remote, client)
-    runner.run("create_backend", plan("b"))
-    runner.run("create_endpoint", endpoint("f", "b"))
+    runner.run(operations.CreateBackend(plan("b")))
+    runner.run(operations.CreateEndpoint(endpoint("f", "b")))
     assert client.versions == sorted(client.versions)
-    assert client.versions[-1] == do(detached, "list_backends")[2]
+    assert client.versions[-1] == do(detached, operations.ListBackends())[2]
     assert runner.http_url() is None
-    assert runner.http_options() == HTTP
+    assert runner.run(operations.GetOptions()) == HTTP
 
 
 def test_an_error_is_raised_as_itself_and_waits_for_nothing(detached: Any) -> None:
     remote, client = Remote(), Waited()
-    remote.answer = lambda operation, args, kwargs: detached.run(operation, dumps((args, kwargs), "the arguments"))
+    remote.answer = detached.run
     with pytest.raises(InvalidArgument, match="there is no backend 'nothing'") as caught:
-        RemoteRunner(remote, client).run("delete_backend", "nothing", force=False)
+        RemoteRunner(remote, client).run(operations.DeleteBackend("nothing", force=False))
     assert isinstance(caught.value.__cause__, RemoteTraceback)
     assert client.versions == []
 
@@ -978,7 +980,7 @@ def test_leaving_and_stopping(failure: Exception | None) -> None:
     RemoteRunner(remote, client).leave()
     assert (remote.left, remote.asked, client.closed) == ([False], [], True)
 
-    def answer(operation: str, args: Any, kwargs: Any) -> bytes:
+    def answer(packed: bytes) -> bytes:
         if failure is not None:
             raise failure
         return dumps((None, None, 0), "it")
@@ -1006,7 +1008,7 @@ def subscribed(adapter: Returning, monkeypatch: pytest.MonkeyPatch) -> tuple[Cli
     """A client that has the first snapshot."""
     monkeypatch.setattr(subscription, "_RETRY_S", 0.01)
     client = Client("e", adapter)
-    client._subscription = Subscription(client, adapter, "fake:controller", ingress=False, worker_id="")
+    client._subscription = Subscription(client, adapter, "fake:controller", Subscribe(ingress=False))
     client._subscription.begin()
     (channel,) = adapter.channels
     channel.answer(Control(Publish(snapshot(1))))
@@ -1250,7 +1252,7 @@ def test_an_application_that_cannot_take_an_engine_over_keeps_nothing_of_it(
         )
         return channel
 
-    def answer(operation: str, args: Any, kwargs: Any) -> bytes:
+    def answer(packed: bytes) -> bytes:
         if fails != "nothing":
             raise errors.EngineClosed("it was shut down meanwhile")
         return dumps((HTTP, None, 1), "it")

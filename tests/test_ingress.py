@@ -16,12 +16,15 @@ from starlette.middleware.gzip import GZipMiddleware
 from starlette.routing import Mount
 
 from engine import errors
-from engine.calling.slot import Outgoing, Slot
-from engine.http import ingress as ingress_module
-from engine.http.ingress import Ingress, wrap_middlewares
-from engine.http.responses import encode_head, encode_result, failure_head
+from engine.calling.slot import Slot
+from engine.http import watch as watch_module
+from engine.http.failures import failure_head
+from engine.http.guard import wrap_middlewares
+from engine.http.heads import encode_head
+from engine.http.ingress import Ingress
+from engine.http.results import encode_result
 from engine.seam.ingress_server import StreamBroken
-from engine.seam.messages import HTTP, INITIAL_CREDIT, End, Failure, FailureKind, Item, Reply
+from engine.seam.messages import HTTP, INITIAL_CREDIT, Call, End, Failure, FailureKind, Item, Reply
 from engine.seam.snapshot import EndpointEntry, RoutingSnapshot
 
 pytestmark = pytest.mark.anyio
@@ -37,12 +40,13 @@ def snapshot(version: int = 1, **routes: tuple[str | None, tuple[str, ...]]) -> 
     return RoutingSnapshot(version, endpoints, {})
 
 
-class Call:
+class Asked:
     """One call as the caller sees it, to be answered by the test."""
 
-    def __init__(self, endpoint: str, outgoing: Outgoing, slot: Slot) -> None:
+    def __init__(self, endpoint: str, call: Call, shard_key: str | None, slot: Slot) -> None:
         self.endpoint = endpoint
-        self.outgoing = outgoing
+        self.call = call
+        self.shard_key = shard_key
         self.slot = slot
         self.cancelled = False
         self.credit = 0
@@ -50,7 +54,7 @@ class Call:
 
     @property
     def scope(self) -> dict[str, Any]:
-        scope: dict[str, Any] = pickle.loads(self.outgoing.head)
+        scope: dict[str, Any] = pickle.loads(self.call.head)
         return scope
 
     def reply(self, result: Any) -> None:
@@ -72,22 +76,22 @@ class Call:
 class FakeClient:
     """A client and its caller in one. ``script`` is called with each call; without one, calls wait in ``calls``."""
 
-    def __init__(self, routes: RoutingSnapshot, script: Callable[[Call], None] | None = None) -> None:
+    def __init__(self, routes: RoutingSnapshot, script: Callable[[Asked], None] | None = None) -> None:
         self.snapshot = routes
         self.script = script
-        self.calls: asyncio.Queue[Call] = asyncio.Queue()
-        self.by_slot: dict[int, Call] = {}
+        self.calls: asyncio.Queue[Asked] = asyncio.Queue()
+        self.by_slot: dict[int, Asked] = {}
 
     def loop_caller(self) -> FakeClient:
         return self
 
-    def submit(self, endpoint_name: str, outgoing: Outgoing, slot: Slot) -> None:
-        call = Call(endpoint_name, outgoing, slot)
-        self.by_slot[id(slot)] = call
+    def submit(self, endpoint: str, call: Call, slot: Slot, shard_key: str | None = None) -> None:
+        asked = Asked(endpoint, call, shard_key, slot)
+        self.by_slot[id(slot)] = asked
         if self.script is not None:
-            self.script(call)
+            self.script(asked)
         else:
-            self.calls.put_nowait(call)
+            self.calls.put_nowait(asked)
 
     def cancel(self, slot: Slot) -> None:
         call = self.by_slot[id(slot)]
@@ -103,17 +107,17 @@ ROUTES = snapshot(
 )
 
 
-def make(script: Callable[[Call], None] | None = None, **options: Any) -> tuple[FakeClient, Ingress]:
+def make(script: Callable[[Asked], None] | None = None, **options: Any) -> tuple[FakeClient, Ingress]:
     client = FakeClient(ROUTES, script)
     return client, Ingress(client, **options)
 
 
-def echo(call: Call) -> None:
-    call.reply({"endpoint": call.endpoint, "body": call.outgoing.payload.decode(), **_seen(call)})
+def echo(call: Asked) -> None:
+    call.reply({"endpoint": call.endpoint, "body": call.call.payload.decode(), **_seen(call)})
 
 
-def _seen(call: Call) -> dict[str, Any]:
-    return {"method": call.outgoing.method, "key": call.outgoing.shard_key, "params": call.scope.get("path_params")}
+def _seen(call: Asked) -> dict[str, Any]:
+    return {"method": call.call.method, "key": call.shard_key, "params": call.scope.get("path_params")}
 
 
 def http(app: Any) -> httpx.AsyncClient:
@@ -178,9 +182,9 @@ async def test_a_request_becomes_a_call() -> None:
     assert (response.status_code, response.text) == (200, "fine")
     assert response.headers["content-type"] == "text/plain; charset=utf-8"
     (call,) = client.by_slot.values()
-    outgoing = call.outgoing
-    assert (call.endpoint, outgoing.kind, outgoing.method, outgoing.payload) == ("echo", HTTP, "__call__", b"body")
-    assert outgoing.deadline is None and outgoing.shard_key is None
+    sent = call.call
+    assert (call.endpoint, sent.kind, sent.method, sent.payload) == ("echo", HTTP, "__call__", b"body")
+    assert sent.deadline is None and call.shard_key is None
     assert call.scope["query_string"] == b"a=b"
     assert (b"x-own", b"1") in call.scope["headers"]
     assert not call.cancelled
@@ -250,7 +254,7 @@ async def test_head_of_a_stream_cancels_it() -> None:
 
 
 async def test_request_ids() -> None:
-    _, app = make(lambda call: call.reply(call.outgoing.request_id))
+    _, app = make(lambda call: call.reply(call.call.request_id))
     async with http(app) as browser:
         response = await browser.get("/echo", headers={"X-Request-Id": "abc-1"})
         assert response.text == response.headers["x-request-id"] == "abc-1"
@@ -266,7 +270,7 @@ async def test_request_ids() -> None:
 
 
 async def test_a_body_comes_in_parts() -> None:
-    _, app = make(lambda call: call.reply(call.outgoing.payload))
+    _, app = make(lambda call: call.reply(call.call.payload))
     exchange = Exchange(app, "POST").says(b"a", True).says(b"b", True).says(b"", True).says(b"c")
     await exchange.task
     assert exchange.sent[1]["body"] == b"abc"
@@ -379,14 +383,14 @@ async def test_the_deadline_travels_and_rules() -> None:
     client, app = make(request_timeout_s=0.001)
     exchange = Exchange(app).says()
     call = await client.calls.get()
-    assert call.outgoing.deadline is not None
+    assert call.call.deadline is not None
     await exchange.task
     assert exchange.status == 504
     assert call.cancelled
 
 
 async def test_a_stream_that_began_in_time_may_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ingress_module, "_WATCH_AFTER_S", 0.0)
+    monkeypatch.setattr(watch_module, "_WATCH_AFTER_S", 0.0)
     client, app = make(request_timeout_s=0.05)
     exchange = Exchange(app).says()
     call = await client.calls.get()
@@ -401,7 +405,7 @@ async def test_a_stream_that_began_in_time_may_last(monkeypatch: pytest.MonkeyPa
 
 
 async def test_a_client_that_leaves_cancels_its_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ingress_module, "_WATCH_AFTER_S", 0.0)
+    monkeypatch.setattr(watch_module, "_WATCH_AFTER_S", 0.0)
     client, app = make()
     exchange = Exchange(app).says()
     call = await client.calls.get()
@@ -412,7 +416,7 @@ async def test_a_client_that_leaves_cancels_its_call(monkeypatch: pytest.MonkeyP
 
 
 async def test_messages_after_the_body_are_no_disconnect(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ingress_module, "_WATCH_AFTER_S", 0.0)
+    monkeypatch.setattr(watch_module, "_WATCH_AFTER_S", 0.0)
     client, app = make()
     exchange = Exchange(app).says().says()
     call = await client.calls.get()

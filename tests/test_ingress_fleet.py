@@ -11,8 +11,9 @@ from fakes import FakeAdapter, until
 from engine import HTTPOptions, errors
 from engine.control.ingress_fleet import IngressFleet
 from engine.control.workers import Workers
-from engine.seam.adapter import Node, WorkerExit, WorkerSpec
+from engine.seam.adapter import Node
 from engine.seam.control_messages import Ready
+from engine.seam.worker import WorkerExit, WorkerSpec
 
 pytestmark = pytest.mark.anyio
 

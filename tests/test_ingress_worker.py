@@ -14,13 +14,13 @@ import pytest
 
 from engine import errors
 from engine.calling.client import Client
-from engine.calling.slot import Outgoing, Slot
+from engine.calling.slot import Slot
 from engine.config import HTTPOptions
 from engine.http import ingress_worker as worker_module
 from engine.http.ingress_worker import IngressSpec, main
-from engine.http.responses import encode_result
-from engine.seam.control_messages import Drain, Drained, Ping, Pong, Ready, StartFailed
-from engine.seam.messages import Reply
+from engine.http.results import encode_result
+from engine.seam.control_messages import Drain, Drained, Ping, Pong, Ready, StartFailed, Subscribe
+from engine.seam.messages import Call, Reply
 from engine.seam.serialization import unpack_exception
 from engine.seam.snapshot import EndpointEntry, RoutingSnapshot
 from engine_http import HypercornServer
@@ -34,8 +34,8 @@ class FakeCaller:
     def __init__(self) -> None:
         self.held: queue.Queue[Any] = queue.Queue()
 
-    def submit(self, endpoint_name: str, outgoing: Outgoing, slot: Any) -> None:
-        if endpoint_name == "held":
+    def submit(self, endpoint: str, call: Call, slot: Any, shard_key: str | None = None) -> None:
+        if endpoint == "held":
             self.held.put(slot)
         else:
             self.answer(slot)
@@ -99,7 +99,7 @@ class Host:
     def tell(self, body: Any) -> None:
         self.said.put(body)
 
-    def adapter(self) -> Any:
+    def connector(self) -> Any:
         return self
 
     def listen_sockets(self) -> list[Any]:
@@ -113,11 +113,12 @@ class Host:
 def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
     host = Host()
 
-    async def connect(engine_id: str, adapter: Any, control_address: str, *, ingress: bool, worker_id: str) -> Any:
-        assert (engine_id, adapter, control_address, ingress, worker_id) == ("e", host, "address", True, "w")
+    def attach(engine_id: str, connector: Any, control_address: str, request: Any) -> Any:
+        assert (engine_id, connector, control_address) == ("e", host, "address")
+        assert request == Subscribe(ingress=True, worker_id="w")
         return host.client
 
-    monkeypatch.setattr(Client, "connect", connect)
+    monkeypatch.setattr(Client, "attach", attach)
     monkeypatch.setattr(worker_module, "load_server", lambda name: HypercornServer())
     yield host
     host.sock.close()

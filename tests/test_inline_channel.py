@@ -15,7 +15,7 @@ from fakes import FakeListener, until
 from harness import PATIENCE_S, eventually
 
 from engine import Engine
-from engine.seam.adapter import ChannelClosed
+from engine.seam.channel import ChannelClosed
 from engine.seam.messages import HTTP, INITIAL_CREDIT, Call, Cancel
 from engine_inline import InlineAdapter
 from engine_inline.channel import InlineChannel, Mailbox, connect

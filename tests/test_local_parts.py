@@ -1,4 +1,4 @@
-"""The parts of the local adapter that need no processes: directories, GPUs, environment variables, phrases."""
+"""The parts of the local adapter that need no processes: directories, GPUs, environment variables, lives, phrases."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
+from harness import PATIENCE_S
 
 import engine_local
 from engine.errors import InvalidArgument, ResourcesUnavailable
-from engine.seam.adapter import Listen, Resources, WorkerSpec
-from engine_local import connector, directory
+from engine.seam.resources import Resources
+from engine_local import connector, directory, watched
 from engine_local.directory import EngineDirectory, temporary_directory
 from engine_local.environment import extra_environ, thread_limit
 from engine_local.gpus import GpuTable, visible_devices
-from engine_local.orders import Frames, Kill, pack
+from engine_local.life import Stage
+from engine_local.orders import Exited, Forked, ForkFailed, Frames, Kill, pack
 from engine_local.output import LineReader
 from engine_local.process import describe_exit, die_with_parent
 
@@ -189,6 +192,139 @@ def test_thread_limits() -> None:
     assert thread_limit(Resources(num_cpus=2), {"OMP_NUM_THREADS": "3"}) is None
 
 
+# -- a worker's life -----------------------------------------------------------------------------------------------
+
+
+def test_a_worker_never_goes_back() -> None:
+    for stage in Stage:
+        if stage is not Stage.ENDED:
+            assert stage.to(Stage.ENDED) is Stage.ENDED
+    for stage, other in [
+        *((Stage.ENDED, other) for other in Stage),
+        (Stage.RUNNING, Stage.ORDERED),
+        (Stage.RUNNING, Stage.CUT_OFF),  # it may still say why
+        (Stage.SILENT, Stage.RUNNING),
+        (Stage.SILENT, Stage.ORPHANED),  # the end of its channel would be waited for in vain
+        (Stage.CUT_OFF, Stage.SILENT),
+        (Stage.ORPHANED, Stage.SILENT),
+    ]:
+        with pytest.raises(RuntimeError, match=f"a worker cannot go from {stage.value} to {other.value}"):
+            stage.to(other)
+
+
+class StandInLauncher:
+    """In place of a fork server: whom it was told to kill, and whether it is gone."""
+
+    def __init__(self) -> None:
+        self.gone: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.retired = False
+        self.killed: list[int | None] = []
+
+    def kill_worker(self, worker_id: str, pid: int | None) -> None:
+        self.killed.append(pid)
+
+    def retire(self) -> None:
+        self.retired = True
+
+
+NO_PID = 1 << 30  # larger than any
+SIGKILLED = Exited("w", signal.SIGKILL)
+OUT_OF_MEMORY = "was killed by SIGKILL (out of memory, or someone killed it)"
+BY_THE_ENGINE = "was killed by the engine"
+BECAUSE_CUT_OFF = "was killed by the engine because it had closed its control channel"
+TOO_LONG = "was ended before it started: the import of a module took too long"
+STUCK = "is gone; its fork server, which could say why, is stuck in an import"
+ENDS: list[tuple[str, list[Any], str, int]] = [
+    ("the exit first", ["forked", Exited("w", 0)], "exited", 0),
+    ("the channel first", ["forked", "hung up", Exited("w", 3 << 8)], "exited with code 3", 0),
+    ("the channel first of all", ["hung up", "forked", SIGKILLED], OUT_OF_MEMORY, 0),
+    ("no fork", [ForkFailed("w", "could not be forked")], "could not be forked", 0),
+    ("no fork, the channel first", ["hung up", ForkFailed("w", "could not be forked")], "could not be forked", 0),
+    ("killed", ["forked", "kill", SIGKILLED], BY_THE_ENGINE, 1),
+    ("killed as it left", ["forked", "kill", Exited("w", 0)], "exited", 1),
+    ("doomed", ["forked", "doom", SIGKILLED], BY_THE_ENGINE, 0),
+    ("cut off", ["forked", "hung up", "too late", SIGKILLED], BECAUSE_CUT_OFF, 1),
+    ("cut off, then killed", ["forked", "hung up", "too late", "kill", SIGKILLED], BY_THE_ENGINE, 2),
+    ("killed, then cut off", ["forked", "kill", "hung up", "too late", SIGKILLED], BY_THE_ENGINE, 2),
+    ("orphaned", ["forked", "server gone", "hung up"], "its fork server crashed", 0),
+    ("orphaned before its fork", ["server gone", "hung up"], "its fork server crashed", 0),
+    ("orphaned, the channel first", ["forked", "hung up", "server gone"], "its fork server crashed", 0),
+    ("orphaned, the channel never", ["forked", "server gone", "too late"], "its fork server crashed", 0),
+    ("orphaned, then killed", ["forked", "server gone", "kill", "doom", "hung up"], "its fork server crashed", 0),
+    ("orphaned by the engine", ["forked", "doom", "server gone", "hung up"], BY_THE_ENGINE, 0),
+    ("cut off and orphaned", ["forked", "hung up", "too late", "server gone"], "its fork server crashed", 1),
+    ("given up", ["server stuck", "kill"], TOO_LONG, 1),
+    ("not given up", ["forked", "server stuck", "kill", SIGKILLED], BY_THE_ENGINE, 1),
+    ("alone", ["forked", "retire", "hung up", "too late"], STUCK, 1),
+]
+
+
+@pytest.mark.parametrize(("events", "reason", "kills"), [pytest.param(*rest, id=name) for name, *rest in ENDS])
+def test_whatever_comes_first_a_worker_ends_once(
+    events: list[Any], reason: str, kills: int, temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+
+    async def scenario() -> None:
+        loop = asyncio.get_running_loop()
+        launcher: Any = StandInLauncher()
+        path = temporary / "w.sock"
+        path.touch()
+        worker = watched.WatchedWorker(
+            "w", launcher, path, lambda *_: None, lambda worker, reason: told.append(reason), loop
+        )
+        control, *streams = worker.descriptors
+
+        async def until_stage_changes(former: Stage) -> None:
+            with anyio.fail_after(PATIENCE_S):
+                while True:
+                    if worker.stage is not former:
+                        return
+                    await asyncio.sleep(0.002)
+
+        for event in events:
+            assert told == []
+            stage = worker.stage
+            if event == "forked":
+                worker.reported(Forked("w", NO_PID))
+            elif event == "hung up":
+                os.close(control)
+                control = -1
+                await until_stage_changes(stage)
+            elif event == "too late":
+                await until_stage_changes(stage)
+            elif event == "kill":
+                worker.kill()
+            elif event == "doom":
+                worker.doom()
+            elif event == "retire":
+                launcher.retire()
+            elif event == "server gone":
+                launcher.gone.set_result("crashed")
+                worker.orphaned()
+            elif event == "server stuck":
+                monkeypatch.setattr(watched, "_STUCK_AFTER_S", -1.0)
+            else:
+                worker.reported(event)
+        assert worker.stage is Stage.ENDED
+        assert told == [reason]
+        assert len(launcher.killed) == kills
+        assert launcher.retired == (reason in (TOO_LONG, STUCK))
+        worker.tell("nobody")
+        worker.kill()
+        with pytest.raises(RuntimeError, match="cannot go from ended"):
+            worker.reported(Exited("w", 0))
+        assert told == [reason]
+        assert len(launcher.killed) == kills
+        assert not path.exists()
+        for descriptor in [*streams, control]:
+            if descriptor >= 0:
+                os.close(descriptor)
+
+    monkeypatch.setattr(watched, "_EXIT_PATIENCE_S", 0.02 if "too late" in events else 60.0)
+    asyncio.run(scenario())
+
+
 # -- the rest ------------------------------------------------------------------------------------------------------
 
 
@@ -242,18 +378,7 @@ def test_lines_are_cut_where_they_grow_too_long() -> None:
 
 def test_a_connector_only_opens_channels() -> None:
     own = connector.LocalConnector("unix:/x")
-    events: Any = None
-    for coroutine in (own.start("e", events), own.start_worker(WorkerSpec("w", "w", "m:f", b"")), own.stop()):
-        with pytest.raises(RuntimeError, match="only opens channels"):
-            asyncio.run(coroutine)
-    for attempt in (
-        lambda: own.tell("w", None),
-        lambda: own.kill_worker("w"),
-        lambda: own.bound(Listen("::", 0), "local"),
-        own.nodes,
-    ):
-        with pytest.raises(RuntimeError, match="only opens channels"):
-            attempt()
+    assert not {"start", "start_worker", "tell", "kill_worker", "bound", "nodes", "stop"} & set(dir(own))
     own.close()
 
 

@@ -15,10 +15,10 @@ from engine import accept_batch
 from engine.config import BackendConfig
 from engine.errors import BackendError, DeadlineExceeded, MethodNotFound, WouldBlock
 from engine.seam.control_messages import Drain, Ping, Pong, Reconfigure, Reconfigured
+from engine.seam.may_block import check_may_block
 from engine.seam.messages import INITIAL_CREDIT, Cancel, Credit, End, Failure, FailureKind, Item, Reply
 from engine.seam.serialization import dumps, unpack_exception
 from engine.serving import loop_replica as loop_replica_module
-from engine.serving.context import check_may_block
 from engine.serving.loop_replica import LoopReplica
 from engine.serving.user_callable import UserCallable
 

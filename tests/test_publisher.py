@@ -10,7 +10,7 @@ from fakes import FakeAdapter, FakeChannel, backend_entry
 
 from engine.calling.client import Client
 from engine.control.publisher import Publisher
-from engine.seam.adapter import ChannelClosed
+from engine.seam.channel import ChannelClosed
 from engine.seam.control_messages import Applied, Publish, Subscribe
 from engine.seam.messages import Cancel, Control
 from engine.seam.snapshot import RoutingSnapshot

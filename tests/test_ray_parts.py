@@ -20,10 +20,12 @@ from harness import PATIENCE_S
 from ray_cluster import why_not
 
 from engine.errors import EngineClosed, InvalidArgument, RemoteTraceback, RetryLater
-from engine.seam.adapter import ChannelClosed, Resources, WorkerSpec
+from engine.seam.channel import ChannelClosed
 from engine.seam.control_messages import Drain, Publish, Ready, Subscribe
 from engine.seam.messages import Control, Credit
+from engine.seam.resources import Resources
 from engine.seam.serialization import dumps, pack_exception
+from engine.seam.worker import WorkerSpec
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 if why_not() is None:
@@ -1141,7 +1143,7 @@ class DyingActor:
 
     run = property(lambda self: self)
 
-    def remote(self, operation: str, arguments: bytes) -> None: ...
+    def remote(self, operation: bytes) -> None: ...
 
 
 @pytest.mark.parametrize(

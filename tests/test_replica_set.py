@@ -25,12 +25,13 @@ def make(*replicas: str, **options: Any) -> ReplicaSet:
 def place(known: ReplicaSet, name: str = "", now: float = NOW) -> str | None:
     """Place a call; returns the replica's id, or None when it waits."""
     target = known.place(FakeSlot(name), now)
-    return None if target is None else target.replica_id
+    return None if target is None else target.replica_tag
 
 
 def placed(known: ReplicaSet, now: float = NOW) -> list[tuple[str, str]]:
     """Which waiting calls go where now."""
-    return [(slot.name, target.replica_id) for slot, target in known.next_placements(now) if isinstance(slot, FakeSlot)]
+    placements = known.next_placements(now)
+    return [(slot.name, target.replica_tag) for slot, target in placements if isinstance(slot, FakeSlot)]
 
 
 # -- choosing --------------------------------------------------------------------------------------------------------
@@ -61,7 +62,7 @@ def test_two_random_ones_are_compared_and_never_one_with_itself(monkeypatch: pyt
             monkeypatch.setattr(replica_set, "_random", lambda numbers=numbers: next(numbers))
             chosen = known.choose(NOW)
             assert chosen is not None
-            picks[first, second] = chosen.replica_id
+            picks[first, second] = chosen.replica_tag
     assert picks == {
         (0.0, 0.0): "r0",  # of 0 and 1
         (0.0, 0.9): "r0",  # of 0 and 2

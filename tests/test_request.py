@@ -12,9 +12,9 @@ import pytest
 from starlette.requests import Request
 
 from engine.errors import InvalidArgument
-from engine.request import (
+from engine.request import ServeRequest
+from engine.seam.http_request import (
     RequestEnvelope,
-    ServeRequest,
     build_http_request,
     envelope_of,
     envelope_of_async,
@@ -154,10 +154,11 @@ def test_pickles_with_what_it_was_made_of() -> None:
 
 def test_costs_no_import_until_it_is_needed() -> None:
     program = (
-        "import sys, asyncio, engine.request as r, engine.http.responses, engine.http.routes, engine.http.ingress\n"
+        "import sys, asyncio, engine.request as r, engine.seam.http_request as h, engine.http.routes, "
+        "engine.http.ingress, engine.http.results, engine.http.failures\n"
         "q = r.ServeRequest({'a': 1}, kwargs={'b': 'c'})\n"
-        "assert asyncio.run(q.json()) == {'a': 1} and q.method == 'GET' and not r.is_starlette_request(q)\n"
-        "engine.http.responses.encode_result({'a': 1}); engine.http.responses.failure_head(ValueError())\n"
+        "assert asyncio.run(q.json()) == {'a': 1} and q.method == 'GET' and not h.is_starlette_request(q)\n"
+        "engine.http.results.encode_result({'a': 1}); engine.http.failures.failure_head(ValueError())\n"
         "print(sorted(m for m in sys.modules if m.split('.')[0] in ('starlette', 'hypercorn', 'anyio', 'h11', 'h2')))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -247,7 +248,7 @@ async def test_a_request_passed_on_arrives_as_one() -> None:
     request = build_http_request(pickle.dumps(trim_scope(scope(path_params={"id": 7}))), b"abc")
     envelope = pickle.loads(pickle.dumps(envelope_of(request)))
     assert isinstance(envelope, RequestEnvelope)
-    again = envelope.request()
+    again = build_http_request(envelope.head, envelope.body)
     assert isinstance(again, Request)
     assert await again.body() == b"abc"
     assert (again.path_params, again.query_params, again.headers) == (

@@ -24,7 +24,11 @@ from starlette.formparsers import MultiPartException
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 
 from engine import errors
-from engine.http.responses import Encoded, Streamed, decode_head, encode_head, encode_result, failure_head, to_json
+from engine.http.failures import failure_head
+from engine.http.heads import decode_head, encode_head
+from engine.http.results import Encoded, encode_result
+from engine.http.streams import Streamed
+from engine.seam.jsonable import to_json
 
 
 @pytest.fixture
@@ -250,7 +254,7 @@ async def async_numbers(closed: list[bool], *items: Any) -> AsyncIterator[Any]:
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("make", [numbers, async_numbers])
-@pytest.mark.parametrize("threaded", [False, True])
+@pytest.mark.parametrize("on_loop", [False, True])
 @pytest.mark.parametrize(
     ("items", "content_type", "chunks"),
     [
@@ -259,9 +263,9 @@ async def async_numbers(closed: list[bool], *items: Any) -> AsyncIterator[Any]:
         (({"a": 1}, [2]), b"application/x-ndjson", [b'{"a":1}\n', b"[2]\n"]),
     ],
 )
-async def test_generators(make: Any, threaded: bool, items: Any, content_type: bytes, chunks: list[bytes]) -> None:
+async def test_generators(make: Any, on_loop: bool, items: Any, content_type: bytes, chunks: list[bytes]) -> None:
     closed: list[bool] = []
-    status, headers, got = await collect(streamed(make(closed, *items)), threaded=threaded)
+    status, headers, got = await collect(streamed(make(closed, *items)), on_loop=on_loop)
     assert (status, headers, got) == (200, {b"content-type": content_type}, chunks)
     assert closed == [True]
 
@@ -279,10 +283,10 @@ async def test_any_iterator_streams() -> None:
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("make", [numbers, async_numbers])
-@pytest.mark.parametrize("threaded", [False, True])
-async def test_closing_the_parts_closes_the_generator(make: Any, threaded: bool) -> None:
+@pytest.mark.parametrize("on_loop", [False, True])
+async def test_closing_the_parts_closes_the_generator(make: Any, on_loop: bool) -> None:
     closed: list[bool] = []
-    parts = streamed(make(closed, 1, 2, 3)).parts(SCOPE, threaded=threaded)
+    parts = streamed(make(closed, 1, 2, 3)).parts(SCOPE, on_loop=on_loop)
     assert (await parts.__anext__())[1] == b"1\n"
     assert closed == []
     await parts.aclose()
@@ -328,7 +332,7 @@ async def test_a_cancelled_thread_is_waited_for_before_its_generator_is_closed()
             closed.set()
 
     async def consume() -> None:
-        async for _ in streamed(source()).parts(SCOPE, threaded=True):
+        async for _ in streamed(source()).parts(SCOPE, on_loop=True):
             raise AssertionError
 
     task = asyncio.ensure_future(consume())

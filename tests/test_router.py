@@ -103,6 +103,6 @@ def test_a_replica_that_left_is_given_up_while_its_backend_stays() -> None:
     router.apply(snapshot(1, backend_entry("b", ["r1", "r2"])))
     known = router.replica_sets["b"]
     left, homeless = router.apply(snapshot(2, backend_entry("b", ["r2", "r3"])))
-    assert [target.replica_id for target in left] == ["r1"]
+    assert [target.replica_tag for target in left] == ["r1"]
     assert homeless == []
     assert router.replica_sets["b"] is known

@@ -15,6 +15,7 @@ from engine import Engine, errors
 from engine.calling import client, connectors
 from engine.calling.client import Client
 from engine.config import HTTPOptions
+from engine.control.operations import ListBackends
 from engine.control.runner import Runner
 
 
@@ -108,7 +109,7 @@ def test_a_signal_handler_may_stop_what_its_thread_is_stopping(held):
     assert handled == [True]
     assert len(stops) == 1
     with pytest.raises(errors.EngineClosed):
-        runner.run("list_backends")
+        runner.run(ListBackends())
 
 
 def test_an_adapter_that_is_another_engines_is_left_alone(leaves_nothing):

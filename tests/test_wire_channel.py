@@ -16,7 +16,7 @@ from fakes import FakeListener
 from harness import PATIENCE_S, Footprint, eventually
 
 from engine.errors import InvalidArgument
-from engine.seam.adapter import Channel, ChannelClosed
+from engine.seam.channel import Channel, ChannelClosed
 from engine.seam.messages import PYTHON, Call, Cancel, Item, Message, Reply
 from engine_wire import LoopDriver, Poller, SocketChannel, Undriven, protocol
 from engine_wire.protocol import GREETING, Decoder, encode

@@ -18,8 +18,9 @@ import uvloop
 from fakes import FakeListener, until
 from harness import PATIENCE_S, Footprint, eventually
 
-from engine.seam.adapter import Channel, ChannelClosed, ServiceHost
+from engine.seam.channel import Channel, ChannelClosed
 from engine.seam.messages import PYTHON, Call, Cancel, Message, Reply
+from engine.seam.service import ServiceLoop
 from engine_wire import (
     Acceptor,
     BlockingHost,
@@ -53,14 +54,14 @@ class Echo:
         self.readers: list[str] = []  # the thread that read each message
         self.lost_channels = 0
         self.attached = threading.Event()
-        self.host: ServiceHost
+        self.host: ServiceLoop
         self.turns = 0
         self._work: deque[Callable[[], object]] = deque()
         self._leaving = False
 
     # the service
 
-    def attach(self, host: ServiceHost) -> None:
+    def attach(self, host: ServiceLoop) -> None:
         self.host = host
         self.attached.set()
 

@@ -21,7 +21,7 @@ from harness import PATIENCE_S, Footprint, eventually
 from test_wire_hosts import Echo, call, reply
 
 from engine.errors import InvalidArgument
-from engine.seam.adapter import Channel, ChannelClosed
+from engine.seam.channel import Channel, ChannelClosed
 from engine.seam.messages import Control, Message
 from engine_wire import (
     Acceptor,

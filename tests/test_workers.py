@@ -13,9 +13,9 @@ from fakes import FakeAdapter, until
 from engine.control import workers as workers_module
 from engine.control.workers import Life, Worker, Workers
 from engine.errors import BackendStartError, EngineError, ResourcesUnavailable
-from engine.seam.adapter import WorkerExit, WorkerSpec
 from engine.seam.control_messages import Drain, LogLine, Pong, Ready, Reconfigure, Reconfigured, StartFailed
 from engine.seam.serialization import pack_exception
+from engine.seam.worker import WorkerExit, WorkerSpec
 
 SPEC = WorkerSpec("w#1", "replica.w.1", "nowhere:main", b"")
 LONG_S = 1000.0

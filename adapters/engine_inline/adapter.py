@@ -15,21 +15,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from engine.config import HTTPOptions
-from engine.errors import InvalidArgument
-from engine.seam.adapter import (
-    AdapterEvents,
-    Channel,
-    ChannelClosed,
-    ChannelListener,
-    Listen,
-    Node,
-    PlatformRefs,
-    RemoteController,
-    StateStore,
-    WorkerExit,
-    WorkerSpec,
-)
+from engine.seam.adapter import AdapterBase, AdapterEvents, Node
+from engine.seam.channel import Channel, ChannelClosed, ChannelListener
+from engine.seam.worker import Listen, WorkerExit, WorkerSpec
 from engine_wire.listening import ListeningSockets
 
 from .channel import connect
@@ -42,13 +30,11 @@ _JOIN_S = 2.0
 """How long `stop` waits for threads to end. One that is deep in user code is left behind: it cannot be killed."""
 
 
-class InlineAdapter:
+class InlineAdapter(AdapterBase):
     """Runs workers as threads of this process."""
 
     name = "inline"
     shares_process = True
-    refs: PlatformRefs | None = None
-    store: StateStore | None = None
 
     def __init__(self) -> None:
         self.control_address = "inline:controller"
@@ -59,13 +45,6 @@ class InlineAdapter:
         self._events: AdapterEvents | None = None
 
     # -- workers -----------------------------------------------------------------------------------------------------
-
-    def detach(self, name: str, http: HTTPOptions | None) -> RemoteController:
-        """See `engine.seam.adapter.Adapter.detach`: nothing here outlives its creator."""
-        raise InvalidArgument(
-            f"detached engine {name!r}: the inline adapter runs threads of this process; "
-            'one that outlives its creator needs backend="ray"'
-        )
 
     async def start(self, engine_id: str, events: AdapterEvents) -> None:
         """See `engine.seam.adapter.Adapter.start`."""
@@ -79,13 +58,9 @@ class InlineAdapter:
         if ignored or needs.other:
             _logger.info("%s: the inline adapter ignores %s", spec.name, ", ".join([*ignored, *needs.other]))
         sockets = [self._sockets.get(spec.listen)] if spec.listen is not None else []
-        host = self._hosts[spec.worker_id] = InlineHost(spec, self, sockets)
+        host = self._hosts[spec.worker_id] = InlineHost(spec, sockets, self, self._worker_said, self._worker_left)
         host.thread.start()
         self._threads = [thread for thread in self._threads if thread.is_alive()] + [host.thread]
-
-    async def adopt_worker(self, spec: WorkerSpec) -> None:
-        """See `engine.seam.adapter.Adapter.adopt_worker`; there is no former controller."""
-        raise NotImplementedError
 
     def tell(self, worker_id: str, body: Any) -> None:
         """See `engine.seam.adapter.Adapter.tell`."""
@@ -98,11 +73,7 @@ class InlineAdapter:
         host = self._hosts.get(worker_id)
         if host is not None:
             host.kill()
-            self.worker_left(host, "was killed")
-
-    def unplaced(self, worker_id: str) -> str | None:
-        """See `engine.seam.adapter.Adapter.unplaced`: whoever was started has a place."""
-        return None
+            self._worker_left(host, "was killed")
 
     def bound(self, listen: Listen, node_id: str) -> Listen:
         """See `engine.seam.adapter.Adapter.bound`."""
@@ -111,9 +82,6 @@ class InlineAdapter:
     def nodes(self) -> tuple[Node, ...]:
         """See `engine.seam.adapter.Adapter.nodes`."""
         return (Node(f"process-{os.getpid()}", "127.0.0.1"),)
-
-    def watch_nodes(self) -> None:
-        """See `engine.seam.adapter.Adapter.watch_nodes`: there is one, for ever."""
 
     async def stop(self) -> None:
         """See `engine.seam.adapter.Adapter.stop`."""
@@ -128,12 +96,8 @@ class InlineAdapter:
 
     # -- channels ----------------------------------------------------------------------------------------------------
 
-    def returns(self, control_address: str) -> bool:
-        """See `engine.seam.adapter.Adapter.returns`: a controller here is its engine."""
-        return False
-
     def open_channel(self, address: str, listener: ChannelListener, *, on_loop: bool) -> Channel:
-        """See `engine.seam.adapter.Adapter.open_channel`."""
+        """See `engine.seam.connector.Connector.open_channel`."""
         host = self._hosts.get(address.removeprefix("inline:"))
         if host is None or host.killed or host.service is None:
             raise ChannelClosed(f"nobody answers at {address}")
@@ -143,17 +107,14 @@ class InlineAdapter:
             raise ChannelClosed(f"nobody answers at {address}")
         return channel
 
-    def close(self) -> None:
-        """See `engine.seam.adapter.Adapter.close`; nothing to release."""
-
     # -- what the hosts say, on their threads ------------------------------------------------------------------------
 
-    def worker_said(self, host: InlineHost, body: Any) -> None:
+    def _worker_said(self, host: InlineHost, body: Any) -> None:
         """Pass a worker's message to the controller."""
         if not host.killed:
             self._report(lambda events: events.worker_said(host.worker_id, body))
 
-    def worker_left(self, host: InlineHost, reason: str) -> None:
+    def _worker_left(self, host: InlineHost, reason: str) -> None:
         """A worker's thread ended, or the worker was killed."""
 
         def report(events: AdapterEvents) -> None:

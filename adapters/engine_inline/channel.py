@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from engine.seam.adapter import Channel, ChannelClosed, ChannelListener
+from engine.seam.channel import Channel, ChannelClosed, ChannelListener
 from engine.seam.messages import Message
 
 __all__ = ["InlineChannel", "Mailbox"]
@@ -105,21 +105,21 @@ class InlineChannel:
         self._deliver = deliver
 
     def send(self, message: Message) -> None:
-        """See `engine.seam.adapter.Channel.send`."""
+        """See `engine.seam.channel.Channel.send`."""
         peer = self.peer
         if self.closed or peer.closed:
             raise ChannelClosed("the peer is gone")
         peer._deliver(lambda: None if peer.closed else peer._listener.received(peer, message))
 
     def watch(self) -> None:
-        """See `engine.seam.adapter.Channel.watch`; nothing to do."""
+        """See `engine.seam.channel.Channel.watch`; nothing to do."""
 
     def drive(self, done: Callable[[], bool], timeout_s: float | None) -> bool:
-        """See `engine.seam.adapter.Channel.drive`; messages deliver themselves."""
+        """See `engine.seam.channel.Channel.drive`; messages deliver themselves."""
         return False
 
     def close(self) -> None:
-        """See `engine.seam.adapter.Channel.close`."""
+        """See `engine.seam.channel.Channel.close`."""
         if not self.closed:
             self.closed = True
             peer = self.peer

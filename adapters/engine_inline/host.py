@@ -10,15 +10,15 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from engine.seam.adapter import Adapter, Service, WorkerSpec
+from engine.seam.connector import Connector
 from engine.seam.control_messages import Drain, Ready
+from engine.seam.service import Service
+from engine.seam.worker import WorkerSpec
 
 from .channel import InlineChannel, Mailbox
 
 if TYPE_CHECKING:
     import socket
-
-    from .adapter import InlineAdapter
 
 __all__ = ["InlineHost"]
 
@@ -33,18 +33,29 @@ class InlineHost:
 
     Args:
         spec: What to run.
-        adapter: Where it came from.
         sockets: The bound sockets of ``spec.listen``.
+        connector: Makes calls from here.
+        said: Gets what the worker says.
+        left: Told that its thread has ended, and how.
     """
 
-    def __init__(self, spec: WorkerSpec, adapter: InlineAdapter, sockets: list[socket.socket]) -> None:
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        sockets: list[socket.socket],
+        connector: Connector,
+        said: Callable[[InlineHost, Any], None],
+        left: Callable[[InlineHost, str], None],
+    ) -> None:
         self.worker_id = spec.worker_id
         self.service: Service | None = None
         self.mailbox = Mailbox()
         self.killed = False
         self._spec = spec
-        self._adapter = adapter
         self._sockets = sockets
+        self._connector = connector
+        self._said = said
+        self._left = left
         self._lock = threading.Lock()  # guards the next four
         self._channels: list[InlineChannel] = []
         self._hung_up = False  # takes no more channels
@@ -56,19 +67,19 @@ class InlineHost:
     # -- WorkerHost --------------------------------------------------------------------------------------------------
 
     def tell(self, body: Any) -> None:
-        """See `engine.seam.adapter.WorkerHost.tell`."""
-        self._adapter.worker_said(self, body)
+        """See `engine.seam.worker.WorkerHost.tell`."""
+        self._said(self, body)
 
-    def adapter(self) -> Adapter:
-        """See `engine.seam.adapter.WorkerHost.adapter`."""
-        return self._adapter
+    def connector(self) -> Connector:
+        """See `engine.seam.worker.WorkerHost.connector`."""
+        return self._connector
 
     def listen_sockets(self) -> list[Any]:
-        """See `engine.seam.adapter.WorkerHost.listen_sockets`."""
+        """See `engine.seam.worker.WorkerHost.listen_sockets`."""
         return self._sockets
 
     def on_control(self, handler: Callable[[Any], None]) -> None:
-        """See `engine.seam.adapter.WorkerHost.on_control`; the handler runs on the controller's thread."""
+        """See `engine.seam.worker.WorkerHost.on_control`; the handler runs on the controller's thread."""
         with self._lock:
             self._handler = handler
             unheard, self._unheard = self._unheard, deque()
@@ -76,7 +87,7 @@ class InlineHost:
             handler(body)
 
     def serve(self, service: Service) -> None:
-        """See `engine.seam.adapter.WorkerHost.serve`."""
+        """See `engine.seam.worker.WorkerHost.serve`."""
         self.service = service
         if service.on_loop:
             asyncio.run(self._serve_on_loop(service))
@@ -99,26 +110,26 @@ class InlineHost:
             await self._changed.wait()
             self._changed.clear()
 
-    # -- ServiceHost -------------------------------------------------------------------------------------------------
+    # -- ServiceLoop -------------------------------------------------------------------------------------------------
 
     def wake(self) -> None:
-        """See `engine.seam.adapter.ServiceHost.wake`."""
+        """See `engine.seam.service.ServiceLoop.wake`."""
         self.mailbox.post(self._changed.set if self._changed is not None else None)
 
     def poll(self, timeout_s: float | None) -> None:
-        """See `engine.seam.adapter.ServiceHost.poll`."""
+        """See `engine.seam.service.ServiceLoop.poll`."""
         self.mailbox.run_pending(timeout_s)
 
     def step_out(self) -> None:
-        """See `engine.seam.adapter.ServiceHost.step_out`."""
+        """See `engine.seam.service.ServiceLoop.step_out`."""
         self.mailbox.step_out()
 
     def step_in(self) -> None:
-        """See `engine.seam.adapter.ServiceHost.step_in`."""
+        """See `engine.seam.service.ServiceLoop.step_in`."""
         self.mailbox.step_in()
 
     def open_channels(self) -> int:
-        """See `engine.seam.adapter.ServiceHost.open_channels`."""
+        """See `engine.seam.service.ServiceLoop.open_channels`."""
         with self._lock:
             self._channels = [channel for channel in self._channels if not channel.closed]
             return len(self._channels)
@@ -164,4 +175,4 @@ class InlineHost:
             reason = f"failed with {type(error).__name__}: {error}"
             _logger.exception("%s failed", self._spec.name)
         self._hang_up(reason)
-        self._adapter.worker_left(self, reason)
+        self._left(self, reason)

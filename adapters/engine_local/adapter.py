@@ -8,9 +8,10 @@ When a worker dies, what it had said and printed is delivered first, then its ex
 kernel takes its workers along, each is reported, and the next `start_worker` starts another fork server. When the
 process that holds the adapter dies, the kernel takes the fork servers along, and so all workers.
 
-There are at most two fork servers at a time. The shared one imports the modules that backends come from, so that their
+There are at most two fork servers that fork. The shared one imports the modules that backends come from, so that their
 replicas share them. Workers with environment variables of their own come from a plain one that does not: a module reads
-its environment when it is imported, and must not have read that of somebody else.
+its environment when it is imported, and must not have read that of somebody else. One that is stuck in an import is
+retired: another takes its place, and it is ended once its workers are gone.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from engine.config import HTTPOptions
 from engine.errors import EngineClosed, EngineError, InvalidArgument, RemoteError, ResourcesUnavailable
-from engine.seam.adapter import AdapterEvents, Listen, Node, RemoteController, WorkerExit, WorkerSpec
+from engine.seam.adapter import AdapterEvents, Node
 from engine.seam.serialization import unpack_exception
+from engine.seam.worker import Listen, WorkerExit, WorkerSpec
 from engine_wire import Acceptor, listen_unix
 from engine_wire.listening import ListeningSockets
 
@@ -35,8 +36,8 @@ from .directory import EngineDirectory, temporary_directory
 from .environment import extra_environ, thread_limit
 from .gpus import GpuTable, visible_devices
 from .launcher import Launcher, search_path
-from .orders import Exited, Forked, ForkFailed, Kill, PreloadDone, PreloadFailed, Spawn
-from .process import describe_exit
+from .life import Stage
+from .orders import Exited, Forked, ForkFailed, PreloadDone, PreloadFailed, Spawn
 from .watched import WatchedWorker
 
 __all__ = ["LocalAdapter"]
@@ -45,11 +46,6 @@ _log = logging.getLogger("engine.local")
 _NODE = Node("local", "127.0.0.1")
 _MAX_INLINE_BYTES = 1 << 15
 """Larger payloads reach the worker as a file in memory: the fork server need not hold and copy them."""
-_STUCK_AFTER_S = 5.0
-"""A fork server that keeps an order waiting for longer is importing something that may never end."""
-_EXIT_PATIENCE_S = 1.0
-"""Between the end of a worker's control channel and its exit, or the other way round, are milliseconds."""
-_SIGKILL = 9
 
 
 class _Running(NamedTuple):
@@ -77,6 +73,8 @@ class LocalAdapter(LocalConnector):
         engine.errors.InvalidArgument: ``preload`` is not a sequence of module names, or ``gpus`` names one twice.
     """
 
+    shares_process = False
+
     def __init__(self, preload: Sequence[str] = (), gpus: Sequence[int | str] | None = None) -> None:
         super().__init__("")
         if isinstance(preload, str) or not all(isinstance(name, str) and name for name in preload):
@@ -88,8 +86,7 @@ class LocalAdapter(LocalConnector):
         GpuTable(self._devices or ())
         # Only the loop that `start` ran on touches what follows.
         self._running: _Running | None = None
-        self._launchers: dict[bool, Launcher] = {}  # by whether it is the shared one
-        self._retired: set[Launcher] = set()
+        self._launchers: dict[Launcher, bool] = {}  # all that are not gone, and whether it is a shared one
         self._preloaded: asyncio.Future[None] | None = None
         self._workers: dict[str, WatchedWorker] = {}
         self._deserted = asyncio.Event()  # set while there are no workers
@@ -99,13 +96,6 @@ class LocalAdapter(LocalConnector):
         self._ignored: set[tuple[str, ...]] = set()  # options that the log has mentioned
 
     # -- engine.seam.adapter.Adapter ---------------------------------------------------------------------------------
-
-    def detach(self, name: str, http: HTTPOptions | None) -> RemoteController:
-        """See `engine.seam.adapter.Adapter.detach`: nothing here outlives its creator."""
-        raise InvalidArgument(
-            f"detached engine {name!r}: the local adapter runs processes that end with this one; "
-            'one that outlives its creator needs backend="ray"'
-        )
 
     async def start(self, engine_id: str, events: AdapterEvents) -> None:
         """See `engine.seam.adapter.Adapter.start`.
@@ -160,10 +150,6 @@ class LocalAdapter(LocalConnector):
                 raise _lacking(f"cannot start {spec.name}", error) from error
             raise
 
-    async def adopt_worker(self, spec: WorkerSpec) -> None:
-        """See `engine.seam.adapter.Adapter.adopt_worker`; there is no former controller."""
-        raise NotImplementedError
-
     def tell(self, worker_id: str, body: Any) -> None:
         """See `engine.seam.adapter.Adapter.tell`."""
         worker = self._workers.get(worker_id)
@@ -173,17 +159,8 @@ class LocalAdapter(LocalConnector):
     def kill_worker(self, worker_id: str) -> None:
         """See `engine.seam.adapter.Adapter.kill_worker`."""
         worker = self._workers.get(worker_id)
-        if worker is None:
-            return
-        worker.killed = True
-        self._kill(worker)
-        assert self._running is not None
-        if worker.pid is None and self._running.loop.time() - worker.started_at > _STUCK_AFTER_S:
-            self._give_up(worker)
-
-    def unplaced(self, worker_id: str) -> str | None:
-        """See `engine.seam.adapter.Adapter.unplaced`: whoever was started has a place."""
-        return None
+        if worker is not None:
+            worker.kill()
 
     def bound(self, listen: Listen, node_id: str) -> Listen:
         """See `engine.seam.adapter.Adapter.bound`."""
@@ -195,21 +172,17 @@ class LocalAdapter(LocalConnector):
         """See `engine.seam.adapter.Adapter.nodes`."""
         return (_NODE,)
 
-    def watch_nodes(self) -> None:
-        """See `engine.seam.adapter.Adapter.watch_nodes`: there is one, for ever."""
-
     async def stop(self) -> None:
         """See `engine.seam.adapter.Adapter.stop`."""
         if self._process not in (0, os.getpid()):
             return  # a fork of the engine's process: nothing of this is its own
         for worker in self._workers.values():
-            worker.killed = True
-        launchers = [*self._launchers.values(), *self._retired]
+            worker.doom()
         if self._running is not None:
             self._running.acceptor.close()
         # One that has not forked all of its workers is perhaps importing, and would not listen.
-        importing = {worker.launcher for worker in self._workers.values() if worker.pid is None}
-        await asyncio.gather(*(launcher.stop(at_once=launcher in importing) for launcher in launchers))
+        importing = {worker.launcher for worker in self._workers.values() if worker.stage is Stage.ORDERED}
+        await asyncio.gather(*(launcher.stop(at_once=launcher in importing) for launcher in self._launchers))
         await self._deserted.wait()  # workers of a fork server that was killed end a moment later
         running, self._running = self._running, None
         if running is not None:
@@ -220,9 +193,12 @@ class LocalAdapter(LocalConnector):
     # -- starting ----------------------------------------------------------------------------------------------------
 
     def _launch(self, shared: bool, loop: asyncio.AbstractEventLoop) -> Launcher:
-        if shared not in self._launchers:
-            self._launchers[shared] = Launcher(self._preload, self._on_report, self._on_gone, loop)
-        return self._launchers[shared]
+        for launcher in self._launchers:
+            if self._launchers[launcher] is shared and not launcher.retired:
+                return launcher
+        launcher = Launcher(self._preload, self._on_report, self._on_gone, loop)
+        self._launchers[launcher] = shared
+        return launcher
 
     def _start(self, running: _Running, spec: WorkerSpec, gpus: list[str]) -> None:
         environ = dict(os.environ)
@@ -239,7 +215,7 @@ class LocalAdapter(LocalConnector):
             self._sequence += 1
             path = running.directory.path / f"{self._sequence}.sock"
             worker = WatchedWorker(
-                spec.worker_id, launcher, path, running.events.worker_said, self._on_lost, running.loop
+                spec.worker_id, launcher, path, running.events.worker_said, self._on_ended, running.loop
             )
             undo.pop_all()
         self._workers[spec.worker_id] = worker
@@ -276,20 +252,11 @@ class LocalAdapter(LocalConnector):
 
     # -- what fork servers report --------------------------------------------------------------------------------------
 
-    def _on_report(self, launcher: Launcher, report: object) -> None:
+    def _on_report(self, report: Forked | ForkFailed | Exited | PreloadDone | PreloadFailed) -> None:
         if isinstance(report, (PreloadDone, PreloadFailed)):
             self._on_preload(report)
-            return
-        assert isinstance(report, (Forked, ForkFailed, Exited))
-        worker = self._workers.get(report.worker_id)
-        if worker is None:
-            return  # given up before
-        if isinstance(report, Forked):
-            worker.pid = report.pid
-        elif isinstance(report, ForkFailed):
-            self._finish(worker, report.reason)
-        else:
-            self._finish(worker, _reason(worker, report.status))
+        elif report.worker_id in self._workers:  # else it was given up before
+            self._workers[report.worker_id].reported(report)
 
     def _on_preload(self, report: PreloadDone | PreloadFailed) -> None:
         error: EngineError | None = None
@@ -306,67 +273,22 @@ class LocalAdapter(LocalConnector):
             _log.error("%s", error)
 
     def _on_gone(self, launcher: Launcher, phrase: str) -> None:
-        self._retired.discard(launcher)
-        for shared in [shared for shared, current in self._launchers.items() if current is launcher]:
-            del self._launchers[shared]
+        del self._launchers[launcher]
         if self._preloaded is not None and not self._preloaded.done():
             self._preloaded.set_exception(InvalidArgument(f"preload: the fork server {phrase} while it was importing"))
         for worker in self._of(launcher):
-            self._orphan(worker, "was killed by the engine" if worker.killed else f"its fork server {phrase}")
+            worker.orphaned()
 
     # -- how workers end -----------------------------------------------------------------------------------------------
 
-    def _on_lost(self, worker: WatchedWorker) -> None:
-        if worker.last_words is not None:
-            self._finish(worker, worker.last_words)
-        else:
-            assert self._running is not None
-            worker.deadline = self._running.loop.call_later(_EXIT_PATIENCE_S, self._cut_off, worker)
-
-    def _cut_off(self, worker: WatchedWorker) -> None:
-        """Kill a worker that closed its control channel and did not exit: nobody can speak with it any more."""
-        worker.cut_off = True
-        self._kill(worker)
-        if worker.launcher in self._retired:
-            self._finish(worker, "is gone; its fork server, which could say why, is stuck in an import")
-
-    def _kill(self, worker: WatchedWorker) -> None:
-        worker.launcher.send(Kill(worker.worker_id))
-        if worker.launcher in self._retired and worker.pid is not None:
-            # A stuck fork server does not listen. Nor does it reap, so the number still is this worker's.
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(worker.pid, _SIGKILL)
-
-    def _orphan(self, worker: WatchedWorker, reason: str) -> None:
-        """End a worker whose fork server cannot say when it is gone: its channel says so instead."""
-        if not worker.connected:
-            self._finish(worker, reason)
-            return
-        worker.last_words = reason
-        assert self._running is not None
-        worker.deadline = self._running.loop.call_later(_EXIT_PATIENCE_S, self._finish, worker, reason)
-
-    def _give_up(self, worker: WatchedWorker) -> None:
-        """Do not wait for a worker that its fork server does not get round to; start others elsewhere."""
-        self._retired.add(worker.launcher)
-        for shared in [shared for shared, current in self._launchers.items() if current is worker.launcher]:
-            del self._launchers[shared]
-        self._finish(worker, "was ended before it started: the import of a module took too long")
-
-    def _finish(self, worker: WatchedWorker, reason: str) -> None:
-        if self._workers.pop(worker.worker_id, None) is None:
-            return
-        worker.last_words = reason
-        worker.finish()
+    def _on_ended(self, worker: WatchedWorker, reason: str) -> None:
+        del self._workers[worker.worker_id]
         if not self._workers:
             self._deserted.set()
-        if worker.launcher.gone.done() and worker.pid is not None:
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(worker.pid, os.WNOHANG)  # it has become this process's child if that adopts orphans
         running = self._running
         assert running is not None
         running.gpus.give_back(worker.worker_id)
-        if worker.launcher in self._retired and not self._of(worker.launcher):
+        if worker.launcher.retired and not self._of(worker.launcher):
             worker.launcher.kill()
         running.events.worker_exited(WorkerExit(worker.worker_id, reason))
 
@@ -376,15 +298,6 @@ class LocalAdapter(LocalConnector):
 
 def _lacking(what: str, error: OSError) -> ResourcesUnavailable:
     return ResourcesUnavailable(f"{what}: {error.strerror}; if it is about open files, raise their limit (ulimit -n)")
-
-
-def _reason(worker: WatchedWorker, status: int) -> str:
-    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == _SIGKILL:
-        if worker.killed:
-            return "was killed by the engine"
-        if worker.cut_off:
-            return "was killed by the engine because it had closed its control channel"
-    return describe_exit(status)
 
 
 def _described(error: Exception) -> str:

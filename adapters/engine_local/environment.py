@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from engine.seam.adapter import Resources
+from engine.seam.resources import Resources
 
 __all__ = ["extra_environ", "thread_limit"]
 

@@ -1,4 +1,4 @@
-"""A worker's side of the adapter: the `engine.seam.adapter.WorkerHost` of a process.
+"""A worker's side of the adapter: the `engine.seam.worker.WorkerHost` of a process.
 
 The control socket is read by a thread of its own (`engine_wire.worker_host`). When it reads end-of-file the engine is
 gone, and the thread ends the process at once.
@@ -10,7 +10,8 @@ import os
 import socket
 from typing import TYPE_CHECKING, Any
 
-from engine.seam.adapter import Adapter, Service
+from engine.seam.connector import Connector
+from engine.seam.service import Service
 from engine_wire import SocketChannel, Undriven, WireWorkerHost, listen_unix
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class LocalHost(WireWorkerHost):
     Args:
         worker_id: Of this worker.
         control: Descriptor of the control socket.
-        listening: Descriptors of the bound sockets of `engine.seam.adapter.WorkerSpec.listen`.
+        listening: Descriptors of the bound sockets of `engine.seam.worker.WorkerSpec.listen`.
         path: Where `serve` opens the worker's Unix socket.
         control_address: Where the controller hears this worker's handles.
     """
@@ -45,10 +46,10 @@ class LocalHost(WireWorkerHost):
         """End the process: its engine is gone. See `engine_wire.WireWorkerHost.control_lost`."""
         os._exit(1)
 
-    # -- engine.seam.adapter.WorkerHost ------------------------------------------------------------------------------
+    # -- engine.seam.worker.WorkerHost ------------------------------------------------------------------------------
 
-    def adapter(self) -> Adapter:
-        """See `engine.seam.adapter.WorkerHost.adapter`."""
+    def connector(self) -> Connector:
+        """See `engine.seam.worker.WorkerHost.connector`."""
         if self._connector is None:
             from .connector import LocalConnector
 
@@ -56,9 +57,9 @@ class LocalHost(WireWorkerHost):
         return self._connector
 
     def listen_sockets(self) -> list[Any]:
-        """See `engine.seam.adapter.WorkerHost.listen_sockets`."""
+        """See `engine.seam.worker.WorkerHost.listen_sockets`."""
         return list(self._sockets)
 
     def serve(self, service: Service) -> None:
-        """See `engine.seam.adapter.WorkerHost.serve`."""
+        """See `engine.seam.worker.WorkerHost.serve`."""
         self.serve_on([listen_unix(self._path)], f"unix:{self._path}", service)

@@ -14,6 +14,7 @@ import contextlib
 import logging
 import marshal
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -26,7 +27,7 @@ import engine.errors
 from engine.errors import InvalidArgument
 
 from . import boot
-from .orders import Frames, pack
+from .orders import Frames, Kill, pack
 from .output import LineReader
 from .process import describe_exit
 
@@ -57,7 +58,7 @@ class Launcher:
     def __init__(
         self,
         preload: Sequence[str],
-        on_report: Callable[[Launcher, Any], None],
+        on_report: Callable[[Any], None],
         on_gone: Callable[[Launcher, str], None],
         loop: asyncio.AbstractEventLoop,
     ) -> None:
@@ -86,6 +87,7 @@ class Launcher:
         ]
         self.gone: asyncio.Future[str] = loop.create_future()
         self.heard = False  # whether it ever reported anything
+        self.retired = False  # whether it was found stuck in an import: it is to fork no more workers
         self._reap_until = 0.0
         self._sock.setblocking(False)
         loop.add_reader(self._sock.fileno(), self._on_readable)
@@ -120,6 +122,23 @@ class Launcher:
                 if not self.gone.done():
                     self._process.kill()
         await asyncio.shield(self.gone)
+
+    def kill_worker(self, worker_id: str, pid: int | None) -> None:
+        """End one of its workers at once, if it lives.
+
+        Args:
+            worker_id: Of the worker.
+            pid: Its process; None if the fork server has not told.
+        """
+        self.send(Kill(worker_id))
+        if self.retired and pid is not None:
+            # A stuck fork server does not listen. Nor does it reap, so the number still is this worker's.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def retire(self) -> None:
+        """It is stuck: order no more workers from it. Those that it has forked live on."""
+        self.retired = True
 
     def kill(self) -> None:
         """End the fork server and its workers at once; ``on_gone`` follows."""
@@ -167,7 +186,7 @@ class Launcher:
             return
         self.heard = True
         for report in self._frames.feed(data):
-            self._on_report(self, report)
+            self._on_report(report)
 
     def _on_end(self) -> None:
         self._loop.remove_reader(self._sock.fileno())

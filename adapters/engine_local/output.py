@@ -1,6 +1,6 @@
-"""Turns a worker's standard stream into lines.
+"""Turns a standard stream of a worker or a fork server into lines.
 
-Reads the engine's end of a pipe on the controller's loop; the worker waits when it writes faster than that. A line that
+Reads the engine's end of a pipe on the controller's loop; whoever writes faster than that waits. A line that
 grows too long is cut; what is left without a newline is passed on at the end.
 """
 

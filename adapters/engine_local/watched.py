@@ -1,7 +1,7 @@
-"""A started worker as the engine's process sees it: control channel, standard streams, and how it is to end.
+"""A worker as the engine's process sees it: its life, its control channel and its standard streams.
 
-Only the controller's loop touches it. `WatchedWorker.finish` delivers everything the worker managed to say, so that the
-report of its exit can be the last word about it.
+Only the controller's loop touches it. Whatever tells of its death comes here: its channel, its fork server, a timer
+where one of them is late. All that it managed to say is delivered before its end is told, which is told once.
 """
 
 from __future__ import annotations
@@ -15,15 +15,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from engine.seam.adapter import Channel, ChannelClosed
+from engine.seam.channel import Channel, ChannelClosed
 from engine.seam.control_messages import LogLine
 from engine.seam.messages import Control, Message
 from engine_wire import LoopDriver, SocketChannel
 
 from .launcher import Launcher
+from .life import Stage, describe_end
+from .orders import Exited, Forked, ForkFailed
 from .output import LineReader
 
 __all__ = ["WatchedWorker"]
+
+_STUCK_AFTER_S = 5.0
+"""A fork server that keeps an order waiting for longer is importing something that may never end."""
+_EXIT_PATIENCE_S = 1.0
+"""Between the end of a worker's control channel and its exit, or the other way round, are milliseconds."""
 
 
 class WatchedWorker:
@@ -34,7 +41,7 @@ class WatchedWorker:
         launcher: Of the fork server that forks it.
         path: Of the socket it may open.
         said: Gets what it says (`engine.seam.adapter.AdapterEvents.worker_said`).
-        lost: Told when its control channel has ended.
+        ended: Told once, with a phrase for people, that it has ended.
         loop: Runs all this.
 
     Raises:
@@ -47,20 +54,20 @@ class WatchedWorker:
         launcher: Launcher,
         path: Path,
         said: Callable[[str, Any], None],
-        lost: Callable[[WatchedWorker], None],
+        ended: Callable[[WatchedWorker, str], None],
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         self.worker_id = worker_id
         self.launcher = launcher
-        self.path = path
-        self.started_at = loop.time()
-        self.pid: int | None = None
-        self.killed = False  # by the engine
-        self.cut_off = False  # killed by the engine because its channel had ended
-        self.last_words: str | None = None  # the reason of its exit, once it is known but its channel is still open
-        self.deadline: asyncio.TimerHandle | None = None
+        self.stage = Stage.ORDERED
+        self._pid: int | None = None
+        self._doomed = False  # the engine ends it
+        self._ordered_at = loop.time()
+        self._timer: asyncio.TimerHandle | None = None  # until what should follow is not waited for any longer
+        self._path = path
         self._said = said
-        self._lost = lost
+        self._ended = ended
+        self._loop = loop
         with contextlib.ExitStack() as undo:
             ours, theirs = socket.socketpair()
             undo.callback(ours.close)
@@ -80,38 +87,86 @@ class WatchedWorker:
         self._channel.watch()
 
     def __repr__(self) -> str:
-        return f"<WatchedWorker {self.worker_id} pid={self.pid} killed={self.killed} {self._channel}>"
-
-    @property
-    def connected(self) -> bool:
-        """Whether its control channel is open."""
-        return not self._channel.closed
+        return f"<WatchedWorker {self.worker_id} {self.stage.value} pid={self._pid} {self._channel}>"
 
     def tell(self, body: Any) -> None:
         """Send a control body; does nothing when the worker is gone."""
         with contextlib.suppress(ChannelClosed):
             self._channel.send(Control(body))
 
-    def finish(self) -> None:
-        """Deliver the rest of what it said and release everything."""
-        if self.deadline is not None:
-            self.deadline.cancel()
+    # -- its life ----------------------------------------------------------------------------------------------------
+
+    def doom(self) -> None:
+        """The engine is about to end it, by ending its fork server; nothing happens if it is dying already."""
+        if self.stage not in (Stage.ORPHANED, Stage.ENDED):
+            self._doomed = True
+
+    def kill(self) -> None:
+        """End it at once; nothing happens if it is dying already.
+
+        One that its fork server has not got round to for long is not waited for, and others are forked elsewhere.
+        """
+        if self.stage in (Stage.ORPHANED, Stage.ENDED):
+            return
+        self._doomed = True
+        self.launcher.kill_worker(self.worker_id, self._pid)
+        if self.stage is Stage.ORDERED and self._loop.time() - self._ordered_at > _STUCK_AFTER_S:
+            self.launcher.retire()
+            self._end()
+
+    def reported(self, report: Forked | ForkFailed | Exited) -> None:
+        """Its fork server says what became of it."""
+        if not isinstance(report, Forked):
+            self._end(report)
+            return
+        self._pid = report.pid
+        if self.stage is Stage.ORDERED:  # else its channel has ended before this was read
+            self.stage = self.stage.to(Stage.RUNNING)
+
+    def orphaned(self) -> None:
+        """Its fork server is gone."""
+        if self.stage in (Stage.SILENT, Stage.CUT_OFF):
+            self._end()
+        else:
+            self.stage = self.stage.to(Stage.ORPHANED)
+            self._timer = self._loop.call_later(_EXIT_PATIENCE_S, self._end)
+
+    def _cut_off(self) -> None:
+        self.stage = self.stage.to(Stage.CUT_OFF)
+        self.launcher.kill_worker(self.worker_id, self._pid)
+        if self.launcher.retired:
+            self._end()
+
+    def _end(self, report: ForkFailed | Exited | None = None) -> None:
+        server = self.launcher.gone.result() if self.launcher.gone.done() else None
+        reason = describe_end(self.stage, report, server, doomed=self._doomed)
+        self.stage = self.stage.to(Stage.ENDED)
+        if self._timer is not None:
+            self._timer.cancel()
         self._channel.read_rest()
         self._stdout.finish()
         self._stderr.finish()
         self._channel.close()
-        self.path.unlink(missing_ok=True)
+        self._path.unlink(missing_ok=True)
+        if server is not None and self._pid is not None:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(self._pid, os.WNOHANG)  # it has become this process's child if that adopts orphans
+        self._ended(self, reason)
 
-    # -- engine.seam.adapter.ChannelListener -------------------------------------------------------------------------
+    # -- engine.seam.channel.ChannelListener -------------------------------------------------------------------------
 
     def received(self, channel: Channel, message: Message) -> None:
-        """See `engine.seam.adapter.ChannelListener.received`."""
+        """See `engine.seam.channel.ChannelListener.received`."""
         if isinstance(message, Control):
             self._said(self.worker_id, message.body)
 
     def lost(self, channel: Channel, reason: str) -> None:
-        """See `engine.seam.adapter.ChannelListener.lost`."""
-        self._lost(self)
+        """See `engine.seam.channel.ChannelListener.lost`."""
+        if self.stage is Stage.ORPHANED:
+            self._end()
+        elif self.stage is not Stage.ENDED:  # else this is the rest of what it said
+            self.stage = self.stage.to(Stage.SILENT)
+            self._timer = self._loop.call_later(_EXIT_PATIENCE_S, self._cut_off)
 
     def _print(self, level: int, stream: str, line: str) -> None:
         self._said(self.worker_id, LogLine(level, stream, line))

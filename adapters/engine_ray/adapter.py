@@ -10,7 +10,7 @@ from typing import Any
 
 from engine.config import HTTPOptions
 from engine.errors import InvalidArgument
-from engine.seam.adapter import RemoteController
+from engine.seam.detached import RemoteController
 
 from . import connection
 from .cluster import ClusterAdapter
@@ -62,7 +62,7 @@ class RayAdapter(ClusterAdapter):
         self._namespace = namespace
 
     def detach(self, name: str, http: HTTPOptions | None) -> RemoteController:
-        """See `engine.seam.adapter.Adapter.detach`."""
+        """See `engine.seam.detached.Detachable.detach`."""
         if self._process:
             raise InvalidArgument("this adapter already serves an engine: give each engine one of its own")
         if self._address == "local":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from engine.seam.adapter import ChannelClosed
+from engine.seam.channel import ChannelClosed
 
 __all__ = ["Address", "cluster_of", "engine_of", "is_symbolic", "symbolic"]
 
@@ -37,7 +37,7 @@ def engine_of(address: str) -> str:
     """The id of the engine that an address of either kind belongs to.
 
     Raises:
-        engine.seam.adapter.ChannelClosed: It is no address.
+        engine.seam.channel.ChannelClosed: It is no address.
     """
     if is_symbolic(address):
         return address.removeprefix(_SYMBOLIC).partition(":")[0]
@@ -73,7 +73,7 @@ class Address(NamedTuple):
         """Read what `str` wrote.
 
         Raises:
-            engine.seam.adapter.ChannelClosed: It is something else.
+            engine.seam.channel.ChannelClosed: It is something else.
         """
         parts = text.split(":", 3)
         if len(parts) != 4 or parts[0] != _SCHEME or not parts[3]:
@@ -84,7 +84,7 @@ class Address(NamedTuple):
         """The socket to connect to: the Unix socket on its own node, TCP from any other.
 
         Raises:
-            engine.seam.adapter.ChannelClosed: There is neither.
+            engine.seam.channel.ChannelClosed: There is neither.
         """
         wanted = ("unix:", "tcp:") if node_id == self.node_id else ("tcp:",)
         for scheme in wanted:

@@ -40,7 +40,7 @@ class Errand(NamedTuple):
         number: Of all that this source made, from 0 on.
         timeout_s: Seconds until it fails, or None.
 
-    The others are those of `engine.calling.slot.Outgoing`.
+    The others are those of `engine.seam.messages.Call`, and its shard key.
     """
 
     source: str

@@ -19,16 +19,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from engine.errors import EngineClosed, InvalidArgument
-from engine.seam.adapter import (
-    AdapterEvents,
-    Channel,
-    ChannelListener,
-    Listen,
-    Node,
-    WorkerExit,
-    WorkerSpec,
-)
+from engine.seam.adapter import AdapterEvents, Node
+from engine.seam.channel import Channel, ChannelListener
 from engine.seam.messages import Control, Message
+from engine.seam.worker import Listen, WorkerExit, WorkerSpec
 from engine_wire import Acceptor, SocketChannel, notice_silence
 
 from . import connection
@@ -51,9 +45,6 @@ __all__ = ["SECRET_BYTES", "ClusterAdapter"]
 _log = logging.getLogger("engine.ray")
 SECRET_BYTES = 32
 _STOP_PATIENCE_S = 5.0
-_RETURN_PATIENCE_S = 15.0
-"""Workers look for a new controller several times a second, once they have noticed that the former one is gone. If its
-host lost its power, that takes `engine_wire.addresses.SILENCE_S`."""
 
 
 class _Running(NamedTuple):
@@ -74,6 +65,10 @@ class ClusterAdapter(RayCaller):
         runtime_env: Of every worker.
         init_kwargs: Further arguments of ``ray.init``.
     """
+
+    shares_process = False
+    _outlives_process = False
+    """Whether the engine goes on when this process dies."""
 
     def __init__(self, address: str | None, runtime_env: Mapping[str, Any], init_kwargs: Mapping[str, Any]) -> None:
         super().__init__()
@@ -117,7 +112,7 @@ class ClusterAdapter(RayCaller):
             address = Address(engine_id, self.node_id(), (*sockets, f"gcs:{connection.cluster()}"))
             self.control_address = await asyncio.to_thread(self._announce, registry, str(address))
         except BaseException:
-            if self._running is not None and self.store is None:
+            if self._running is not None and not self._outlives_process:
                 await self.stop()
             elif self._running is not None:  # the engine is not over: the next controller takes it up
                 self._running.acceptor.close()
@@ -170,22 +165,6 @@ class ClusterAdapter(RayCaller):
         ended = actor.run.remote(tuple(order)).future()
         ended.add_done_callback(lambda future: self._from_ray(worker.ray_ended, described_death(future.exception())))
 
-    async def adopt_worker(self, spec: WorkerSpec) -> None:
-        """See `engine.seam.adapter.Adapter.adopt_worker`."""
-        running = self._running
-        assert running is not None
-        actor = await asyncio.to_thread(self._former, spec)
-        worker = self._watch(running, spec, actor)
-        stranger = self._strangers.hand_over(spec.worker_id)
-        if stranger is not None:
-            self._introduce(worker, stranger.channel)
-            for message in stranger.heard:
-                worker.received(stranger.channel, message)
-        elif actor is None:
-            running.loop.call_soon(self._finish, worker, "died while the engine had no controller")
-        else:
-            worker.expect_within(_RETURN_PATIENCE_S, "did not come back to the controller")
-
     def tell(self, worker_id: str, body: Any) -> None:
         """See `engine.seam.adapter.Adapter.tell`."""
         worker = self._workers.get(worker_id)
@@ -200,7 +179,7 @@ class ClusterAdapter(RayCaller):
             kill_actor(worker.actor)
 
     def unplaced(self, worker_id: str) -> str | None:
-        """See `engine.seam.adapter.Adapter.unplaced`."""
+        """See `engine.seam.adapter.FindsPlaces.unplaced`."""
         worker = self._workers.get(worker_id)
         return None if worker is None or worker.placed else shortage(worker.spec.resources)
 
@@ -213,7 +192,7 @@ class ClusterAdapter(RayCaller):
         return self._nodes.nodes
 
     def watch_nodes(self) -> None:
-        """See `engine.seam.adapter.Adapter.watch_nodes`."""
+        """See `engine.seam.adapter.WatchesNodes.watch_nodes`."""
         if self._running is not None:
             self._nodes.begin()
 
@@ -254,10 +233,6 @@ class ClusterAdapter(RayCaller):
     def _lasting(self, spec: WorkerSpec) -> dict[str, Any]:
         """Options that let an actor live on without the controller's process."""
         return {}
-
-    def _former(self, spec: WorkerSpec) -> Any:
-        """The actor of a worker that a former controller started, or None."""
-        raise NotImplementedError
 
     # -- starting ----------------------------------------------------------------------------------------------------
 
@@ -313,7 +288,7 @@ class ClusterAdapter(RayCaller):
             worker = self._workers.get(body.worker_id)
             if worker is not None:
                 self._introduce(worker, channel)
-            elif self.store is None:
+            elif not self._outlives_process:
                 channel.close()  # it was given up; closing its control channel ends it
             else:
                 self._strangers.take_in(body.worker_id, channel)

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import threading
 from collections.abc import Mapping
 from typing import Any
 
 from engine.errors import EngineError, InvalidArgument
+
+from .knocking import knock
 
 __all__ = ["cluster", "join", "leave", "started_here"]
 
@@ -228,11 +229,11 @@ def _running(directory: str | None) -> str | None:
         _check_reachable("RAY_ADDRESS", named)
         return "auto"
     noted = services.find_bootstrap_address(directory)
-    if not noted or _knock(noted) is None:
+    if not noted or knock(noted, _KNOCK_S) is None:
         return "auto"
     _log.info("no Ray answers at %s, which was the last one that was started here", noted)
     others = sorted(services.find_gcs_addresses())
-    return next((other for other in others if _knock(other) is None), None)
+    return next((other for other in others if knock(other, _KNOCK_S) is None), None)
 
 
 _ADVICE = (
@@ -250,23 +251,12 @@ def _essence(error: BaseException) -> str:
 
 def _check_reachable(field: str, address: str) -> None:
     """Refuse an address where nobody listens: Ray would knock there for minutes."""
-    error = _knock(address)
+    error = knock(address, _KNOCK_S)
     if error is not None:
         raise InvalidArgument(
             f"{field}={address!r}: cannot connect to a Ray cluster there: {error}. Is one running (ray start --head), "
             "and can its head be reached from here?"
         ) from error
-
-
-def _knock(address: str) -> Exception | None:
-    """Why nobody can be reached at ``host:port``; None also of what is no such address, which Ray may know."""
-    host, _, port = address.rpartition(":")
-    if host and port.isdecimal():
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), _KNOCK_S).close()
-        except (OSError, OverflowError) as error:
-            return error
-    return None
 
 
 def _expected(record: logging.LogRecord) -> bool:

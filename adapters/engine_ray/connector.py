@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from engine.seam.adapter import Channel, ChannelClosed, ChannelListener
+from engine.seam.channel import Channel, ChannelClosed, ChannelListener
 from engine_wire import WireConnector, connect, notice_silence
 
 from . import connection
@@ -17,13 +17,13 @@ from .addresses import Address, cluster_of, engine_of, is_symbolic
 from .registry import Entry, Registry
 
 if TYPE_CHECKING:
-    from engine.seam.adapter import PlatformRefs
+    pass
 
 __all__ = ["RayConnector"]
 
 
 class RayConnector(WireConnector):
-    """An `engine.seam.adapter.Adapter` that only opens channels.
+    """What opens channels.
 
     Args:
         control_address: Where the controller listens, if known.
@@ -31,11 +31,6 @@ class RayConnector(WireConnector):
     """
 
     name = "ray"
-
-    @property
-    def refs(self) -> PlatformRefs | None:
-        """See `engine.seam.adapter.Adapter.refs`: who wants some takes an `engine_ray.refs.RayCaller`."""
-        return None
 
     def __init__(self, control_address: str = "", secret: bytes | None = None) -> None:
         super().__init__(control_address)
@@ -45,7 +40,7 @@ class RayConnector(WireConnector):
         self._closed = False
 
     def open_channel(self, address: str, listener: ChannelListener, *, on_loop: bool) -> Channel:
-        """See `engine.seam.adapter.Adapter.open_channel`."""
+        """See `engine.seam.connector.Connector.open_channel`."""
         poller = self._poller  # of now: looking an address up takes a while, and `close` may come in between
         party = self.locate(address)
         channel = connect(
@@ -59,7 +54,7 @@ class RayConnector(WireConnector):
         """Where a party is now.
 
         Raises:
-            engine.seam.adapter.ChannelClosed: Nobody is, as far as the cluster knows.
+            engine.seam.channel.ChannelClosed: Nobody is, as far as the cluster knows.
         """
         if is_symbolic(address):
             entry = self._look_up(address)
@@ -73,7 +68,7 @@ class RayConnector(WireConnector):
         return party
 
     def returns(self, control_address: str) -> bool:
-        """See `engine.seam.adapter.Adapter.returns`: true of a detached engine until it is shut down."""
+        """See `engine.seam.connector.MayReturn.returns`: true of a detached engine until it is shut down."""
         if not is_symbolic(control_address):
             return False
         import ray
@@ -84,7 +79,7 @@ class RayConnector(WireConnector):
             return bool(ray.is_initialized())
 
     def close(self) -> None:
-        """See `engine.seam.adapter.Adapter.close`."""
+        """See `engine.seam.connector.Connector.close`."""
         super().close()
         self._closed = True
         if self._joined:

@@ -18,12 +18,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from engine.calling.caller import deadline_error
+from engine.calling.answers import answer_to, deadline_error
 from engine.calling.client import Client
-from engine.calling.handle import answer_to
-from engine.calling.slot import Outgoing
 from engine.errors import EngineClosed, EngineError, NotSerializable
-from engine.seam.messages import PYTHON, Reply
+from engine.seam.control_messages import Subscribe
+from engine.seam.messages import PYTHON, Call, Reply
 from engine.seam.serialization import dumps, pack_exception
 
 from .actors import NAMESPACE, kill_actor
@@ -63,9 +62,8 @@ class Courier:
         connector = _OwnConnector(control_address, secret, lambda: loop.call_soon_threadsafe(self._over.set))
         # As an ingress is, it is waited for when routes change: a call made after that must follow them.
         try:
-            self._client = Client.attach(
-                engine_id, connector, control_address, ingress=True, worker_id="courier", owns_adapter=True
-            )
+            request = Subscribe(ingress=True, worker_id="courier")
+            self._client = Client.attach(engine_id, connector, control_address, request, owns_connector=True)
         except EngineClosed:
             if connector.returns(control_address):
                 _leave_process(1)  # Ray starts an actor again that died, but never one whose constructor raised
@@ -91,8 +89,9 @@ class Courier:
             if lifted:
                 payload = _filled(payload, await self._wait_for(lifted, endpoint, timeout_s))
                 timeout_s = None if deadline is None else max(0.0, deadline - time.monotonic())
-            outgoing = Outgoing(PYTHON, method, deadline, "", head, payload, shard_key)
-            answer = await answer_to(self._client.loop_caller(), endpoint, outgoing, timeout_s)
+            call = Call(0, PYTHON, method, deadline, "", head, payload)
+            caller = self._client.loop_caller()
+            answer = await answer_to(caller, endpoint, call, timeout_s, shard_key=shard_key)
         except EngineError as error:
             raise CarriedError(pack_exception(error)) from None
         finally:
@@ -151,7 +150,7 @@ class _OwnConnector(RayConnector):
         self._tell_closed = closed
 
     def close(self) -> None:
-        """See `engine.seam.adapter.Adapter.close`."""
+        """See `engine.seam.connector.Connector.close`."""
         super().close()
         self._tell_closed()
 

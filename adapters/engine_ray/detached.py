@@ -20,7 +20,9 @@ from typing import Any
 from engine.config import HTTPOptions
 from engine.control.detached import DetachedController
 from engine.errors import EngineClosed, EngineError, InvalidArgument, RetryLater
-from engine.seam.adapter import AdapterEvents, RemoteController, WorkerSpec
+from engine.seam.adapter import AdapterEvents
+from engine.seam.detached import RemoteController, StateStore
+from engine.seam.worker import WorkerSpec
 
 from . import connection
 from .actors import NAMESPACE, actor_names, kill_actor, kill_named
@@ -40,6 +42,9 @@ _INCARNATION = "~"
 _UNHEARD_S = 30.0
 """After the start of a controller: who was alive then and has not said a word never will."""
 _TRY_AGAIN_S = 1.0
+_RETURN_PATIENCE_S = 15.0
+"""Workers look for a new controller several times a second, once they have noticed that the former one is gone. If its
+machine lost its power, that takes `engine_wire.addresses.SILENCE_S`."""
 _THREADS = 100
 """Operations at a time; most of them wait for something."""
 
@@ -53,13 +58,15 @@ class DetachedAdapter(ClusterAdapter):
         surroundings: Of the process that created the engine.
     """
 
+    _outlives_process = True
+
     def __init__(self, engine_id: str, runtime_env: Mapping[str, Any], surroundings: Surroundings) -> None:
         super().__init__(None, runtime_env, {})
         self._registry = Registry(engine_id)
         self._incarnation = os.urandom(4).hex()  # a repeated start must not meet the name of one that was cut short
         self._adopted: set[str] = set()  # names of actors
         self._surroundings = surroundings
-        self.store = self._registry
+        self.store: StateStore = self._registry
 
     def _make_secret(self) -> bytes:
         left = self._registry.get()
@@ -76,7 +83,24 @@ class DetachedAdapter(ClusterAdapter):
         name = f"{_worker_prefix(self.engine_id)}{spec.worker_id}{_INCARNATION}{self._incarnation}"
         return {"name": name, "namespace": NAMESPACE, "lifetime": "detached"}
 
+    async def adopt_worker(self, spec: WorkerSpec) -> None:
+        """See `engine.seam.detached.KeepsState.adopt_worker`."""
+        running = self._running
+        assert running is not None
+        actor = await asyncio.to_thread(self._former, spec)
+        worker = self._watch(running, spec, actor)
+        stranger = self._strangers.hand_over(spec.worker_id)
+        if stranger is not None:
+            self._introduce(worker, stranger.channel)
+            for message in stranger.heard:
+                worker.received(stranger.channel, message)
+        elif actor is None:
+            running.loop.call_soon(self._finish, worker, "died while the engine had no controller")
+        else:
+            worker.expect_within(_RETURN_PATIENCE_S, "did not come back to the controller")
+
     def _former(self, spec: WorkerSpec) -> Any:
+        """The actor of a worker that a former controller started, or None."""
         import ray
 
         for name in _worker_names(self.engine_id):
@@ -143,13 +167,13 @@ class ControllerActor:
         self._controller.wait_started()
         return self._engine_id
 
-    def run(self, operation: str, arguments: bytes) -> bytes:
+    def run(self, operation: bytes) -> bytes:
         """See `engine.control.detached.DetachedController.run`."""
-        return self._controller.run(operation, arguments)
+        return self._controller.run(operation)
 
 
 class RayController:
-    """See `engine.seam.adapter.RemoteController`.
+    """See `engine.seam.detached.RemoteController`.
 
     Args:
         actor: Ray's handle of the controller.
@@ -163,14 +187,14 @@ class RayController:
         self.engine_id = engine_id
         self.control_address = symbolic(engine_id, connection.cluster())
 
-    def run(self, operation: str, arguments: bytes) -> bytes:
-        """See `engine.seam.adapter.RemoteController.run`."""
+    def run(self, name: str, operation: bytes) -> bytes:
+        """See `engine.seam.detached.RemoteController.run`."""
         import ray
         from ray import exceptions
 
         check_connected()
         try:
-            outcome: bytes = ray.get(self._actor.run.remote(operation, arguments))
+            outcome: bytes = ray.get(self._actor.run.remote(operation))
         except exceptions.RayActorError as error:
             if not self._adapter.returns(self.control_address):
                 raise EngineClosed("the engine was shut down") from error
@@ -180,13 +204,13 @@ class RayController:
                     "is left of the engine"
                 ) from error
             raise RetryLater(
-                f"the controller of the engine died while it was at {operation!r}, and may have done it: see what "
+                f"the controller of the engine died while it was at {name!r}, and may have done it: see what "
                 "there is (list_backends, list_endpoints), then repeat it if need be"
             ) from error
         return outcome
 
     def leave(self, *, ended: bool) -> None:
-        """See `engine.seam.adapter.RemoteController.leave`."""
+        """See `engine.seam.detached.RemoteController.leave`."""
         import ray
 
         if ended and ray.is_initialized():

@@ -1,4 +1,4 @@
-"""A worker's side of the adapter: the `engine.seam.adapter.WorkerHost` of an actor's process.
+"""A worker's side of the adapter: the `engine.seam.worker.WorkerHost` of an actor's process.
 
 Opens the worker's channel to the controller, read by a thread of its own, and the sockets on which it is called: a Unix
 socket for callers on its node and TCP on the node's address for all others. When the controller is lost, the engine is
@@ -13,9 +13,11 @@ import time
 from typing import Any
 
 from engine.errors import EngineClosed, InvalidArgument
-from engine.seam.adapter import Adapter, ChannelClosed, ChannelListener, Service
+from engine.seam.channel import ChannelClosed, ChannelListener
+from engine.seam.connector import Connector
 from engine.seam.control_messages import Ready
 from engine.seam.messages import Control
+from engine.seam.service import Service
 from engine_wire import SocketChannel, Undriven, WireWorkerHost, connect, notice_silence
 from engine_wire.listening import bind_shared
 
@@ -74,19 +76,19 @@ class RayHost(WireWorkerHost):
         return channel
 
     def tell(self, body: Any) -> None:
-        """See `engine.seam.adapter.WorkerHost.tell`."""
+        """See `engine.seam.worker.WorkerHost.tell`."""
         if isinstance(body, (Ready, Bound)):
             self._standing[type(body)] = body
         super().tell(body)
 
-    # -- engine.seam.adapter.WorkerHost ------------------------------------------------------------------------------
+    # -- engine.seam.worker.WorkerHost ------------------------------------------------------------------------------
 
-    def adapter(self) -> Adapter:
-        """See `engine.seam.adapter.WorkerHost.adapter`."""
+    def connector(self) -> Connector:
+        """See `engine.seam.worker.WorkerHost.connector`."""
         return self._connector
 
     def listen_sockets(self) -> list[Any]:
-        """See `engine.seam.adapter.WorkerHost.listen_sockets`.
+        """See `engine.seam.worker.WorkerHost.listen_sockets`.
 
         Raises:
             engine.errors.InvalidArgument: The address cannot be bound.
@@ -103,7 +105,7 @@ class RayHost(WireWorkerHost):
         return [sock]
 
     def serve(self, service: Service) -> None:
-        """See `engine.seam.adapter.WorkerHost.serve`."""
+        """See `engine.seam.worker.WorkerHost.serve`."""
         order = self._order
         listening, sockets = listen_everywhere(f"engine-{order.engine_id}")
         address = str(Address(order.engine_id, self._connector.node_id(), sockets))

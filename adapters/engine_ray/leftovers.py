@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import socket
-
 from .addresses import Address
+from .knocking import knock
 from .registry import Registry
 
 __all__ = ["sweep_leftovers"]
@@ -30,9 +28,6 @@ def _answers(control_address: str) -> bool:
     """Whether somebody listens there: an engine in an actor may outlive the job that it was made in."""
     for way in Address.parse(control_address).ways:
         scheme, _, rest = way.partition(":")
-        host, _, port = rest.rpartition(":")
-        if scheme == "tcp":
-            with contextlib.suppress(OSError):
-                socket.create_connection((host.strip("[]"), int(port)), _KNOCK_S).close()
-                return True
+        if scheme == "tcp" and knock(rest, _KNOCK_S) is None:
+            return True
     return False

@@ -7,7 +7,7 @@ import os
 import sys
 from typing import NamedTuple
 
-from engine.seam.adapter import Listen
+from engine.seam.worker import Listen
 
 __all__ = ["Order", "Surroundings", "extend_path"]
 

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine.errors import EngineClosed
-from engine.seam.adapter import Resources, WorkerSpec
+from engine.seam.resources import Resources
+from engine.seam.worker import WorkerSpec
 from engine_wire import listen_tcp, listen_unix, tcp_address
 
 __all__ = ["check_connected", "listen_everywhere", "options_of", "shortage", "trifle"]

@@ -10,7 +10,7 @@ import asyncio
 import dataclasses
 from collections.abc import Collection
 
-from engine.seam.adapter import Listen
+from engine.seam.worker import Listen
 
 __all__ = ["PublicPorts"]
 

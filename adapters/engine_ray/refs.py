@@ -14,9 +14,9 @@ import os
 import threading
 from typing import TYPE_CHECKING, Any
 
-from engine.calling.waiting import running_asyncio_loop
 from engine.config import LONGEST_S
 from engine.errors import CallError, DeadlineExceeded, ReplicaDied, RetryLater
+from engine.seam.may_block import running_asyncio_loop
 
 from .actors import NAMESPACE
 from .addresses import engine_of
@@ -26,8 +26,8 @@ from .courier import courier_name, find_courier
 from .places import check_connected
 
 if TYPE_CHECKING:
-    from engine.calling.slot import Outgoing
-    from engine.seam.adapter import PlatformRefs
+    from engine.seam.connector import PlatformRefs
+    from engine.seam.messages import Call
 
 __all__ = ["RayCaller", "RayRefs"]
 
@@ -44,8 +44,8 @@ class RayCaller(RayConnector):
         self._refs: RayRefs | None = None
 
     @property
-    def refs(self) -> PlatformRefs | None:
-        """See `engine.seam.adapter.Adapter.refs`."""
+    def refs(self) -> PlatformRefs:
+        """See `engine.seam.connector.HasRefs.refs`."""
         with self._lock:
             if self._refs is None:
                 self._refs = RayRefs(self)
@@ -53,7 +53,7 @@ class RayCaller(RayConnector):
 
 
 class RayRefs:
-    """See `engine.seam.adapter.PlatformRefs`.
+    """See `engine.seam.connector.PlatformRefs`.
 
     Args:
         connector: Knows the engine, once a channel was opened with it.
@@ -71,11 +71,11 @@ class RayRefs:
         self._courier: Any = None
 
     def is_ref(self, value: Any) -> bool:
-        """See `engine.seam.adapter.PlatformRefs.is_ref`."""
+        """See `engine.seam.connector.PlatformRefs.is_ref`."""
         return isinstance(value, self._kind)
 
     def lift(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], list[Any]]:
-        """See `engine.seam.adapter.PlatformRefs.lift`."""
+        """See `engine.seam.connector.PlatformRefs.lift`."""
         lifted = [value for value in (*args, *kwargs.values()) if self.is_ref(value)]
         if not lifted:
             return args, kwargs, lifted
@@ -86,24 +86,26 @@ class RayRefs:
 
         return tuple(map(lowered, args)), {name: lowered(value) for name, value in kwargs.items()}, lifted
 
-    def start(self, endpoint: str, outgoing: Outgoing, lifted: list[Any], timeout_s: float | None) -> Any:
-        """See `engine.seam.adapter.PlatformRefs.start`."""
+    def start(
+        self, endpoint: str, call: Call, shard_key: str | None, lifted: list[Any], timeout_s: float | None
+    ) -> Any:
+        """See `engine.seam.connector.PlatformRefs.start`."""
         check_connected()
         courier = self._courier or self._find_courier()
         errand = Errand(
             self._source,
             next(self._numbers),
             endpoint,
-            outgoing.method,
-            outgoing.head,
-            outgoing.payload,
-            outgoing.shard_key,
+            call.method,
+            call.head,
+            call.payload,
+            shard_key,
             timeout_s,
         ).packed()
         return courier.carry.remote(errand, lifted) if lifted else courier.carry.remote(errand)
 
     def results(self, refs: list[Any], timeout_s: float | None) -> list[Any]:
-        """See `engine.seam.adapter.PlatformRefs.results`."""
+        """See `engine.seam.connector.PlatformRefs.results`."""
         import ray
 
         check_connected()
@@ -114,7 +116,7 @@ class RayRefs:
         return results
 
     async def result(self, ref: Any) -> Any:
-        """See `engine.seam.adapter.PlatformRefs.result`."""
+        """See `engine.seam.connector.PlatformRefs.result`."""
         check_connected()
         if running_asyncio_loop() is None:
             from anyio import to_thread
@@ -126,7 +128,7 @@ class RayRefs:
             raise self._translated(error, None) from _cause_of(error)
 
     def wait(self, refs: list[Any], num_returns: int, timeout_s: float | None) -> tuple[list[Any], list[Any]]:
-        """See `engine.seam.adapter.PlatformRefs.wait`."""
+        """See `engine.seam.connector.PlatformRefs.wait`."""
         import ray
 
         check_connected()
@@ -137,7 +139,7 @@ class RayRefs:
         return chosen, [ref for ref in refs if ref not in chosen]
 
     def statistics(self) -> list[dict[str, Any]]:
-        """See `engine.seam.adapter.PlatformRefs.statistics`."""
+        """See `engine.seam.connector.PlatformRefs.statistics`."""
         import ray
 
         control_address = self._connector.control_address

@@ -62,18 +62,18 @@ class Registry:
         for name in self.load():
             self.remove(name)
 
-    # -- engine.seam.adapter.StateStore ------------------------------------------------------------------------------
+    # -- engine.seam.detached.StateStore ------------------------------------------------------------------------------
 
     def save(self, name: str, state: bytes) -> None:
-        """See `engine.seam.adapter.StateStore.save`."""
+        """See `engine.seam.detached.StateStore.save`."""
         _put((self._rows + name).encode(), state)
 
     def remove(self, name: str) -> None:
-        """See `engine.seam.adapter.StateStore.remove`."""
+        """See `engine.seam.detached.StateStore.remove`."""
         _del((self._rows + name).encode())
 
     def load(self) -> dict[str, bytes]:
-        """See `engine.seam.adapter.StateStore.load`."""
+        """See `engine.seam.detached.StateStore.load`."""
         keys = _list(self._rows.encode())
         rows = {key.decode().removeprefix(self._rows): _get(key) for key in keys}
         return {name: row for name, row in rows.items() if row is not None}

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 
-from engine.seam.adapter import Channel, ChannelClosed
+from engine.seam.channel import Channel, ChannelClosed
 from engine.seam.control_messages import Drain
 from engine.seam.messages import Control, Message
 from engine_wire import SocketChannel
@@ -32,7 +32,7 @@ class Newcomer:
         self._introduced = introduced
 
     def received(self, channel: Channel, message: Message) -> None:
-        """See `engine.seam.adapter.ChannelListener.received`."""
+        """See `engine.seam.channel.ChannelListener.received`."""
         assert isinstance(channel, SocketChannel)
         if channel.listener is self:
             self._introduced(channel, message)
@@ -40,7 +40,7 @@ class Newcomer:
             channel.listener.received(channel, message)
 
     def lost(self, channel: Channel, reason: str) -> None:
-        """See `engine.seam.adapter.ChannelListener.lost`; nobody knew it."""
+        """See `engine.seam.channel.ChannelListener.lost`; nobody knew it."""
 
 
 class Stranger:
@@ -55,11 +55,11 @@ class Stranger:
         self.heard: list[Message] = []
 
     def received(self, channel: Channel, message: Message) -> None:
-        """See `engine.seam.adapter.ChannelListener.received`."""
+        """See `engine.seam.channel.ChannelListener.received`."""
         self.heard.append(message)
 
     def lost(self, channel: Channel, reason: str) -> None:
-        """See `engine.seam.adapter.ChannelListener.lost`; should it be adopted yet, sending to it will tell."""
+        """See `engine.seam.channel.ChannelListener.lost`; should it be adopted yet, sending to it will tell."""
 
 
 class Strangers:

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 from engine.errors import EngineError
-from engine.seam.adapter import Channel, ChannelClosed, WorkerSpec
+from engine.seam.channel import Channel, ChannelClosed
 from engine.seam.messages import Control, Message
+from engine.seam.worker import WorkerSpec
 from engine_wire import SocketChannel
 
 from .bodies import Bound, Leaving
@@ -119,10 +120,10 @@ class WatchedWorker:
             channel.close()
         self._stop_timer()  # at last: the end of what it said may have started it
 
-    # -- engine.seam.adapter.ChannelListener -------------------------------------------------------------------------
+    # -- engine.seam.channel.ChannelListener -------------------------------------------------------------------------
 
     def received(self, channel: Channel, message: Message) -> None:
-        """See `engine.seam.adapter.ChannelListener.received`."""
+        """See `engine.seam.channel.ChannelListener.received`."""
         if not isinstance(message, Control):
             return
         body = message.body
@@ -134,7 +135,7 @@ class WatchedWorker:
             self._said(self.worker_id, body)
 
     def lost(self, channel: Channel, reason: str) -> None:
-        """See `engine.seam.adapter.ChannelListener.lost`."""
+        """See `engine.seam.channel.ChannelListener.lost`."""
         if channel is not self._channel:
             return
         self._connected = False

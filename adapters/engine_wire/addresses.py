@@ -18,7 +18,7 @@ import struct
 from typing import Any
 
 from engine.errors import InvalidArgument
-from engine.seam.adapter import ChannelClosed
+from engine.seam.channel import ChannelClosed
 
 __all__ = [
     "SILENCE_S",
@@ -106,7 +106,7 @@ def open_socket(address: str) -> tuple[socket.socket, bool]:
         The socket, and whether it is still connecting.
 
     Raises:
-        engine.seam.adapter.ChannelClosed: The address is none, or nobody listens there.
+        engine.seam.channel.ChannelClosed: The address is none, or nobody listens there.
     """
     scheme, _, rest = address.partition(":")
     if scheme == "unix":

@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
-from engine.seam.adapter import ChannelClosed, ChannelListener
+from engine.seam.channel import ChannelClosed, ChannelListener
 from engine.seam.messages import Call, End, Failure, Message, Reply
 
 from .protocol import GREETING, Decoder, ProtocolError, encode
@@ -59,7 +59,7 @@ class Driver(Protocol):
 
 
 class SocketChannel:
-    """A `engine.seam.adapter.Channel` over a socket.
+    """A `engine.seam.channel.Channel` over a socket.
 
     Args:
         sock: Connected; owned by the channel from now on.
@@ -116,7 +116,7 @@ class SocketChannel:
 
     @property
     def opened(self) -> bool:
-        """See `engine.seam.adapter.Channel.opened`."""
+        """See `engine.seam.channel.Channel.opened`."""
         return self._opening is None
 
     @property
@@ -128,7 +128,7 @@ class SocketChannel:
     # -- writing ---------------------------------------------------------------------------------------------------
 
     def send(self, message: Message) -> None:
-        """See `engine.seam.adapter.Channel.send`."""
+        """See `engine.seam.channel.Channel.send`."""
         data = encode(message)
         with self._write_lock:
             if self._closed:
@@ -184,7 +184,7 @@ class SocketChannel:
     # -- reading ---------------------------------------------------------------------------------------------------
 
     def watch(self) -> None:
-        """See `engine.seam.adapter.Channel.watch`."""
+        """See `engine.seam.channel.Channel.watch`."""
         if self.armed or not self._reading.acquire(False):
             return  # whoever holds the role arms the driver when it leaves calls behind
         self._reading.release()
@@ -192,7 +192,7 @@ class SocketChannel:
             self._driver.arm(self)
 
     def drive(self, done: Callable[[], bool], timeout_s: float | None) -> bool:
-        """See `engine.seam.adapter.Channel.drive`."""
+        """See `engine.seam.channel.Channel.drive`."""
         if not self._driver.drivable or not self._reading.acquire(False):
             return False
         reading = False
@@ -300,7 +300,7 @@ class SocketChannel:
     # -- closing ---------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """See `engine.seam.adapter.Channel.close`."""
+        """See `engine.seam.channel.Channel.close`."""
         self._told = True
         self._shut()
 

@@ -13,7 +13,7 @@ import select
 import socket
 from typing import TYPE_CHECKING
 
-from engine.seam.adapter import ChannelClosed, ChannelListener
+from engine.seam.channel import ChannelClosed, ChannelListener
 
 from .addresses import open_socket, unanswered
 from .channel import SocketChannel
@@ -42,7 +42,7 @@ def connect(
         secret: What both ends know and prove to each other before the first message; at least 16 random bytes.
 
     Raises:
-        engine.seam.adapter.ChannelClosed: Nobody listens there, as far as is known at once; later, the channel is lost.
+        engine.seam.channel.ChannelClosed: Nobody listens there, as far as is known at once; later, the channel is lost.
         ValueError: The secret is too short.
     """
     handshake: ClientHandshake | None = None

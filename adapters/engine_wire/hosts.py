@@ -17,7 +17,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from engine.seam.adapter import Channel, ChannelListener, Service
+from engine.seam.channel import Channel, ChannelListener
+from engine.seam.service import Service
 
 from .addresses import accept_from
 from .channel import SocketChannel
@@ -186,20 +187,20 @@ class LoopHost:
             self._acceptor.close()
 
     def wake(self) -> None:
-        """See `engine.seam.adapter.ServiceHost.wake`."""
+        """See `engine.seam.service.ServiceLoop.wake`."""
         self._loop.call_soon_threadsafe(self._changed.set)
 
     def poll(self, timeout_s: float | None) -> None:
-        """See `engine.seam.adapter.ServiceHost.poll`; the loop reads by itself."""
+        """See `engine.seam.service.ServiceLoop.poll`; the loop reads by itself."""
 
     def step_out(self) -> None:
-        """See `engine.seam.adapter.ServiceHost.step_out`; on a loop, only the loop's thread serves."""
+        """See `engine.seam.service.ServiceLoop.step_out`; on a loop, only the loop's thread serves."""
 
     def step_in(self) -> None:
-        """See `engine.seam.adapter.ServiceHost.step_in`."""
+        """See `engine.seam.service.ServiceLoop.step_in`."""
 
     def open_channels(self) -> int:
-        """See `engine.seam.adapter.ServiceHost.open_channels`."""
+        """See `engine.seam.service.ServiceLoop.open_channels`."""
         return self._acceptor.open_channels()
 
 
@@ -257,7 +258,7 @@ class BlockingHost:
             self._close()
 
     def step_out(self) -> None:
-        """See `engine.seam.adapter.ServiceHost.step_out`."""
+        """See `engine.seam.service.ServiceLoop.step_out`."""
         self._steps += 1
         self._out = True
         self._turn.release()
@@ -269,7 +270,7 @@ class BlockingHost:
             self._stand_in.start()
 
     def step_in(self) -> None:
-        """See `engine.seam.adapter.ServiceHost.step_in`."""
+        """See `engine.seam.service.ServiceLoop.step_in`."""
         if not self._turn.acquire(False):
             self._wanted = True
             self.wake()
@@ -303,11 +304,11 @@ class BlockingHost:
                 self._turn.release()
 
     def open_channels(self) -> int:
-        """See `engine.seam.adapter.ServiceHost.open_channels`."""
+        """See `engine.seam.service.ServiceLoop.open_channels`."""
         return sum(isinstance(key.data, SocketChannel) for key in self._selector.get_map().values())
 
     def wake(self) -> None:
-        """See `engine.seam.adapter.ServiceHost.wake`."""
+        """See `engine.seam.service.ServiceLoop.wake`."""
         try:
             self._wake_out.send(b"x")
         except OSError:

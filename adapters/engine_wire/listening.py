@@ -11,7 +11,7 @@ import socket
 from typing import Any
 
 from engine.errors import InvalidArgument
-from engine.seam.adapter import Listen
+from engine.seam.worker import Listen
 
 __all__ = ["ListeningSockets", "bind_shared"]
 

@@ -17,9 +17,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from engine.seam.adapter import Channel, ChannelClosed, ChannelListener, Service
+from engine.seam.channel import Channel, ChannelClosed, ChannelListener
 from engine.seam.control_messages import Ready, StartFailed
 from engine.seam.messages import Control, Message
+from engine.seam.service import Service
 
 from .channel import SocketChannel
 
@@ -27,7 +28,7 @@ __all__ = ["WireWorkerHost"]
 
 
 class WireWorkerHost:
-    """The part of an `engine.seam.adapter.WorkerHost` that all socket-based adapters share.
+    """The part of an `engine.seam.worker.WorkerHost` that all socket-based adapters share.
 
     Args:
         worker_id: Of this worker.
@@ -60,10 +61,10 @@ class WireWorkerHost:
         """The controller is gone, or the way to it. Called once, on the control thread, which then ends."""
         raise NotImplementedError
 
-    # -- engine.seam.adapter.WorkerHost ------------------------------------------------------------------------------
+    # -- engine.seam.worker.WorkerHost ------------------------------------------------------------------------------
 
     def tell(self, body: Any) -> None:
-        """See `engine.seam.adapter.WorkerHost.tell`."""
+        """See `engine.seam.worker.WorkerHost.tell`."""
         if isinstance(body, (Ready, StartFailed)):
             self.settled = True
         if self.is_copy:
@@ -74,7 +75,7 @@ class WireWorkerHost:
             pass  # as the control thread finds, and `control_lost` hears
 
     def on_control(self, handler: Callable[[Any], None]) -> None:
-        """See `engine.seam.adapter.WorkerHost.on_control`."""
+        """See `engine.seam.worker.WorkerHost.on_control`."""
         with self._lock:
             self._handler = handler
             if self._early:
@@ -106,14 +107,14 @@ class WireWorkerHost:
     # -- the control thread ------------------------------------------------------------------------------------------
 
     def received(self, channel: Channel, message: Message) -> None:
-        """Pass a control body on. See `engine.seam.adapter.ChannelListener.received`."""
+        """Pass a control body on. See `engine.seam.channel.ChannelListener.received`."""
         if isinstance(message, Control):
             with self._lock:
                 self._early.append(message.body)
                 self._deliver()
 
     def lost(self, channel: Channel, reason: str) -> None:
-        """See `engine.seam.adapter.ChannelListener.lost`."""
+        """See `engine.seam.channel.ChannelListener.lost`."""
         self.control_lost(reason)
 
     def _read(self) -> None:

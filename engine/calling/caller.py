@@ -5,7 +5,7 @@ written by the thread that makes it, and its answer delivered by whoever reads t
 
 A call that was given up still counts against its replica until the replica's answer comes, so that no slot is ever
 leaked or counted twice. When a replica dies, its calls fail with `ReplicaDied`; calls it refused or never got are
-routed again. Its connection breaks then; or a snapshot has the news, if its host is gone and all is silent.
+routed again. Its connection breaks then; or a snapshot has the news, if its machine is gone and all is silent.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from ..errors import DeadlineExceeded, EngineClosed, EngineError, ReplicaDied
-from ..seam.adapter import Adapter, Channel, ChannelClosed
+from ..errors import EngineClosed, EngineError, ReplicaDied
+from ..seam.channel import Channel, ChannelClosed
+from ..seam.connector import Connector
 from ..seam.messages import Call, Cancel, Credit, End, Failure, FailureKind, Item, Message, Reply
 from ..seam.snapshot import RoutingSnapshot
+from .answers import CopySlot
 from .home import Home
 from .replica_set import ReplicaSet, Target
 from .router import Router
-from .slot import Outgoing, Slot
+from .slot import Slot
 
 __all__ = ["Caller"]
 
@@ -35,32 +37,21 @@ _LAST_WORDS_S = 0.5
 _DEAD = "the engine has found it dead"
 
 
-class _Shadow(Slot):
-    """Nobody waits for a copied call."""
-
-    __slots__ = ()
-
-    def deliver(self, message: Reply | Failure | Item | End) -> None:
-        pass
-
-    def fail(self, error: EngineError) -> None:
-        pass
-
-
 class Caller:
     """One party's calls. It hears all of its channels.
 
     Args:
-        adapter: Opens the channels.
+        connector: Opens the channels.
         home: Where the channels are read and timers run.
         current: Returns the snapshot that rules now.
     """
 
-    def __init__(self, adapter: Adapter, home: Home, current: Callable[[], RoutingSnapshot]) -> None:
-        self._adapter = adapter
+    def __init__(self, connector: Connector, home: Home, current: Callable[[], RoutingSnapshot]) -> None:
+        self._connector = connector
         self.home = home
         self._current = current
-        self._lock = threading.RLock()  # guards the router, its targets and `_channels`
+        self._lock = threading.RLock()  # guards the router, its targets and `_channels`; nobody does I/O under it
+        self._opening = threading.RLock()  # held while a channel is opened, so that each target gets one
         self._router = Router()
         self._channels: dict[Channel, Target] = {}
         self._ids = itertools.count(1)
@@ -72,25 +63,33 @@ class Caller:
 
     # -- calls -----------------------------------------------------------------------------------------------------
 
-    def submit(self, endpoint: str, outgoing: Outgoing, slot: Slot, *, again: bool = False) -> None:
+    def submit(self, endpoint: str, call: Call, slot: Slot, shard_key: str | None = None) -> None:
         """Route a call and send it, or queue it. Errors go to ``slot.fail``, possibly before this returns.
 
-        A call that is routed ``again`` is neither counted nor copied a second time.
+        Args:
+            endpoint: Its name.
+            call: The call; its ``id`` is not looked at.
+            slot: Where the answer is waited for.
+            shard_key: Calls with equal keys go to the same backend.
         """
-        slot.endpoint = endpoint
-        slot.outgoing = outgoing
+        slot.begin(endpoint, call, shard_key)
+        self._route(slot)
+
+    def _route(self, slot: Slot, *, again: bool = False) -> None:
+        """Route a slot's call; one that is routed ``again`` is neither counted nor copied a second time."""
         if self._router.snapshot is not self._current():
             self.apply(self._current())
+        call = slot.call
         copies: list[ReplicaSet] = []
         try:
             with self._lock:
                 if self._closed is not None:
                     raise self._closed
-                replica_set, known = self._router.route(endpoint, outgoing.shard_key)
+                replica_set, endpoint = self._router.route(slot.endpoint, slot.shard_key)
                 if not again:
-                    known.calls += 1
-                if known.entry.shadows and not again:
-                    copies = list(self._router.shadows(known))
+                    endpoint.calls += 1
+                    if endpoint.entry.shadows:
+                        copies = list(self._router.shadows(endpoint))
                 target = self._place(slot, replica_set)
         except EngineError as error:
             slot.fail(error)
@@ -98,24 +97,18 @@ class Caller:
         if target is not None:
             self._send(slot, target, watch=not slot.drives)
         for copy in copies:
-            self._submit_copy(outgoing, copy)
+            self._submit_copy(call, copy)
 
     def cancel(self, slot: Slot) -> None:
         """Give a call up: its slot hears nothing any more, and the replica need not run it (idempotent)."""
         with self._lock:
-            if slot.pool is not None and slot.replica is None:
-                try:
-                    slot.pool.waiting.remove(slot)
-                except ValueError:
-                    pass
-                slot.pool = None
-                slot.outgoing = None
+            if slot.given_up:
                 return
             # From here on the slot only stands for the answer that is due: whoever takes it sees that there is no
             # call to deliver to. Taking the slot out here instead would race with the thread that reads the answer.
-            outgoing, slot.outgoing = slot.outgoing, None
+            slot.give_up()
             channel, call_id = slot.channel, slot.call_id
-            if outgoing is None or channel is None or self._pending.get(call_id) is not slot:
+            if channel is None or self._pending.get(call_id) is not slot:
                 return
         try:
             channel.send(Cancel(call_id))
@@ -126,7 +119,7 @@ class Caller:
     def credit(self, slot: Slot, amount: int) -> None:
         """Let a streaming replica send this many more items."""
         channel = slot.channel
-        if channel is not None and slot.outgoing is not None and self._pending.get(slot.call_id) is slot:
+        if channel is not None and not slot.given_up and self._pending.get(slot.call_id) is slot:
             try:
                 channel.send(Credit(slot.call_id, amount))
             except ChannelClosed as error:
@@ -138,9 +131,7 @@ class Caller:
         """Take a newer snapshot; calls queued for what is gone are routed again."""
         with self._lock:
             left, homeless = self._router.apply(snapshot)
-            idle = [target for target in left if not target.in_flight]
-            for target in idle:
-                self._disconnect(target)
+            hung_up = [self._disconnect(target) for target in left if not target.in_flight]
             for target in left:
                 if target.dead and target.channel is not None:
                     # not at once, and not here: `lost` tells slots, which may not happen under the lock
@@ -151,8 +142,11 @@ class Caller:
                 for replica_set in self._router.replica_sets.values()
                 for placement in replica_set.next_placements(time.monotonic())
             ]
+        for channel in hung_up:
+            if channel is not None:
+                channel.close()
         for slot in homeless:
-            self._resubmit(slot)
+            self._route_again(slot)
         for slot, target in ready:
             self._send(slot, target)
 
@@ -175,7 +169,9 @@ class Caller:
         """Take no more calls and fail those that wait for a replica; what is in flight goes on (idempotent)."""
         with self._lock:
             self._closed = self._closed or error
-            waiting = [slot for known in self._router.replica_sets.values() for slot in known.give_up_waiting()]
+            waiting = [
+                slot for replica_set in self._router.replica_sets.values() for slot in replica_set.give_up_waiting()
+            ]
         for slot in waiting:
             slot.fail(error)
 
@@ -190,18 +186,18 @@ class Caller:
         # Only now, when no call can be sent any more, have all that were sent become known.
         pending = [slot for slot in list(self._pending.values()) if self._pending.pop(slot.call_id, None) is slot]
         for slot in pending:
-            if slot.outgoing is not None:
+            if not slot.given_up:
                 slot.fail(error)
         self.home.close()
 
     # -- what the channels say -------------------------------------------------------------------------------------
 
     def received(self, channel: Channel, message: Message) -> None:
-        """See `engine.seam.adapter.ChannelListener.received`."""
+        """See `engine.seam.channel.ChannelListener.received`."""
         kind = type(message)
         if kind is Item:
             slot = self._pending.get(message.id)  # type: ignore[union-attr]
-            if slot is not None and slot.outgoing is not None:
+            if slot is not None and not slot.given_up:
                 slot.deliver(message)  # type: ignore[arg-type]
             return
         if kind is not Reply and not isinstance(message, (Failure, End)):
@@ -209,12 +205,12 @@ class Caller:
         slot = self._pending.pop(message.id, None)  # type: ignore[union-attr]
         if slot is None:
             return
-        target: Target = slot.replica
+        target: Target = slot.target
         refused = kind is Failure and message.kind in (FailureKind.REFUSED, FailureKind.DRAINING)  # type: ignore[union-attr]
         self._settle(target, message.load, refused=refused)  # type: ignore[union-attr]
         if refused:
             self._requeue(slot, target)
-        elif slot.outgoing is not None:
+        elif not slot.given_up:
             slot.deliver(message)  # type: ignore[arg-type]
 
     def lost(self, channel: Channel, reason: str) -> None:
@@ -227,14 +223,15 @@ class Caller:
             if target is None:
                 return
             target.channel = None
-            target.blocked_until = time.monotonic() + _UNREACHABLE_S
+            now = time.monotonic()
+            target.blocked_until = now + _UNREACHABLE_S
             dead = [
                 slot
                 for slot in list(self._pending.values())
                 if slot.channel is channel and self._pending.pop(slot.call_id, None) is slot
             ]
             target.in_flight -= len(dead)
-            self._schedule_retry(target.replica_set, _UNREACHABLE_S)
+            self._schedule_retry(target.replica_set, _UNREACHABLE_S, now)
         channel.close()
         if not channel.opened:
             for slot in reversed(dead):  # so that each gets back to its place before those that came later
@@ -242,11 +239,11 @@ class Caller:
             return
         fate = "it was ended on purpose" if target.gone and not target.dead else "it is being replaced"
         for slot in dead:
-            if slot.outgoing is not None:
+            if not slot.given_up:
                 slot.fail(
                     self._closed
                     or ReplicaDied(
-                        f"replica {target.replica_id} died while it held this call ({reason}); {fate}, "
+                        f"replica {target.replica_tag} died while it held this call ({reason}); {fate}, "
                         "and the call may have run: repeat it only if that is safe"
                     )
                 )
@@ -256,35 +253,22 @@ class Caller:
     def _place(self, slot: Slot, replica_set: ReplicaSet) -> Target | None:
         now = time.monotonic()
         target = replica_set.place(slot, now)
-        slot.pool = replica_set
         if target is None:
-            slot.replica = None
-            self._schedule_retry(replica_set, _RETRY_S)
+            self._schedule_retry(replica_set, _RETRY_S, now)
         return target
 
     def _send(self, slot: Slot, target: Target, *, watch: bool = True) -> None:
-        outgoing = slot.outgoing
-        if outgoing is None:  # given up meanwhile
+        call = slot.call
+        if slot.given_up:  # meanwhile
             self._settle(target, None, refused=False)
             return
         call_id = next(self._ids)
-        slot.call_id, slot.replica = call_id, target
         channel: Channel | None = None
         try:
             channel = target.channel or self._connect(target)
-            slot.channel = channel
+            slot.send_on(channel, call_id, target)
             self._pending[call_id] = slot
-            channel.send(
-                Call(
-                    call_id,
-                    outgoing.kind,
-                    outgoing.method,
-                    outgoing.deadline,
-                    outgoing.request_id,
-                    outgoing.head,
-                    outgoing.payload,
-                )
-            )
+            channel.send(call.numbered(call_id))
             if watch:
                 channel.watch()
         except ChannelClosed as error:
@@ -308,24 +292,40 @@ class Caller:
             self._requeue(slot, target)
 
     def _connect(self, target: Target) -> Channel:
-        with self._lock:
-            if self._closed is not None:
-                raise self._closed
-            if target.dead:
-                raise ChannelClosed(_DEAD)
-            if target.channel is None:
-                target.channel = self._adapter.open_channel(target.address, self, on_loop=self.home.on_loop)
-                self._channels[target.channel] = target
-            return target.channel
+        """Open a target's channel, or return the one that somebody else has opened meanwhile."""
+        with self._opening:
+            with self._lock:
+                self._check_worth_opening(target)
+                if target.channel is not None:
+                    return target.channel
+            channel = self._connector.open_channel(target.address, self, on_loop=self.home.on_loop)
+            try:
+                with self._lock:
+                    self._check_worth_opening(target)  # again: the engine may have been closed, or have found it dead
+                    target.channel = channel
+                    self._channels[channel] = target
+            except BaseException:
+                channel.close()
+                raise
+            return channel
 
-    def _disconnect(self, target: Target) -> None:
-        if target.channel is not None:
-            self._channels.pop(target.channel, None)
-            target.channel.close()
-            target.channel = None
+    def _check_worth_opening(self, target: Target) -> None:
+        if self._closed is not None:
+            raise self._closed
+        if target.dead:
+            raise ChannelClosed(_DEAD)
+
+    def _disconnect(self, target: Target) -> Channel | None:
+        """Take a target's channel away; returns what is to be closed, without the lock."""
+        channel, target.channel = target.channel, None
+        if channel is not None:
+            self._channels.pop(channel, None)
+        return channel
 
     def _settle(self, target: Target, load: int | None, *, refused: bool) -> None:
         """A replica answered a call: count it out and use the room."""
+        hung_up: Channel | None = None
+        ready: list[tuple[Slot, Target]] = []
         with self._lock:
             replica_set = target.replica_set
             target.in_flight -= 1
@@ -338,10 +338,11 @@ class Caller:
             else:
                 target.blocked_until = 0.0
             if target.gone and not target.in_flight:
-                self._disconnect(target)
-            if not replica_set.waiting:
-                return
-            ready = list(replica_set.next_placements(time.monotonic()))
+                hung_up = self._disconnect(target)
+            if replica_set.waiting:
+                ready = list(replica_set.next_placements(time.monotonic()))
+        if hung_up is not None:
+            hung_up.close()
         for slot, chosen in ready:
             self._send(slot, chosen)
 
@@ -350,58 +351,52 @@ class Caller:
         replica_set = target.replica_set
         failure: EngineError | None = None
         with self._lock:
-            slot.channel, slot.replica = None, None
+            slot.come_back()
             stays = self._router.replica_sets.get(replica_set.tag) is replica_set
-            if isinstance(slot, _Shadow):
+            if isinstance(slot, CopySlot):
                 replica_set.dropped_copies += 1
-                slot.outgoing = None
-            elif stays and slot.outgoing is not None:
+                slot.give_up()
+            elif stays and not slot.given_up:
                 failure = self._closed or replica_set.refusal()
                 if failure is None:
-                    replica_set.waiting.appendleft(slot)
-                    slot.pool = replica_set
-            self._schedule_retry(replica_set, _RETRY_S)
-            ready = list(replica_set.next_placements(time.monotonic()))
+                    replica_set.put_back(slot)
+            now = time.monotonic()
+            self._schedule_retry(replica_set, _RETRY_S, now)
+            ready = list(replica_set.next_placements(now))
         if failure is not None:
             slot.fail(failure)
         elif not stays:
-            self._resubmit(slot)
+            self._route_again(slot)
         for queued, chosen in ready:
             self._send(queued, chosen)
 
-    def _resubmit(self, slot: Slot) -> None:
-        outgoing = slot.outgoing
-        if outgoing is not None:
-            slot.pool = slot.replica = slot.channel = None
-            self.submit(slot.endpoint, outgoing, slot, again=True)
+    def _route_again(self, slot: Slot) -> None:
+        if not slot.given_up:
+            slot.come_back()
+            self._route(slot, again=True)
 
-    def _submit_copy(self, outgoing: Outgoing, replica_set: ReplicaSet) -> None:
-        copy = _Shadow()
-        copy.outgoing = outgoing
+    def _submit_copy(self, call: Call, replica_set: ReplicaSet) -> None:
+        copy = CopySlot()
+        copy.begin("", call, None)
         with self._lock:
             target = replica_set.choose(time.monotonic())
             if target is None:
                 replica_set.dropped_copies += 1  # a copy never waits: it would hold memory for nobody
                 return
-            target.in_flight += 1
-            copy.pool = replica_set
+            target.take()
         self._send(copy, target)
 
-    def _schedule_retry(self, replica_set: ReplicaSet, delay_s: float) -> None:
-        blocked = any(target.blocked_until for target in replica_set.targets.values())
-        if replica_set.waiting and blocked and not replica_set.retry_scheduled and self._closed is None:
+    def _schedule_retry(self, replica_set: ReplicaSet, delay_s: float, now: float) -> None:
+        worthwhile = replica_set.waiting and replica_set.some_blocked(now)
+        if worthwhile and not replica_set.retry_scheduled and self._closed is None:
             replica_set.retry_scheduled = True
             self.home.call_later(delay_s, self._retry, replica_set)
 
     def _retry(self, replica_set: ReplicaSet) -> None:
         with self._lock:
             replica_set.retry_scheduled = False
-            ready = list(replica_set.next_placements(time.monotonic()))
-            self._schedule_retry(replica_set, _RETRY_S)
+            now = time.monotonic()
+            ready = list(replica_set.next_placements(now))
+            self._schedule_retry(replica_set, _RETRY_S, now)
         for slot, target in ready:
             self._send(slot, target)
-
-
-def deadline_error(endpoint: str, timeout_s: float) -> DeadlineExceeded:
-    """What a caller is told whose call took too long."""
-    return DeadlineExceeded(f"endpoint {endpoint!r} did not answer within timeout_s={timeout_s:g}")

@@ -13,7 +13,10 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from ..errors import EngineClosed, EngineError
-from ..seam.adapter import Adapter, ChannelClosed
+from ..seam.channel import ChannelClosed
+from ..seam.connector import Connector, may_return, refs_of
+from ..seam.control_messages import Subscribe
+from ..seam.may_block import running_asyncio_loop
 from ..seam.snapshot import RoutingSnapshot
 from .caller import Caller
 from .home import LoopHome, ThreadHome
@@ -30,6 +33,7 @@ _RETURN_TIMEOUT_S = 30.0
 """The same while the controller is being started again, which first waits for its workers to come back to it."""
 
 _SHUT_DOWN = "the engine was shut down"
+_NO_INGRESS = Subscribe(ingress=False)
 
 _lock = threading.Lock()  # guards `_clients`, which maps engine ids: engines do not see each other
 _clients: dict[str, Client] = {}
@@ -40,20 +44,20 @@ class Client:
 
     Args:
         engine_id: The engine.
-        adapter: Opens channels from this process.
+        connector: Opens channels from this process.
     """
 
-    def __init__(self, engine_id: str, adapter: Adapter) -> None:
+    def __init__(self, engine_id: str, connector: Connector) -> None:
         self.engine_id = engine_id
         self.pid = os.getpid()
         self.snapshot = RoutingSnapshot(version=-1)
-        self.refs = adapter.refs
-        self._adapter = adapter
+        self.refs = refs_of(connector)
+        self._connector = connector
         self._lock = threading.Lock()  # guards the callers
         self._threads: Caller | None = None
         self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Caller] = weakref.WeakKeyDictionary()
         self._why_closed = ""  # as long as it is open
-        self._owns_adapter = False
+        self._owns_connector = False
         self._subscription: Subscription | None = None  # to a controller in another process
         self._moved = threading.Condition()  # told whenever a snapshot came to rule
 
@@ -73,16 +77,20 @@ class Client:
     def attach(
         cls,
         engine_id: str,
-        adapter: Adapter,
+        connector: Connector,
         control_address: str,
+        request: Subscribe = _NO_INGRESS,
         *,
-        ingress: bool = False,
-        worker_id: str = "",
-        owns_adapter: bool = False,
+        owns_connector: bool = False,
     ) -> Client:
         """This process's client of an engine that another process created; subscribes if there is none here yet.
 
-        Such a client closes the adapter with itself if it owns it.
+        Args:
+            engine_id: The engine.
+            connector: Opens channels from this process.
+            control_address: Where the controller is.
+            request: What the controller is asked for.
+            owns_connector: Close the connector with the client.
 
         Raises:
             errors.EngineClosed: The engine cannot be reached.
@@ -91,25 +99,17 @@ class Client:
             known = cls.find(engine_id)
             if known is not None:
                 return known
-            return cls.subscribe(
-                engine_id,
-                adapter,
-                control_address,
-                ingress=ingress,
-                worker_id=worker_id,
-                owns_adapter=owns_adapter,
-            )
+            return cls.subscribe(engine_id, connector, control_address, request, owns_connector=owns_connector)
 
     @classmethod
     def subscribe(
         cls,
         engine_id: str,
-        adapter: Adapter,
+        connector: Connector,
         control_address: str,
+        request: Subscribe = _NO_INGRESS,
         *,
-        ingress: bool = False,
-        worker_id: str = "",
-        owns_adapter: bool = False,
+        owns_connector: bool = False,
     ) -> Client:
         """A further client of such an engine, with a life of its own. As `attach`.
 
@@ -118,35 +118,26 @@ class Client:
         """
         from .subscription import Subscription
 
-        client = cls(engine_id, adapter)
-        client._owns_adapter = owns_adapter
-        subscription = client._subscription = Subscription(
-            client, adapter, control_address, ingress=ingress, worker_id=worker_id
-        )
+        client = cls(engine_id, connector)
+        client._owns_connector = owns_connector
+        subscription = client._subscription = Subscription(client, connector, control_address, request)
         try:
             subscription.begin()
         except ChannelClosed as error:
-            if not adapter.returns(control_address):
+            if not may_return(connector, control_address):
                 client.close()
                 raise EngineClosed(
                     f"the engine of this handle was shut down, or cannot be reached from here: {error}"
                 ) from error
             subscription.seek(str(error))
         in_time = subscription.first.wait(_ATTACH_TIMEOUT_S) or (
-            adapter.returns(control_address) and subscription.first.wait(_RETURN_TIMEOUT_S - _ATTACH_TIMEOUT_S)
+            may_return(connector, control_address) and subscription.first.wait(_RETURN_TIMEOUT_S - _ATTACH_TIMEOUT_S)
         )
         if not in_time or client.closed:
             client.close()
             raise EngineClosed("the engine of this handle did not answer, or was shut down meanwhile")
         client.register()
         return client
-
-    @classmethod
-    async def connect(
-        cls, engine_id: str, adapter: Adapter, control_address: str, *, ingress: bool, worker_id: str
-    ) -> Client:
-        """As `attach`, for a worker about to serve on the running loop."""
-        return cls.attach(engine_id, adapter, control_address, ingress=ingress, worker_id=worker_id)
 
     @property
     def closed(self) -> bool:
@@ -162,7 +153,7 @@ class Client:
             with self._lock:
                 self.check_open()
                 if self._threads is None:
-                    self._threads = Caller(self._adapter, ThreadHome(), self._current)
+                    self._threads = Caller(self._connector, ThreadHome(), self._current)
                 caller = self._threads
         return caller
 
@@ -176,7 +167,7 @@ class Client:
             self._drop_closed_loops()
             with self._lock:
                 self.check_open()
-                caller = self._loops[loop] = Caller(self._adapter, LoopHome(loop), self._current)
+                caller = self._loops[loop] = Caller(self._connector, LoopHome(loop), self._current)
         return caller
 
     # -- snapshots -------------------------------------------------------------------------------------------------
@@ -242,8 +233,8 @@ class Client:
             # A loop that does not run now may never run again.
             if not (loop.is_running() and _on_loop(loop, caller.close, error)):
                 caller.close(error)
-        if self._owns_adapter:
-            self._adapter.close()
+        if self._owns_connector:
+            self._connector.close()
 
     def _drop_closed_loops(self) -> None:
         """Hang up for loops that ended: nobody calls from there any more, and nobody waits for what they called."""
@@ -268,13 +259,7 @@ _attaching = threading.Lock()
 
 def _on_loop(loop: asyncio.AbstractEventLoop, function: Any, argument: Any) -> bool:
     """Run a function on a loop: at once if it is this thread's, else soon. False if the loop is closed."""
-    import asyncio
-
-    try:
-        running: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
-    except RuntimeError:
-        running = None
-    if running is loop:
+    if running_asyncio_loop() is loop:
         function(argument)
         return True
     try:

@@ -9,31 +9,28 @@ from __future__ import annotations
 import os
 import pickle
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..config import LONGEST_S
-from ..errors import EngineClosed, EngineError, InvalidArgument
-from ..seam.messages import PYTHON, End, Failure, Item, Reply
+from ..errors import EngineClosed, InvalidArgument
+from ..seam.connector import PlatformRefs
+from ..seam.may_block import check_may_block, running_asyncio_loop
+from ..seam.messages import PYTHON, Call
 from ..seam.serialization import dumps_arguments
-from ..serving.context import check_may_block
-from .caller import Caller, deadline_error
+from .answers import ThreadSlot, answer_to, open_answer
+from .arguments import PLAIN, enveloped, prepared, prepared_async, refs_in, resolved, when_all_done
+from .caller import Caller
 from .client import Client
 from .connectors import connector_for
-from .ref import Ref, WaitSlot, open_answer
-from .slot import Outgoing, Slot
-from .waiting import running_asyncio_loop
+from .ref import Ref
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from ..seam.adapter import PlatformRefs
+__all__ = ["AsyncHandle", "CallOptions", "Handle", "make_handle"]
 
-__all__ = ["AsyncHandle", "CallOptions", "Handle", "answer_to", "make_handle"]
-
-_PLAIN = frozenset((type(None), bool, int, float, str, bytes, list, tuple, dict))
-"""Types that are neither refs nor requests; what they hold does not matter."""
 _HTTP_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 
@@ -135,8 +132,8 @@ class _BaseHandle:
         if client is None:
             client = Client.find(self._engine_id)
             if client is None:
-                adapter, made = connector_for(self._engine_id, self._adapter_name)
-                client = Client.attach(self._engine_id, adapter, self._control_address, owns_adapter=made)
+                connector, made = connector_for(self._engine_id, self._adapter_name)
+                client = Client.attach(self._engine_id, connector, self._control_address, owns_connector=made)
             self._client = client
         if client.pid != os.getpid():
             raise EngineClosed(
@@ -149,9 +146,10 @@ class _BaseHandle:
         self, client: Client, refs: PlatformRefs, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         args, kwargs, lifted = refs.lift(args, kwargs)
-        return refs.start(self._endpoint, self._outgoing(args, kwargs), lifted, self._options.timeout_s)
+        options = self._options
+        return refs.start(self._endpoint, self._call_of(args, kwargs), options.shard_key, lifted, options.timeout_s)
 
-    def _outgoing(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outgoing:
+    def _call_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         options = self._options
         if len(args) > 1 and options.method_name == "__call__":
             raise InvalidArgument(
@@ -159,51 +157,15 @@ class _BaseHandle:
                 "call a method with .options(method_name=...) to pass several"
             )
         timeout = options.timeout_s
-        return Outgoing(
+        return Call(
+            0,
             PYTHON,
             options.method_name,
             None if timeout is None else time.monotonic() + timeout,
             "",
             self._head,
             dumps_arguments(args, kwargs, "the argument"),
-            options.shard_key,
         )
-
-
-def _passes_request(args: tuple[Any, ...]) -> bool:
-    from ..request import is_starlette_request
-
-    return any(is_starlette_request(arg) for arg in args)
-
-
-def _enveloped(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    from ..request import envelope_of, is_starlette_request
-
-    return tuple(envelope_of(arg) if is_starlette_request(arg) else arg for arg in args)
-
-
-def _is_own_ref(value: Any) -> bool:
-    return isinstance(value, Ref)
-
-
-def _refs_in(args: tuple[Any, ...], kwargs: dict[str, Any], is_ref: Callable[[Any], bool] = _is_own_ref) -> list[Any]:
-    return [value for value in (*args, *kwargs.values()) if is_ref(value)]
-
-
-def _filled(
-    args: tuple[Any, ...], kwargs: dict[str, Any], is_ref: Callable[[Any], bool], results: Iterable[Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Replace refs by their results, which come in the order of `_refs_in`."""
-    coming = iter(results)
-    return (
-        tuple(next(coming) if is_ref(arg) else arg for arg in args),
-        {name: next(coming) if is_ref(value) else value for name, value in kwargs.items()},
-    )
-
-
-def _resolved(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Replace the engine's own refs, which are done, by their results."""
-    return _filled(args, kwargs, _is_own_ref, (ref.result(0) for ref in _refs_in(args, kwargs)))
 
 
 class Handle(_BaseHandle):
@@ -238,13 +200,13 @@ class Handle(_BaseHandle):
         client = self._reach()
         client.check_open()
         if client.refs is not None:
-            return self._start_on_platform(client, client.refs, *self._prepared(args, kwargs, None))
+            return self._start_on_platform(client, client.refs, *prepared(args, kwargs, None))
         caller = client.thread_caller()
         ref = Ref(caller)
         ref.endpoint = self._endpoint
-        pending = _refs_in(args, kwargs)
+        pending = refs_in(args, kwargs)
         if pending:
-            _when_all_done(pending, lambda: self._start_resolved(caller, ref, args, kwargs))
+            when_all_done(pending, lambda: self._start_resolved(caller, ref, args, kwargs))
         else:
             self._start(caller, ref, args, kwargs)
         if self._options.timeout_s is not None:
@@ -262,56 +224,23 @@ class Handle(_BaseHandle):
         check_may_block("a sync handle's call()")
         client = self._reach()
         caller = client.thread_caller()
-        if kwargs or len(args) != 1 or type(args[0]) not in _PLAIN:
-            args, kwargs = self._prepared(args, kwargs, client.refs)
-        slot = WaitSlot()
-        caller.submit(self._endpoint, self._outgoing(args, kwargs), slot)
+        if kwargs or len(args) != 1 or type(args[0]) not in PLAIN:
+            args, kwargs = prepared(args, kwargs, client.refs)
+        slot = ThreadSlot()
+        caller.submit(self._endpoint, self._call_of(args, kwargs), slot, self._options.shard_key)
         return slot.wait(caller, self._options.timeout_s)
 
-    @staticmethod
-    def _prepared(
-        args: tuple[Any, ...], kwargs: dict[str, Any], platform: PlatformRefs | None
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        refs = _refs_in(args, kwargs)
-        for ref in refs:
-            ref.result()
-        if refs:
-            args, kwargs = _resolved(args, kwargs)
-        if platform is not None and (refs := _refs_in(args, kwargs, platform.is_ref)):
-            args, kwargs = _filled(args, kwargs, platform.is_ref, platform.results(refs, None))
-        return (_enveloped(args) if _passes_request(args) else args), kwargs
-
     def _start(self, caller: Caller, ref: Ref, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if _passes_request(args):
-            args = _enveloped(args)
-        caller.submit(self._endpoint, self._outgoing(args, kwargs), ref)
+        caller.submit(self._endpoint, self._call_of(enveloped(args), kwargs), ref, self._options.shard_key)
 
     def _start_resolved(self, caller: Caller, ref: Ref, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if ref.done():
             return
         try:
-            args, kwargs = _resolved(args, kwargs)
+            args, kwargs = resolved(args, kwargs)
             self._start(caller, ref, args, kwargs)
         except BaseException as error:
             ref.fail(error)
-
-
-def _when_all_done(refs: list[Ref], action: Any) -> None:
-    import threading
-
-    lock = threading.Lock()
-    missing = len(refs)
-
-    def one_done(_: Ref) -> None:
-        nonlocal missing
-        with lock:
-            missing -= 1
-            last = missing == 0
-        if last:
-            action()
-
-    for ref in refs:
-        ref.add_done_callback(one_done)
 
 
 class AsyncHandle(_BaseHandle):
@@ -332,9 +261,9 @@ class AsyncHandle(_BaseHandle):
         client = self._reach() if self._client is not None else await self._reach_aside()
         client.check_open()
         if client.refs is not None:
-            return self._start_on_platform(client, client.refs, *await self._prepared(args, kwargs, None))
+            return self._start_on_platform(client, client.refs, *await prepared_async(args, kwargs, None))
         caller = client.thread_caller() if running_asyncio_loop() is None else client.loop_caller()
-        args, kwargs = await self._prepared(args, kwargs, None)
+        args, kwargs = await prepared_async(args, kwargs, None)
         return self._started(caller, args, kwargs)
 
     async def _reach_aside(self) -> Client:
@@ -347,7 +276,7 @@ class AsyncHandle(_BaseHandle):
 
     def _started(self, caller: Caller, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ref:
         ref = Ref(caller)
-        caller.submit(self._endpoint, self._outgoing(args, kwargs), ref)
+        caller.submit(self._endpoint, self._call_of(args, kwargs), ref, self._options.shard_key)
         if self._options.timeout_s is not None:
             ref.expire_after(self._options.timeout_s)
         return ref
@@ -356,12 +285,16 @@ class AsyncHandle(_BaseHandle):
         """Make a call and await its result. Cancelling the await gives the call up. As `Handle.call`."""
         loop = running_asyncio_loop()
         client = self._reach() if self._client is not None else await self._reach_aside()
-        if kwargs or len(args) != 1 or type(args[0]) not in _PLAIN:
-            args, kwargs = await self._prepared(args, kwargs, client.refs)
+        if kwargs or len(args) != 1 or type(args[0]) not in PLAIN:
+            args, kwargs = await prepared_async(args, kwargs, client.refs)
         if loop is None:
             return await self._call_by_ref(client.thread_caller(), args, kwargs)
-        outgoing = self._outgoing(args, kwargs)
-        return open_answer(await answer_to(client.loop_caller(), self._endpoint, outgoing, self._options.timeout_s))
+        options = self._options
+        call = self._call_of(args, kwargs)
+        answer = await answer_to(
+            client.loop_caller(), self._endpoint, call, options.timeout_s, shard_key=options.shard_key
+        )
+        return open_answer(answer)
 
     async def _call_by_ref(self, caller: Caller, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         ref = self._started(caller, args, kwargs)
@@ -369,74 +302,6 @@ class AsyncHandle(_BaseHandle):
             return await ref
         finally:
             ref.cancel()
-
-    @staticmethod
-    async def _prepared(
-        args: tuple[Any, ...], kwargs: dict[str, Any], platform: PlatformRefs | None
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        refs = _refs_in(args, kwargs)
-        if refs:
-            for ref in refs:
-                await ref
-            args, kwargs = _resolved(args, kwargs)
-        if platform is not None and (refs := _refs_in(args, kwargs, platform.is_ref)):
-            results = [await platform.result(ref) for ref in refs]
-            args, kwargs = _filled(args, kwargs, platform.is_ref, results)
-        if args and _passes_request(args):
-            from ..request import envelope_of_async, is_starlette_request
-
-            args = tuple([await envelope_of_async(arg) if is_starlette_request(arg) else arg for arg in args])
-        return args, kwargs
-
-
-class _FutureSlot(Slot):
-    """The waiting place of a task; everything happens on its loop."""
-
-    __slots__ = ("future",)
-
-    def __init__(self, future: Any) -> None:
-        super().__init__()
-        self.future = future
-
-    def deliver(self, message: Reply | Failure | Item | End) -> None:
-        if not self.future.done():
-            self.future.set_result(message)
-
-    def fail(self, error: EngineError) -> None:
-        if not self.future.done() and not self.future.get_loop().is_closed():
-            self.future.set_exception(error)
-
-
-async def answer_to(caller: Caller, endpoint: str, outgoing: Outgoing, timeout_s: float | None) -> Any:
-    """Make a call on the running asyncio loop and await its answer, unopened. Cancelling the await gives the call up.
-
-    Args:
-        caller: Of this loop.
-        endpoint: Its name.
-        outgoing: The call.
-        timeout_s: Seconds until it fails, or None.
-
-    Raises:
-        errors.EngineError: No answer will come.
-    """
-    import asyncio
-
-    loop = asyncio.get_running_loop()
-    slot = _FutureSlot(loop.create_future())
-    caller.submit(endpoint, outgoing, slot)
-    timer = None if timeout_s is None else loop.call_later(timeout_s, _expire, slot, timeout_s)
-    try:
-        return await slot.future
-    except BaseException:
-        caller.cancel(slot)
-        raise
-    finally:
-        if timer is not None:
-            timer.cancel()
-
-
-def _expire(slot: _FutureSlot, timeout_s: float) -> None:
-    slot.fail(deadline_error(slot.endpoint, timeout_s))
 
 
 def make_handle(

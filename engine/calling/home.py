@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .waiting import running_asyncio_loop
+from ..seam.may_block import running_asyncio_loop
 
 if TYPE_CHECKING:
     import asyncio

@@ -8,38 +8,19 @@ from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..config import LONGEST_S
-from ..errors import BackendError, CallError, DeadlineExceeded, EngineError, InvalidArgument, WouldBlock
+from ..errors import CallError, DeadlineExceeded, InvalidArgument, WouldBlock
+from ..seam.may_block import check_may_block
 from ..seam.messages import End, Failure, Item, Reply
-from ..seam.serialization import loads, unpack_exception
-from ..serving.context import check_may_block
-from .caller import Caller, deadline_error
+from .answers import deadline_error, open_answer, settled
+from .caller import Caller
 from .slot import Slot
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-    from ..seam.adapter import PlatformRefs
+    from ..seam.connector import PlatformRefs
 
-__all__ = ["Ref", "get", "open_answer", "wait"]
-
-
-def open_answer(message: Reply | Failure | Item | End) -> Any:
-    """Turn the answer to a Python call into its result.
-
-    Raises:
-        BaseException: What user code raised, or an `EngineError`.
-    """
-    if type(message) is Reply:
-        try:
-            return loads(message.payload)
-        except Exception as error:
-            raise BackendError(
-                f"the result cannot be rebuilt in this process ({type(error).__name__}: {error}); "
-                "its type must be importable here"
-            ) from error
-    if isinstance(message, Failure):
-        raise unpack_exception(message.payload)
-    raise BackendError("the backend answered with a stream; call it over HTTP, or return the whole result")
+__all__ = ["Ref", "get", "wait"]
 
 
 class Ref(Slot):
@@ -135,9 +116,7 @@ class Ref(Slot):
 
     def __await__(self) -> Generator[Any, Any, Any]:
         if not self.done():
-            from .waiting import settled
-
-            yield from settled(self).__await__()
+            yield from settled(self.add_done_callback).__await__()
         return self._open()
 
     # -- what the caller says ----------------------------------------------------------------------------------------
@@ -266,55 +245,3 @@ def _checked(refs: Any, platform: PlatformRefs | None) -> list[Any]:
         if not isinstance(ref, Ref) and not (platform is not None and platform.is_ref(ref)):
             raise InvalidArgument(f"refs[{position}] must be a ref as handle.remote() returns it, not {ref!r}")
     return list(refs)
-
-
-class WaitSlot(Slot):
-    """The waiting place of a thread that does nothing else meanwhile."""
-
-    __slots__ = ("answer", "arrived", "error")
-
-    drives = True
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.answer: Any = None
-        self.error: BaseException | None = None
-        self.arrived = threading.Lock()
-        self.arrived.acquire()
-
-    def deliver(self, message: Reply | Failure | Item | End) -> None:
-        """See `Slot.deliver`."""
-        self.answer = message
-        self.arrived.release()
-
-    def fail(self, error: EngineError) -> None:
-        """See `Slot.fail`."""
-        self.error = error
-        self.arrived.release()
-
-    def wait(self, caller: Caller, timeout_s: float | None) -> Any:
-        """Drive the call's channel, or wait for whoever drives it; returns the call's result."""
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        channel = self.channel
-        if channel is not None and self.arrived.locked():
-            try:
-                drove = channel.drive(lambda: not self.arrived.locked() or self.channel is not channel, timeout_s)
-            except BaseException:
-                caller.cancel(self)
-                raise
-            if not drove:
-                channel.watch()
-        remaining = -1.0 if deadline is None else max(0.0, deadline - time.monotonic())
-        try:
-            arrived = self.arrived.acquire(timeout=remaining)
-        except BaseException:
-            caller.cancel(self)
-            raise
-        if not arrived:
-            caller.cancel(self)
-            if self.arrived.locked():
-                assert timeout_s is not None
-                raise deadline_error(self.endpoint, timeout_s)
-        if self.error is not None:
-            raise self.error
-        return open_answer(self.answer)

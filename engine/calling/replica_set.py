@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterator
 
 from ..errors import NoReplica, Overloaded
-from ..seam.adapter import Channel
+from ..seam.channel import Channel
 from ..seam.snapshot import BackendEntry
 from .slot import Slot
 
@@ -36,12 +36,12 @@ class Target:
         "elsewhere_at",
         "gone",
         "in_flight",
-        "replica_id",
         "replica_set",
+        "replica_tag",
     )
 
-    def __init__(self, replica_id: str, address: str, replica_set: ReplicaSet) -> None:
-        self.replica_id = replica_id
+    def __init__(self, replica_tag: str, address: str, replica_set: ReplicaSet) -> None:
+        self.replica_tag = replica_tag
         self.address = address
         self.replica_set = replica_set
         self.channel: Channel | None = None
@@ -58,9 +58,18 @@ class Target:
             return self.in_flight + self.elsewhere
         return self.in_flight
 
+    def has_room(self, limit: int, now: float) -> bool:
+        """Whether it may be given one more call."""
+        return self.in_flight < limit and self.blocked_until <= now
+
+    def take(self) -> None:
+        """Count one more call in."""
+        self.in_flight += 1
+        self.blocked_until = 0.0
+
     def __repr__(self) -> str:
         state = "dead" if self.dead else "gone" if self.gone else "blocked" if self.blocked_until else "open"
-        return f"<Target {self.replica_id} {state} in_flight={self.in_flight} elsewhere={self.elsewhere}>"
+        return f"<Target {self.replica_tag} {state} in_flight={self.in_flight} elsewhere={self.elsewhere}>"
 
 
 class ReplicaSet:
@@ -84,7 +93,7 @@ class ReplicaSet:
         self.max_queued = entry.max_queued_requests
         self.expecting = entry.expecting
         self.failures = entry.failures
-        listed = {replica.replica_id: replica for replica in entry.replicas}
+        listed = {replica.replica_tag: replica for replica in entry.replicas}
         left = [
             target
             for key, target in self.targets.items()
@@ -93,8 +102,8 @@ class ReplicaSet:
         ]
         for target in left:
             target.gone = True
-            target.dead = target.replica_id in entry.dead
-            del self.targets[target.replica_id]
+            target.dead = target.replica_tag in entry.dead
+            del self.targets[target.replica_tag]
         for key, replica in listed.items():
             if key not in self.targets:
                 self.targets[key] = Target(key, replica.address, self)
@@ -111,13 +120,19 @@ class ReplicaSet:
         if not self.waiting:
             target = self.choose(now)
             if target is not None:
-                target.in_flight += 1
+                target.take()
                 return target
         refusal = self.refusal()
         if refusal is not None:
             raise refusal
         self.waiting.append(slot)
+        slot.wait_in(self.waiting)
         return None
+
+    def put_back(self, slot: Slot) -> None:
+        """Queue a call that its replica did not take, before all others."""
+        self.waiting.appendleft(slot)
+        slot.wait_in(self.waiting)
 
     @property
     def hopeless(self) -> bool:
@@ -144,6 +159,8 @@ class ReplicaSet:
         """Take everything from the queue."""
         waiting = list(self.waiting)
         self.waiting.clear()
+        for slot in waiting:
+            slot.leave_queue()
         return waiting
 
     def next_placements(self, now: float) -> Iterator[tuple[Slot, Target]]:
@@ -152,8 +169,14 @@ class ReplicaSet:
             target = self.choose(now)
             if target is None:
                 return
-            target.in_flight += 1
-            yield self.waiting.popleft(), target
+            target.take()
+            slot = self.waiting.popleft()
+            slot.leave_queue()
+            yield slot, target
+
+    def some_blocked(self, now: float) -> bool:
+        """Whether a replica is left alone for a while, after which calls that wait may find room."""
+        return any(target.blocked_until > now for target in self.targets.values())
 
     def choose(self, now: float) -> Target | None:
         """The less busy of two replicas picked at random; any with room if neither has it.
@@ -163,7 +186,7 @@ class ReplicaSet:
         targets = self._open
         count = len(targets)
         if count == 1:
-            return targets[0] if self._has_room(targets[0], now) else None
+            return targets[0] if targets[0].has_room(self.limit, now) else None
         if count == 0:
             return None
         first = int(_random() * count)
@@ -171,16 +194,9 @@ class ReplicaSet:
         one, other = targets[first], targets[second + (second >= first)]
         if other.busyness(now) < one.busyness(now):
             one, other = other, one
-        if self._has_room(one, now):
+        if one.has_room(self.limit, now):
             return one
-        if self._has_room(other, now):
+        if other.has_room(self.limit, now):
             return other
-        free = [target for target in targets if self._has_room(target, now)]
+        free = [target for target in targets if target.has_room(self.limit, now)]
         return min(free, key=lambda target: target.busyness(now)) if free else None
-
-    def _has_room(self, target: Target, now: float) -> bool:
-        if target.blocked_until:
-            if now < target.blocked_until:
-                return False
-            target.blocked_until = 0.0
-        return target.in_flight < self.limit

@@ -59,13 +59,13 @@ class Router:
             for target in removed.targets.values():
                 target.gone = True
         for tag, entry in snapshot.backends.items():
-            known = self.replica_sets.get(tag)
-            if known is None:
+            replica_set = self.replica_sets.get(tag)
+            if replica_set is None:
                 self.replica_sets[tag] = ReplicaSet(entry)
             else:
-                left += known.apply(entry)
-                if known.hopeless:
-                    homeless += known.give_up_waiting()
+                left += replica_set.apply(entry)
+                if replica_set.hopeless:
+                    homeless += replica_set.give_up_waiting()
         self.endpoints = {name: self._endpoint(entry) for name, entry in snapshot.endpoints.items()}
         return left, homeless
 
@@ -77,8 +77,8 @@ class Router:
         """
         endpoint = self.endpoints.get(name)
         if endpoint is None:
-            known = ", ".join(sorted(self.endpoints)) or "none"
-            raise EndpointNotFound(f"there is no endpoint {name!r}; the endpoints are: {known}")
+            names = ", ".join(sorted(self.endpoints)) or "none"
+            raise EndpointNotFound(f"there is no endpoint {name!r}; the endpoints are: {names}")
         if endpoint.only is not None:
             return endpoint.only, endpoint
         fraction = random.random() if shard_key is None else hash_fraction(shard_key)
@@ -93,5 +93,5 @@ class Router:
     def _endpoint(self, entry: EndpointEntry) -> Endpoint:
         policy = TrafficPolicy(entry.traffic)
         single = policy.single
-        known = self.endpoints.get(entry.name)
-        return Endpoint(entry, policy, self.replica_sets[single] if single else None, known.calls if known else 0)
+        before = self.endpoints.get(entry.name)
+        return Endpoint(entry, policy, self.replica_sets[single] if single else None, before.calls if before else 0)

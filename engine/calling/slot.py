@@ -1,53 +1,84 @@
-"""What a caller hands to the router with a call, and who waits for its answer.
-
-An `Outgoing` is the call before a replica is chosen. A `Slot` is its waiting place: it hears every message that answers
-the call, in whichever thread or loop delivers the caller's channels.
-"""
+"""A call on its way from one caller: where its answer is waited for, and how far it has come."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections import deque
+from typing import Any, Final, Protocol
 
-from ..seam.messages import End, Failure, Item, Reply
+from ..errors import EngineError
+from ..seam.channel import Channel
+from ..seam.messages import Call, End, Failure, Item, Reply
 
-if TYPE_CHECKING:
-    from ..errors import EngineError
-    from ..seam.adapter import Channel
+__all__ = ["Slot", "Submitter"]
 
-__all__ = ["Outgoing", "Slot"]
-
-
-class Outgoing(NamedTuple):
-    """A call that no replica was chosen for yet; the fields are those of `engine.seam.messages.Call`."""
-
-    kind: int
-    method: str
-    deadline: float | None
-    request_id: str
-    head: bytes
-    payload: bytes
-    shard_key: str | None = None
+_FORGOTTEN: Final = Call(0, 0, "", None, "", b"", b"")
+"""In the place of a call that was given up: its arguments may be large, and its answer may take long."""
 
 
 class Slot:
-    """Waits for the answer to one call. Subclasses say what happens when it comes.
+    """Waits for the answer to one call. Subclasses say what happens when it comes (`engine.calling.answers`).
 
     Each slot gets either one `Reply`, `Failure` or error, or any number of `Item` and one `End`; then nothing more.
+    Meanwhile its call goes these ways, which only its caller takes it:
+
+        begin ──► wait_in(queue) ──► leave_queue ──► send_on(channel) ──► answered
+                      ▲                                   │
+                      └──────────── come_back ◄───────────┘  (refused, or never received)
+
+    At any point it can be `give_up`: from then on the slot stands for the answer that is still due, and hears nothing.
     """
 
-    __slots__ = ("call_id", "channel", "endpoint", "outgoing", "pool", "replica")
+    __slots__ = ("call", "call_id", "channel", "endpoint", "given_up", "queue", "shard_key", "target")
 
     drives = False
     """Whether the thread that submits the call will drive its channel itself."""
 
     def __init__(self) -> None:
-        # Only the caller touches these, under its lock.
+        self.endpoint = ""
+        self.call = _FORGOTTEN
+        self.shard_key: str | None = None
+        self.given_up = False
+        # Where the call is now. Only the caller touches these: the queue under its lock.
         self.call_id = 0
+        self.queue: deque[Slot] | None = None
+        self.target: Any = None  # a `engine.calling.replica_set.Target`
         self.channel: Channel | None = None
-        self.endpoint: Any = None
-        self.outgoing: Outgoing | None = None
-        self.pool: Any = None
-        self.replica: Any = None
+
+    # -- the way of its call -------------------------------------------------------------------------------------------
+
+    def begin(self, endpoint: str, call: Call, shard_key: str | None) -> None:
+        """Take the call that is to be answered here."""
+        self.endpoint = endpoint
+        self.call = call
+        self.shard_key = shard_key
+
+    def wait_in(self, queue: deque[Slot]) -> None:
+        """Note the queue that the call was put into."""
+        self.queue = queue
+
+    def leave_queue(self) -> None:
+        """The call was taken out of its queue."""
+        self.queue = None
+
+    def send_on(self, channel: Channel, call_id: int, target: Any) -> None:
+        """The call is about to be sent, under this number."""
+        self.call_id = call_id
+        self.target = target
+        self.channel = channel
+
+    def come_back(self) -> None:
+        """The replica did not take the call."""
+        self.target = self.channel = None
+
+    def give_up(self) -> None:
+        """Nobody waits for the answer any more."""
+        self.given_up = True
+        self.call = _FORGOTTEN
+        if self.queue is not None:
+            self.queue.remove(self)
+            self.queue = None
+
+    # -- the answer ----------------------------------------------------------------------------------------------------
 
     def deliver(self, message: Reply | Failure | Item | End) -> None:
         """Take a message. Must not block and must not raise."""
@@ -56,3 +87,16 @@ class Slot:
     def fail(self, error: EngineError) -> None:
         """Take the news that no answer will come. Must not block and must not raise."""
         raise NotImplementedError
+
+
+class Submitter(Protocol):
+    """What those who wait for answers need of a caller (`engine.calling.caller.Caller`)."""
+
+    def submit(self, endpoint: str, call: Call, slot: Slot, shard_key: str | None = None) -> None:
+        """Route a call; problems go to ``slot.fail``."""
+
+    def cancel(self, slot: Slot) -> None:
+        """Give a call up: its slot hears nothing any more (idempotent)."""
+
+    def credit(self, slot: Slot, amount: int) -> None:
+        """Make room for more items of a stream."""

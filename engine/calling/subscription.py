@@ -8,19 +8,28 @@ channel again.
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-from ..errors import EngineClosed
-from ..seam.adapter import Adapter, Channel, ChannelClosed
+from ..errors import EngineClosed, EngineError
+from ..seam.channel import Channel, ChannelClosed
+from ..seam.connector import Connector, may_return
 from ..seam.control_messages import Applied, Publish, Subscribe
 from ..seam.messages import Control, Message
-
-if TYPE_CHECKING:
-    from .client import Client
+from ..seam.snapshot import RoutingSnapshot
 
 __all__ = ["Subscription"]
 
 _RETRY_S = 0.2
+
+
+class Subscriber(Protocol):
+    """Whom the snapshots are for: this process's client."""
+
+    def apply(self, snapshot: RoutingSnapshot) -> None:
+        """Let this snapshot rule."""
+
+    def close(self, error: EngineError | None = None) -> None:
+        """No snapshot will come any more: the engine is gone, for this reason."""
 
 
 class Subscription:
@@ -28,22 +37,19 @@ class Subscription:
 
     Args:
         client: Of this process.
-        adapter: Opens the channel.
+        connector: Opens the channel.
         control_address: Where the controller is.
-        ingress: Whether this caller is waited for when routes change.
-        worker_id: Of this caller, if it is a worker.
+        request: What the controller is asked for.
 
     Attributes:
         first: Set once the first snapshot rules, or the controller is lost.
     """
 
-    def __init__(
-        self, client: Client, adapter: Adapter, control_address: str, *, ingress: bool, worker_id: str
-    ) -> None:
+    def __init__(self, client: Subscriber, connector: Connector, control_address: str, request: Subscribe) -> None:
         self._client = client
-        self._adapter = adapter
+        self._connector = connector
         self._control_address = control_address
-        self._request = Control(Subscribe(ingress, worker_id))
+        self._request = Control(request)
         self._lock = threading.Lock()  # guards the next two, and that nothing is opened once `_ended` is set
         self._channel: Channel | None = None  # the one that stands, as far as is known
         self._seeking = False  # a thread looks for the next controller
@@ -56,7 +62,7 @@ class Subscription:
         Raises:
             ChannelClosed: The controller is gone.
         """
-        channel = self._adapter.open_channel(self._control_address, self, on_loop=False)
+        channel = self._connector.open_channel(self._control_address, self, on_loop=False)
         with self._lock:
             ended = self._ended.is_set()
             if not ended:
@@ -80,7 +86,7 @@ class Subscription:
             channel.close()
 
     def received(self, channel: Channel, message: Message) -> None:
-        """See `engine.seam.adapter.ChannelListener.received`."""
+        """See `engine.seam.channel.ChannelListener.received`."""
         if isinstance(message, Control) and isinstance(message.body, Publish):
             snapshot = message.body.snapshot
             self._client.apply(snapshot)
@@ -91,7 +97,7 @@ class Subscription:
                 pass  # whoever reads the channel will find that, and say so
 
     def lost(self, channel: Channel, reason: str) -> None:
-        """See `engine.seam.adapter.ChannelListener.lost`: without its controller there is no engine."""
+        """See `engine.seam.channel.ChannelListener.lost`: without its controller there is no engine."""
         if self._forget(channel):
             self.seek(reason)
 
@@ -105,8 +111,8 @@ class Subscription:
             if self._seeking or self._channel is not None:
                 return
             self._seeking = True
-        # Also whether there will be one at all is found out there: that may take the adapter seconds, and whoever calls
-        # this reads the channels of all replicas as well, which go on answering.
+        # Also whether there will be one at all is found out there: that may take seconds, and whoever
+        # calls this reads the channels of all replicas as well, which go on answering.
         seeker = threading.Thread(target=self._begin_again, args=(reason,), name="engine-subscribe", daemon=True)
         try:
             seeker.start()
@@ -134,7 +140,7 @@ class Subscription:
         self._give_up(reason)
 
     def _returns(self) -> bool:
-        return not self._ended.is_set() and self._adapter.returns(self._control_address)
+        return not self._ended.is_set() and may_return(self._connector, self._control_address)
 
     def _give_up(self, reason: str) -> None:
         self._client.close(EngineClosed(f"the engine is gone: {reason}"))

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..config import BackendConfig
 from ..errors import InvalidArgument, NotSerializable
-from ..seam.adapter import Resources
+from ..seam.resources import Resources
 from ..seam.serialization import dumps, dumps_by_value
 
 __all__ = ["BackendPlan", "pack_target"]

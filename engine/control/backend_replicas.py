@@ -14,9 +14,10 @@ from dataclasses import replace
 from typing import Any
 
 from ..config import BackendConfig
-from ..seam.adapter import Adapter, WorkerSpec
+from ..seam.adapter import Adapter
 from ..seam.serialization import dumps
 from ..seam.snapshot import BackendEntry, ReplicaEntry
+from ..seam.worker import WorkerSpec
 from ..serving.replica_spec import ReplicaSpec
 from .backend_plan import BackendPlan
 from .backoff import backoff_s

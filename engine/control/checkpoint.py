@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
-from ..seam.adapter import StateStore
+from ..seam.detached import StateStore
 from ..seam.serialization import dumps, loads
 from ..seam.snapshot import EndpointEntry
 from .backend_plan import BackendPlan

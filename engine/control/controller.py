@@ -1,6 +1,7 @@
 """The controller: what the application wants, and what is done to get there. Never on the path of a call.
 
-All of it runs on one asyncio loop, in a thread of the engine's process; `engine.engine.Engine` brings calls there.
+All of it runs on one asyncio loop, in a thread of the engine's process or, if the engine is detached, of an actor's;
+`engine.control.runner.Runner` brings operations there.
 Changes are events: an API call, a worker's word, a worker's death. Operations on one backend exclude each other;
 operations on different ones run side by side.
 """
@@ -15,8 +16,11 @@ from typing import Any
 from ..calling.client import Client
 from ..config import BackendConfig, HTTPOptions
 from ..errors import InvalidArgument
-from ..seam.adapter import Adapter, Channel, ChannelListener, WorkerExit
+from ..seam.adapter import Adapter
+from ..seam.channel import Channel, ChannelListener
+from ..seam.detached import store_of
 from ..seam.snapshot import EndpointEntry
+from ..seam.worker import WorkerExit
 from .backend_plan import BackendPlan
 from .backend_replicas import BackendReplicas
 from .checkpoint import Checkpoint, Picture
@@ -54,9 +58,9 @@ class Controller:
         self._leaving: set[str] = set()  # tags of deleted backends with replicas that have yet to end
         self._endpoints = EndpointTable({})
         self._workers = Workers(adapter, self._replace_worker)
-        self._publisher = Publisher(client, silent=adapter.store is not None)
+        self._publisher = Publisher(client, silent=store_of(adapter) is not None)
         self._ingresses = IngressFleet(engine_id, adapter, self._workers, http)
-        self._checkpoint = Checkpoint(adapter.store)
+        self._checkpoint = Checkpoint(store_of(adapter))
         self._keeper = Keeper(self._checkpoint, self._picture)
         self._background: set[asyncio.Task[None]] = set()
         self._endings: set[asyncio.Task[None]] = set()
@@ -91,7 +95,7 @@ class Controller:
             left = self._checkpoint.load()
             if left is not None:
                 await self._restore(left)
-            elif self._adapter.store is not None:
+            elif store_of(self._adapter) is not None:
                 self._publish()  # now that it is known that there was no other
         except BaseException:
             self._keeper.close()
@@ -255,6 +259,11 @@ class Controller:
         return self._endpoints.entries()
 
     # -- looking at it -------------------------------------------------------------------------------------------------
+
+    @property
+    def http_options(self) -> HTTPOptions:
+        """How the engine was created to be reached over HTTP."""
+        return self._http
 
     def http_url(self) -> str | None:
         """The ingress's base URL, once it runs."""

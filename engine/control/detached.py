@@ -1,7 +1,7 @@
 """A controller in a process that outlives the application's: the part that any platform's way of running it wraps.
 
-It owns a runner, and so a thread, an adapter and this process's client. Operations come by name, from any number of
-applications at a time; arguments and outcomes are pickled, and an error travels as itself. When the process dies, the
+It owns a runner, and so a thread, an adapter and this process's client. Operations come from any number of
+applications at a time; they and their outcomes are pickled, and an error travels as itself. When the process dies, the
 platform starts it again and the controller takes over what it finds in the adapter's store.
 """
 
@@ -14,6 +14,7 @@ from ..calling.connectors import register_connector
 from ..config import HTTPOptions
 from ..seam.adapter import Adapter
 from ..seam.serialization import dumps, loads, pack_exception
+from .operations import Operation, Stop
 from .runner import Runner
 
 __all__ = ["DetachedController"]
@@ -29,7 +30,6 @@ class DetachedController:
     """
 
     def __init__(self, engine_id: str, adapter: Adapter, http: HTTPOptions) -> None:
-        self._http = http
         register_connector(engine_id, adapter)
         self._client = Client(engine_id, adapter)
         self._client.register()
@@ -38,36 +38,29 @@ class DetachedController:
     def wait_started(self) -> None:
         """Wait for the controller; raises what kept it from starting.
 
-        Then only ``"stop"`` works, which has the adapter clear what a former controller left. Whoever runs this may
+        Then only `Stop` works, which has the adapter clear what a former controller left. Whoever runs this may
         also let the process end, for the platform to start it again.
         """
         self._runner.wait_started()
 
-    def run(self, operation: str, arguments: bytes) -> bytes:
+    def run(self, packed: bytes) -> bytes:
         """Do something and wait for it, from any thread.
 
         Args:
-            operation: A coroutine method of the controller, or ``"stop"``, ``"http_url"``, ``"http_options"``.
-            arguments: The pickled ``(args, kwargs)``.
+            packed: The pickled `engine.control.operations.Operation`, or `engine.control.operations.Stop`.
 
         Returns:
             The pickled ``(result, packed exception or None, version)``. The version is that of the snapshot that rules
             now: a caller that has applied it sees what the operation changed.
         """
         try:
-            args, kwargs = loads(arguments)
-            if operation != "stop":  # also an engine whose controller cannot start can be shut down
-                self._runner.wait_started()
-            result = self._do(operation, args, kwargs)
+            result = self._do(loads(packed))
             return dumps((result, None, self._client.snapshot.version), "the result")
         except BaseException as error:
             return dumps((None, pack_exception(error), 0), "the error")
 
-    def _do(self, operation: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if operation == "stop":
-            return self._runner.stop(*args)
-        if operation == "http_url":
-            return self._runner.http_url()
-        if operation == "http_options":
-            return self._http
-        return self._runner.run(operation, *args, **kwargs)
+    def _do(self, operation: Operation[Any] | Stop) -> Any:
+        if isinstance(operation, Stop):  # also an engine whose controller cannot start can be shut down
+            return self._runner.stop(operation.grace_s)
+        self._runner.wait_started()
+        return self._runner.run(operation)

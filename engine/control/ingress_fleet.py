@@ -9,9 +9,10 @@ from collections import defaultdict
 
 from ..config import HTTPOptions
 from ..errors import BackendStartError
-from ..seam.adapter import Adapter, Listen, Node, WorkerSpec
+from ..seam.adapter import Adapter, Node, WatchesNodes
 from ..seam.ingress_server import load_server
 from ..seam.serialization import dumps_by_value
+from ..seam.worker import Listen, WorkerSpec
 from .backoff import backoff_s
 from .checkpoint import KnownWorker
 from .workers import Life, Worker, Workers
@@ -54,8 +55,7 @@ class IngressFleet:
         """
         if self._http.serves:
             self._wanted = True
-            if self._http.location == "EveryNode":
-                self._adapter.watch_nodes()
+            self._watch_nodes()
             return await self.refill()
         return True
 
@@ -97,6 +97,10 @@ class IngressFleet:
             if outcome is not None:
                 raise outcome
 
+    def _watch_nodes(self) -> None:
+        if self._http.location == "EveryNode" and isinstance(self._adapter, WatchesNodes):
+            self._adapter.watch_nodes()
+
     def _wanted_nodes(self) -> tuple[Node, ...]:
         nodes = self._adapter.nodes()
         return nodes if self._http.location == "EveryNode" else nodes[:1]
@@ -126,8 +130,7 @@ class IngressFleet:
         """Take over the ingresses of a former controller."""
         self._wanted = True
         self._count = count
-        if self._http.location == "EveryNode":
-            self._adapter.watch_nodes()
+        self._watch_nodes()
         specs = [
             WorkerSpec(one.worker_id, one.name, _ENTRY, b"", node_id=one.node_id, listen=self._listen) for one in known
         ]
@@ -170,7 +173,7 @@ class IngressFleet:
         worker_id = f"ingress#{self._count}"
         spec = IngressSpec(
             engine_id=self._engine_id,
-            adapter_control_address=self._adapter.control_address,
+            control_address=self._adapter.control_address,
             options=self._http,
             worker_id=worker_id,
             server=_SERVER,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 
 from ..calling.client import Client
-from ..seam.adapter import Channel, ChannelClosed
+from ..seam.channel import Channel, ChannelClosed
 from ..seam.control_messages import Applied, Publish, Subscribe
 from ..seam.messages import Control, Message
 from ..seam.snapshot import BackendEntry, EndpointEntry, RoutingSnapshot
@@ -84,7 +84,7 @@ class Publisher:
         return self
 
     def received(self, channel: Channel, message: Message) -> None:
-        """See `engine.seam.adapter.ChannelListener.received`."""
+        """See `engine.seam.channel.ChannelListener.received`."""
         subscriber = self._subscribers.get(channel)
         if subscriber is None or not isinstance(message, Control):
             return
@@ -98,7 +98,7 @@ class Publisher:
             self._signal()
 
     def lost(self, channel: Channel, reason: str) -> None:
-        """See `engine.seam.adapter.ChannelListener.lost`."""
+        """See `engine.seam.channel.ChannelListener.lost`."""
         self._subscribers.pop(channel, None)
         self._signal()
 

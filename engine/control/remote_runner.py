@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import threading
-from typing import Any
+from typing import Any, TypeVar
 
 from ..calling.client import Client
-from ..config import HTTPOptions
 from ..errors import EngineClosed, RetryLater
-from ..seam.adapter import RemoteController
+from ..seam.detached import RemoteController
 from ..seam.serialization import dumps, loads, unpack_exception
+from .operations import REPEATABLE, GetURL, Operation, Stop
 
 __all__ = ["RemoteRunner"]
 
@@ -17,24 +18,12 @@ _APPLIED_TIMEOUT_S = 10.0
 _RETRY_S = 0.2
 """Between tries while there is no controller: it takes seconds to start again, and each try costs the platform."""
 _LET_GO = "this program has let go of the detached engine, which goes on: take it over again with Engine.connect"
-_REPEATABLE = frozenset(
-    {
-        "get_backend_config",
-        "http_options",
-        "http_url",
-        "list_backends",
-        "list_endpoints",
-        "set_traffic",
-        "shadow_traffic",
-        "statistics",
-        "stop",
-    }
-)
-"""Operations that may be done again if the controller died and nobody knows whether it had done them."""
+
+T = TypeVar("T")
 
 
 class RemoteRunner:
-    """As `engine.control.runner.Runner`, by way of messages.
+    """Has a controller elsewhere do things: see `engine.control.operations.Runs`.
 
     Args:
         controller: Reaches the controller.
@@ -49,21 +38,42 @@ class RemoteRunner:
     def wait_started(self) -> None:
         """Nothing to wait for: the controller was there before."""
 
-    def run(self, operation: str, *args: Any, **kwargs: Any) -> Any:
-        """Have the controller do something and wait for it; this process then sees what it changed.
+    def run(self, operation: Operation[T]) -> T:
+        """See `engine.control.operations.Runs.run`."""
+        result: T = self._run(operation)
+        return result
 
-        Raises:
-            errors.EngineClosed: The engine was shut down, or let go of meanwhile.
-            errors.RetryLater: The controller died meanwhile, and may or may not have done it.
-            BaseException: What the operation raised.
-        """
-        arguments = dumps((args, kwargs), f"the arguments of {operation}")
+    def http_url(self) -> str | None:
+        """See `engine.control.operations.Runs.http_url`."""
+        return self.run(GetURL())
+
+    def stop(self, grace_s: float) -> None:
+        """See `engine.control.operations.Runs.stop`."""
+        try:
+            self._run(Stop(grace_s))
+        except EngineClosed:
+            pass  # somebody else was faster
+        finally:
+            self._let_go(ended=True)
+
+    def leave(self, grace_s: float = 0.0) -> None:
+        """See `engine.control.operations.Runs.leave`: the engine goes on."""
+        self._let_go(ended=False)
+
+    def _let_go(self, *, ended: bool) -> None:
+        self._left.set()
+        self._client.close(None if ended else EngineClosed(_LET_GO))
+        self._controller.leave(ended=ended)
+
+    def _run(self, operation: Operation[Any] | Stop) -> Any:
+        name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(operation).__name__).lower()  # as the user asked for it
+        packed = dumps(operation, f"the arguments of {name}")
         while True:
             try:
-                outcome = self._controller.run(operation, arguments)
+                outcome = self._controller.run(name, packed)
                 break
             except RetryLater:
-                if operation not in _REPEATABLE:
+                if not isinstance(operation, REPEATABLE):
                     raise
                 if self._left.wait(_RETRY_S):
                     raise EngineClosed("the engine was let go while its controller was away") from None
@@ -72,28 +82,3 @@ class RemoteRunner:
             raise unpack_exception(error)
         self._client.wait_applied(version, _APPLIED_TIMEOUT_S)
         return result
-
-    def http_url(self) -> str | None:
-        """The ingress's base URL, once it runs."""
-        url: str | None = self.run("http_url")
-        return url
-
-    def http_options(self) -> HTTPOptions:
-        """How the engine was created to be reached over HTTP."""
-        options: HTTPOptions = self.run("http_options")
-        return options
-
-    def stop(self, grace_s: float) -> None:
-        """Shut the engine down."""
-        try:
-            self.run("stop", grace_s)
-        except EngineClosed:
-            pass  # somebody else was faster
-        finally:
-            self.leave(ended=True)
-
-    def leave(self, *, ended: bool = False) -> None:
-        """Let go of the engine, which goes on unless it has ended."""
-        self._left.set()
-        self._client.close(None if ended else EngineClosed(_LET_GO))
-        self._controller.leave(ended=ended)

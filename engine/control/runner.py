@@ -7,25 +7,32 @@ to get ready: what the adapter starts takes longer than these imports, and runs 
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 from ..calling.client import Client
 from ..config import HTTPOptions
 from ..errors import EngineClosed
 from ..seam.adapter import Adapter
+from ..seam.detached import store_of
 
 if TYPE_CHECKING:
     import asyncio
 
     from .controller import Controller
+    from .operations import Operation
 
 __all__ = ["Runner"]
+
+T = TypeVar("T")
 
 _SHUTDOWN_MARGIN_S = 30.0
 
 
 class Runner:
-    """Starts the thread and the adapter at once, without waiting for either."""
+    """Has a controller in this process do things: see `engine.control.operations.Runs`.
+
+    Starts the thread and the adapter at once, without waiting for either.
+    """
 
     def __init__(self, engine_id: str, adapter: Adapter, client: Client, http: HTTPOptions) -> None:
         self.controller: Controller
@@ -55,26 +62,15 @@ class Runner:
         if self._failure is not None:
             raise self._failure
 
-    def run(self, operation: str, *args: Any, **kwargs: Any) -> Any:
-        """Have the controller do something, on its loop, and wait for it.
-
-        Args:
-            operation: The name of one of the controller's coroutine methods.
-            args: Its arguments.
-            kwargs: Its arguments by name.
-
-        Raises:
-            errors.EngineClosed: The engine was shut down meanwhile.
-            BaseException: What the method raised.
-        """
+    def run(self, operation: Operation[T]) -> T:
+        """See `engine.control.operations.Runs.run`."""
         import asyncio
         from concurrent.futures import CancelledError
 
         with self._lock:
             if self._closed or self._loop is None:
                 raise EngineClosed("the engine was shut down")
-            doing = getattr(self.controller, operation)(*args, **kwargs)
-            future = asyncio.run_coroutine_threadsafe(doing, self._loop)
+            future = asyncio.run_coroutine_threadsafe(_performed(operation, self.controller), self._loop)
         try:
             return future.result()
         except CancelledError:
@@ -82,6 +78,10 @@ class Runner:
         except BaseException:
             future.cancel()
             raise
+
+    def leave(self, grace_s: float) -> None:
+        """See `engine.control.operations.Runs.leave`: the engine ends with its creator."""
+        self.stop(grace_s)
 
     def stop(self, grace_s: float) -> None:
         """Shut the controller down and end the thread (idempotent). If it could not start, what it found is cleared up.
@@ -113,7 +113,7 @@ class Runner:
     async def _shut_down(self, grace_s: float) -> None:
         if self._failure is None:
             await self.controller.shutdown(grace_s)
-        elif self._adapter.store is not None:
+        elif store_of(self._adapter) is not None:
             # What a former controller left there, workers included, is nobody else's to clear. An adapter without a
             # store has cleared up when it could not start, and may be another engine's.
             await self._adapter.stop()
@@ -154,3 +154,7 @@ class Runner:
             self._failure = error
         self._ready.set()
         await self._stopping.wait()
+
+
+async def _performed(operation: Operation[T], controller: Controller) -> T:
+    return await operation.perform(controller)

@@ -14,9 +14,11 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import BackendStartError, EngineClosed, EngineError, ResourcesUnavailable
-from ..seam.adapter import Adapter, WorkerExit, WorkerSpec
+from ..seam.adapter import Adapter, FindsPlaces
 from ..seam.control_messages import Drain, LogLine, Ready, Reconfigure, Reconfigured, StartFailed
+from ..seam.detached import KeepsState
 from ..seam.serialization import unpack_exception
+from ..seam.worker import WorkerExit, WorkerSpec
 
 __all__ = ["Life", "Worker", "Workers"]
 
@@ -122,7 +124,7 @@ class Workers:
         try:
             await asyncio.wait_for(worker.ready.wait(), timeout_s)
         except (asyncio.TimeoutError, TimeoutError):
-            unplaced = self._adapter.unplaced(spec.worker_id)
+            unplaced = self._adapter.unplaced(spec.worker_id) if isinstance(self._adapter, FindsPlaces) else None
             await self.kill(worker)
             if unplaced is not None:
                 raise ResourcesUnavailable(
@@ -145,6 +147,7 @@ class Workers:
         """Take over a worker of a former controller; returns it once it has come back, or is certain not to."""
         worker = self._by_id[spec.worker_id] = Worker(spec)
         worker.watched = True
+        assert isinstance(self._adapter, KeepsState)  # as whoever knows of former workers does
         await self._adapter.adopt_worker(spec)
         await worker.ready.wait()
         return worker

@@ -6,61 +6,42 @@ client leaves, the call is cancelled. Runs on one asyncio loop at a time; no req
 not needed to serve a request, so it is not imported.
 
     server ──► ErrorGuard ──► middlewares ──► Ingress ──► caller.submit ═══► replica
-                                                 ▲── HttpSlot ◄── Reply | Failure | Item* End | error
+                                                 ▲── StreamSlot ◄── Reply | Failure | Item* End | error
 """
 
 from __future__ import annotations
 
 import asyncio
-import collections
 import json
-import logging
 import pickle
 import random
 import re
 import time
-import traceback
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..calling.slot import Outgoing, Slot
+from ..calling.answers import StreamSlot
+from ..calling.slot import Submitter
 from ..errors import DeadlineExceeded, EngineError, InvalidArgument
-from ..request import trim_scope
-from ..seam.ingress_server import ASGIApp, StreamBroken
-from ..seam.messages import HTTP, INITIAL_CREDIT, End, Failure, Item, Reply
-from .responses import decode_head, failure_head
+from ..seam.http_request import trim_scope
+from ..seam.ingress_server import StreamBroken
+from ..seam.messages import HTTP, INITIAL_CREDIT, Call, End, Failure, Item, Reply
+from .exchange import Exchange
+from .failures import failure_head
+from .heads import decode_head
 from .routes import RESERVED, Match, NotFound, RouteTable
+from .watch import Watch
 
 if TYPE_CHECKING:
     from ..seam.snapshot import RoutingSnapshot
 
-__all__ = ["ErrorGuard", "Ingress", "wrap_middlewares"]
+__all__ = ["Ingress", "IngressClient"]
 
-log = logging.getLogger("engine.http")
 
-_WATCH_AFTER_S = 0.05
-"""Most requests end sooner, and are spared the task that waits for the client to leave."""
 _CREDIT_BATCH = INITIAL_CREDIT // 2
 _LONGEST_REQUEST_ID = 128
 _NOT_IN_REQUEST_ID = re.compile(r"[^A-Za-z0-9._~:@/+=-]")
 
-_TEXT_TYPE = (b"content-type", b"text/plain; charset=utf-8")
 _JSON_TYPE = (b"content-type", b"application/json")
-
-_Headers = list[tuple[bytes, bytes]]
-
-
-class IngressCaller(Protocol):
-    """What the ingress needs of a caller bound to its loop."""
-
-    def submit(self, endpoint_name: str, outgoing: Outgoing, slot: Slot) -> None:
-        """Route a call; problems go to ``slot.fail``."""
-
-    def cancel(self, slot: Slot) -> None:
-        """Give a call up: its slot hears nothing any more (idempotent)."""
-
-    def credit(self, slot: Slot, amount: int) -> None:
-        """Make room for more items of a stream."""
 
 
 class IngressClient(Protocol):
@@ -70,43 +51,8 @@ class IngressClient(Protocol):
     def snapshot(self) -> RoutingSnapshot:
         """The routing snapshot that rules now; its version is negative until there is one."""
 
-    def loop_caller(self) -> IngressCaller:
+    def loop_caller(self) -> Submitter:
         """The caller bound to the running asyncio loop."""
-
-
-class HttpSlot(Slot):
-    """Waits for the answer to one HTTP request, on the ingress's loop."""
-
-    __slots__ = ("_arrived", "_waiter", "loop")
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__()
-        self.loop = loop
-        self._arrived: collections.deque[Any] | None = None
-        self._waiter: asyncio.Future[Any] | None = None
-
-    def deliver(self, message: Any) -> None:
-        """Take a message, an error, or None for "the client is gone"."""
-        waiter = self._waiter
-        if waiter is not None and not waiter.done():
-            self._waiter = None
-            waiter.set_result(message)
-        elif self._arrived is None:
-            self._arrived = collections.deque((message,))
-        else:
-            self._arrived.append(message)
-
-    def fail(self, error: EngineError) -> None:
-        """Take the news that no answer will come."""
-        if not self.loop.is_closed():
-            self.deliver(error)
-
-    async def next(self) -> Any:
-        """Wait for the next message."""
-        if self._arrived:
-            return self._arrived.popleft()
-        self._waiter = self.loop.create_future()
-        return await self._waiter
 
 
 class Ingress:
@@ -193,7 +139,7 @@ class Ingress:
             elif name == b"x-serve-shard-key":
                 shard_key = value.decode("latin-1")
         request_id = f"{random.getrandbits(64):016x}" if given_id is None else _request_id(given_id)
-        exchange = _Exchange(scope, send, request_id)
+        exchange = Exchange(scope, send, request_id)
 
         path = scope["path"]
         root_path = scope.get("root_path")
@@ -242,8 +188,8 @@ class Ingress:
             trimmed["path_params"] = {**trimmed.get("path_params", {}), **found.path_params}
         timeout_s = self._request_timeout_s
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        outgoing = Outgoing(HTTP, call_method, deadline, request_id, pickle.dumps(trimmed, 5), body, shard_key)
-        await self._call(found.endpoint_name, outgoing, exchange, receive)
+        call = Call(0, HTTP, call_method, deadline, request_id, pickle.dumps(trimmed, 5), body)
+        await self._call(found.endpoint_name, call, shard_key, exchange, receive)
 
     def _match(self, path: str, method: str) -> Any:
         snapshot = self._client.snapshot
@@ -252,24 +198,26 @@ class Ingress:
             self._snapshot = snapshot
         return self._routes.match(path, method)
 
-    async def _too_large(self, exchange: _Exchange) -> None:
+    async def _too_large(self, exchange: Exchange) -> None:
         await exchange.say(413, f"The body of a request may have at most {self._max_body_bytes} bytes.")
 
     # -- calls -----------------------------------------------------------------------------------------------------
 
-    async def _call(self, endpoint_name: str, outgoing: Outgoing, exchange: _Exchange, receive: Any) -> None:
+    async def _call(
+        self, endpoint_name: str, call: Call, shard_key: str | None, exchange: Exchange, receive: Any
+    ) -> None:
         try:
             caller = self._client.loop_caller()
         except EngineError as error:
             await self._refused(error, endpoint_name, exchange)
             return
         loop = asyncio.get_running_loop()
-        slot = HttpSlot(loop)
-        watch = _Watch(slot, receive, outgoing.deadline)
+        slot = StreamSlot(loop)
+        watch = Watch(slot, receive, call.deadline)
         timer = loop.call_later(watch.after_s, watch.start)
         over = False
         try:
-            caller.submit(endpoint_name, outgoing, slot)
+            caller.submit(endpoint_name, call, slot, shard_key)
             answer = await slot.next()
             kind = type(answer)
             if kind is Reply:
@@ -299,7 +247,7 @@ class Ingress:
             if not over:
                 caller.cancel(slot)
 
-    async def _failed(self, failure: Failure, endpoint_name: str, exchange: _Exchange) -> None:
+    async def _failed(self, failure: Failure, endpoint_name: str, exchange: Exchange) -> None:
         if failure.head:
             status, headers = decode_head(failure.head)
             if status >= 500:
@@ -309,7 +257,7 @@ class Ingress:
             exchange.log_failure(500, endpoint_name, "the backend failed without saying how")
             await exchange.say(500, "Internal Server Error")
 
-    async def _refused(self, error: EngineError, endpoint_name: str, exchange: _Exchange) -> None:
+    async def _refused(self, error: EngineError, endpoint_name: str, exchange: Exchange) -> None:
         if isinstance(error, InvalidArgument):
             # the one argument a caller can find wrong is the size of the message
             await exchange.say(413, "This request is too large to be passed on.")
@@ -321,7 +269,7 @@ class Ingress:
         await exchange.answer(status, headers, body)
 
     async def _stream(
-        self, first: Item, caller: IngressCaller, slot: HttpSlot, endpoint_name: str, exchange: _Exchange
+        self, first: Item, caller: Submitter, slot: StreamSlot, endpoint_name: str, exchange: Exchange
     ) -> bool:
         """Pass a stream on; returns whether the call is over and need not be cancelled.
 
@@ -357,7 +305,7 @@ class Ingress:
 
     # -- the ingress's own routes ----------------------------------------------------------------------------------
 
-    async def _own_route(self, path: str, exchange: _Exchange) -> None:
+    async def _own_route(self, path: str, exchange: Exchange) -> None:
         if path not in ("/-/healthz", "/-/routes"):
             await exchange.say(404, "Not Found")
         elif exchange.scope["method"] not in ("GET", "HEAD"):
@@ -379,90 +327,6 @@ class Ingress:
             await exchange.answer(200, [(b"content-length", b"%d" % len(body)), _JSON_TYPE], body)
 
 
-class _Exchange:
-    """One request and the way back to its client."""
-
-    __slots__ = ("headless", "request_id", "scope", "send")
-
-    def __init__(self, scope: Any, send: Any, request_id: str) -> None:
-        self.scope = scope
-        self.send = send
-        self.request_id = request_id
-        self.headless = scope["method"] == "HEAD"
-
-    async def start(self, status: int, headers: _Headers) -> None:
-        headers.append((b"x-request-id", self.request_id.encode("ascii")))
-        await self.send({"type": "http.response.start", "status": status, "headers": headers})
-
-    async def answer(self, status: int, headers: _Headers, body: bytes) -> None:
-        headers.append((b"x-request-id", self.request_id.encode("ascii")))
-        await self.send({"type": "http.response.start", "status": status, "headers": headers})
-        await self.send({"type": "http.response.body", "body": b"" if self.headless else body, "more_body": False})
-
-    async def say(self, status: int, sentence: str, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
-        body = sentence.encode("utf-8")
-        await self.answer(status, [(b"content-length", b"%d" % len(body)), _TEXT_TYPE, *headers], body)
-
-    def log_failure(self, status: int, endpoint_name: str, why: str) -> None:
-        scope = self.scope
-        log.error(
-            "%s %s -> %d: endpoint %r: %s (request %s)",
-            scope["method"],
-            _printable(scope["path"]),
-            status,
-            endpoint_name,
-            why,
-            self.request_id,
-        )
-
-
-class _Watch:
-    """Looks out for the client leaving and for the deadline passing, once a request takes longer than most."""
-
-    __slots__ = ("_alarm", "_deadline", "_receive", "_slot", "_task", "after_s")
-
-    def __init__(self, slot: HttpSlot, receive: Any, deadline: float | None) -> None:
-        self._slot = slot
-        self._receive = receive
-        self._deadline = deadline
-        self._task: asyncio.Task[None] | None = None
-        self._alarm: asyncio.TimerHandle | None = None
-        self.after_s = _WATCH_AFTER_S
-        if deadline is not None:
-            self.after_s = max(0.0, min(_WATCH_AFTER_S, deadline - time.monotonic()))
-
-    def start(self) -> None:
-        """Begin to watch (idempotent)."""
-        if self._task is None:
-            self._task = self._slot.loop.create_task(self._pump())
-            if self._deadline is not None:
-                remaining_s = max(0.0, self._deadline - time.monotonic())
-                self._alarm = self._slot.loop.call_later(remaining_s, self._expired)
-
-    def deadline_met(self) -> None:
-        """The answer began in time."""
-        self._deadline = None
-        if self._alarm is not None:
-            self._alarm.cancel()
-
-    def stop(self) -> None:
-        """Watch no longer (idempotent)."""
-        self.deadline_met()
-        if self._task is not None:
-            self._task.cancel()
-
-    async def _pump(self) -> None:
-        # a server may hand the client's leaving through the same queue as the body: it must be emptied
-        while True:
-            message = await self._receive()
-            if message["type"] == "http.disconnect":
-                self._slot.deliver(None)
-                return
-
-    def _expired(self) -> None:
-        self._slot.fail(DeadlineExceeded("no answer came in time"))
-
-
 def _request_id(given: bytes) -> str:
     """A client's request id is passed on only as far as it is harmless in a header and in a log."""
     cleaned = _NOT_IN_REQUEST_ID.sub("", given.decode("latin-1"))[:_LONGEST_REQUEST_ID]
@@ -480,76 +344,9 @@ def _below(path: str, root_path: str) -> str:
     return path
 
 
-def _printable(path: str) -> str:
-    return path if path.isprintable() else repr(path)
-
-
 async def _lifespan(receive: Any, send: Any) -> None:
     while True:
         message = await receive()
         await send({"type": f"{message['type']}.complete"})
         if message["type"] == "lifespan.shutdown":
             return
-
-
-# -- middlewares ---------------------------------------------------------------------------------------------------
-
-
-class ErrorGuard:
-    """The outermost application: whatever a middleware raises becomes a plain answer and one log record.
-
-    Args:
-        app: The application inside.
-        debug: Tell clients the traceback.
-    """
-
-    def __init__(self, app: ASGIApp, *, debug: bool = False) -> None:
-        self._app = app
-        self._debug = debug
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Serve one ASGI scope."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        started = False
-
-        async def noting_send(message: Any) -> None:
-            nonlocal started
-            started = True
-            await send(message)
-
-        try:
-            await self._app(scope, receive, noting_send)
-        except StreamBroken:
-            raise
-        except Exception as error:
-            log.exception("%s %s failed in a middleware", scope["method"], _printable(scope["path"]))
-            if started:
-                raise StreamBroken from error
-            text = "".join(traceback.format_exception(error)) if self._debug else "Internal Server Error"
-            body = text.encode("utf-8", "replace")
-            headers = [(b"content-length", b"%d" % len(body)), _TEXT_TYPE]
-            await send({"type": "http.response.start", "status": 500, "headers": headers})
-            await send({"type": "http.response.body", "body": body, "more_body": False})
-
-
-def wrap_middlewares(app: ASGIApp, middlewares: Sequence[Any], debug: bool = False) -> ASGIApp:
-    """Put middlewares around an application, and a guard around everything.
-
-    Args:
-        app: The application.
-        middlewares: `starlette.middleware.Middleware` objects, or callables that take the application and return
-            one; the first one is outermost.
-        debug: Tell clients the traceback of what a middleware raises.
-
-    Raises:
-        Exception: Whatever a middleware's constructor raises.
-    """
-    for middleware in reversed(middlewares):
-        if hasattr(middleware, "cls"):
-            factory, args, kwargs = middleware
-            app = factory(app, *args, **kwargs)
-        else:
-            app = middleware(app)
-    return ErrorGuard(app, debug=debug)

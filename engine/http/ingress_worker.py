@@ -15,14 +15,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..calling.client import Client
 from ..config import HTTPOptions
-from ..seam.control_messages import Drain, Drained, Ping, Pong, Ready, StartFailed
+from ..seam.control_messages import Drain, Drained, Ping, Pong, Ready, StartFailed, Subscribe
 from ..seam.ingress_server import load_server
 from ..seam.serialization import pack_exception
-from .ingress import Ingress, wrap_middlewares
+from .guard import wrap_middlewares
+from .ingress import Ingress
 
 if TYPE_CHECKING:
-    from ..seam.adapter import WorkerHost
+    from ..seam.worker import WorkerHost
 
 __all__ = ["IngressSpec", "main"]
 
@@ -35,21 +37,21 @@ class IngressSpec:
 
     Attributes:
         engine_id: The engine.
-        adapter_control_address: Where its controller is reached.
+        control_address: Where its controller is reached.
         options: How it serves.
         worker_id: Its own id.
         server: The name of an entry point in ``engine.ingress_servers``.
     """
 
     engine_id: str
-    adapter_control_address: str
+    control_address: str
     options: HTTPOptions
     worker_id: str
     server: str = "hypercorn"
 
 
 def main(host: WorkerHost, payload: bytes) -> None:
-    """Serve until drained (`engine.seam.adapter.WorkerSpec.entry`).
+    """Serve until drained (`engine.seam.worker.WorkerSpec.entry`).
 
     Args:
         host: The worker's side of the adapter.
@@ -86,17 +88,11 @@ class _Worker:
 
     async def run(self) -> None:
         """Start, serve, drain."""
-        from ..calling.client import Client
-
         spec = self._spec
         server = load_server(spec.server)
-        client = await Client.connect(
-            spec.engine_id,
-            self._host.adapter(),
-            spec.adapter_control_address,
-            ingress=True,
-            worker_id=spec.worker_id,
-        )
+        request = Subscribe(ingress=True, worker_id=spec.worker_id)
+        # It blocks this loop, which serves nobody yet.
+        client = Client.attach(spec.engine_id, self._host.connector(), spec.control_address, request)
         options = spec.options
         self._ingress = Ingress(
             client,

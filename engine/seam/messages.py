@@ -47,7 +47,10 @@ class FailureKind:
 
 
 class Call(NamedTuple):
-    """A request to run one method of a replica."""
+    """A request to run one method of a replica.
+
+    ``id`` is the caller's number for it while one replica has it; 0 as long as none does.
+    """
 
     id: int
     kind: int
@@ -56,6 +59,10 @@ class Call(NamedTuple):
     request_id: str
     head: bytes
     payload: bytes
+
+    def numbered(self, number: int) -> Call:
+        """The same call under a number."""
+        return Call(number, *self[1:])
 
 
 class Reply(NamedTuple):

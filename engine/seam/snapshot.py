@@ -15,11 +15,11 @@ class ReplicaEntry:
     """A replica that accepts calls.
 
     Attributes:
-        replica_id: Unique within the engine, e.g. ``"model#3"``.
+        replica_tag: Unique within the engine, e.g. ``"model#3"``.
         address: For `Adapter.open_channel`.
     """
 
-    replica_id: str
+    replica_tag: str
     address: str
 
 
@@ -33,8 +33,8 @@ class BackendEntry:
         max_queued_requests: Calls a caller may queue for this backend; None for any number.
         expecting: More replicas are on their way, so that calls may wait where there is none yet.
         failures: Replicas in a row that died soon, or did not start.
-        dead: Ids of replicas that ended unasked, the last ones. No answer will come from there, though a caller's
-            connection may not show it for long: that of a host which lost its power just falls silent.
+        dead: Tags of replicas that ended unasked, the last ones. No answer will come from there, though a caller's
+            connection may not show it for long: that of a machine which lost its power just falls silent.
     """
 
     tag: str

@@ -9,9 +9,9 @@ from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 from ..config import BackendConfig
-from ..seam.adapter import ServiceHost
 from ..seam.control_messages import Reconfigure, Reconfigured
 from ..seam.serialization import pack_exception
+from ..seam.service import ServiceLoop
 from .replica import FAREWELL_S, Job, Replica, awaited
 from .user_callable import Method
 
@@ -33,8 +33,8 @@ class BlockingReplica(Replica):
         self._batch_due: float | None = None  # when the batch at the head of the queue runs, full or not
         self._loop: asyncio.AbstractEventLoop | None = None  # for streams and stray coroutines; made when needed
 
-    def attach(self, host: ServiceHost) -> None:
-        """See `engine.seam.adapter.Service.attach`."""
+    def attach(self, host: ServiceLoop) -> None:
+        """See `engine.seam.service.Service.attach`."""
         self._host = host
 
     def close(self) -> None:
@@ -46,7 +46,7 @@ class BlockingReplica(Replica):
         self._queue.append(job)
 
     def run_next(self) -> float | None:
-        """See `engine.seam.adapter.Service.run_next`."""
+        """See `engine.seam.service.Service.run_next`."""
         while self._chores:
             self._reconfigure(self._chores.popleft())
         queue = self._queue

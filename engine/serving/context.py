@@ -1,4 +1,4 @@
-"""Where user code runs: which replica, if any, and whether blocking here would stop an event loop.
+"""Where user code runs: in which replica, if any.
 
 A worker process runs one replica, so a process-wide context is right there for every thread user code starts. Replicas
 of the inline adapter share a process; each has a context variable in its own thread.
@@ -6,17 +6,16 @@ of the inline adapter share a process; each has a context variable in its own th
 
 from __future__ import annotations
 
-import threading
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from ..errors import EngineError, WouldBlock
+from ..errors import EngineError
 
 if TYPE_CHECKING:
     from ..calling.handle import AsyncHandle, Handle
 
-__all__ = ["ReplicaContext", "check_may_block", "enter_replica", "get_replica_context"]
+__all__ = ["ReplicaContext", "enter_replica", "get_replica_context"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,6 @@ class ReplicaContext:
 
 _context: ContextVar[ReplicaContext | None] = ContextVar("engine_replica", default=None)
 _process_context: ReplicaContext | None = None
-_loop_threads: set[int] = set()  # threads that run the event loop of an async backend
 
 
 def enter_replica(context: ReplicaContext, *, whole_process: bool) -> None:
@@ -68,16 +66,6 @@ def enter_replica(context: ReplicaContext, *, whole_process: bool) -> None:
     _context.set(context)
     if whole_process:
         _process_context = context
-
-
-def mark_loop_thread() -> None:
-    """Declare that this thread runs the event loop of an async backend."""
-    _loop_threads.add(threading.get_ident())
-
-
-def unmark_loop_thread() -> None:
-    """Take `mark_loop_thread` back."""
-    _loop_threads.discard(threading.get_ident())
 
 
 def get_replica_context() -> ReplicaContext:
@@ -90,16 +78,3 @@ def get_replica_context() -> ReplicaContext:
     if context is None:
         raise EngineError("get_replica_context() was called outside a backend: only a replica has a context")
     return context
-
-
-def check_may_block(what: str) -> None:
-    """Refuse to block the event loop that an async backend runs on.
-
-    Raises:
-        errors.WouldBlock: This thread runs such a loop.
-    """
-    if _loop_threads and threading.get_ident() in _loop_threads:
-        raise WouldBlock(
-            f"{what} would block the event loop of this async backend: get the handle with "
-            "get_handle(name, sync=False) and await it, or await the ref"
-        )

@@ -9,11 +9,11 @@ from collections.abc import Coroutine
 from typing import Any
 
 from ..config import BackendConfig
-from ..seam.adapter import ServiceHost
 from ..seam.control_messages import Reconfigure, Reconfigured
+from ..seam.may_block import mark_loop_thread, unmark_loop_thread
 from ..seam.messages import End, Failure, Reply
 from ..seam.serialization import pack_exception
-from .context import mark_loop_thread, unmark_loop_thread
+from ..seam.service import ServiceLoop
 from .replica import FAREWELL_S, Job, Replica
 
 __all__ = ["LoopReplica"]
@@ -31,8 +31,8 @@ class LoopReplica(Replica):
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._tasks: set[asyncio.Task[None]] = set()  # the loop itself holds tasks weakly
 
-    def attach(self, host: ServiceHost) -> None:
-        """See `engine.seam.adapter.Service.attach`."""
+    def attach(self, host: ServiceLoop) -> None:
+        """See `engine.seam.service.Service.attach`."""
         self._loop = asyncio.get_running_loop()
         self._host = host
         mark_loop_thread()
@@ -44,7 +44,7 @@ class LoopReplica(Replica):
         unmark_loop_thread()
 
     def run_next(self) -> float | None:
-        """See `engine.seam.adapter.Service.run_next`; tasks run by themselves."""
+        """See `engine.seam.service.Service.run_next`; tasks run by themselves."""
         return None
 
     def _wake(self) -> None:

@@ -25,11 +25,13 @@ from ..errors import (
     NotSerializable,
     ResultNotSerializable,
 )
-from ..request import RequestEnvelope, ServeRequest, build_http_request
-from ..seam.adapter import Channel, ChannelClosed, ServiceHost
+from ..request import ServeRequest
+from ..seam.channel import Channel, ChannelClosed
 from ..seam.control_messages import Drain, Ping, Pong, Reconfigure
+from ..seam.http_request import RequestEnvelope, build_http_request
 from ..seam.messages import HTTP, INITIAL_CREDIT, Call, Cancel, Credit, End, Failure, FailureKind, Item, Message, Reply
 from ..seam.serialization import dumps, loads, pack_exception
+from ..seam.service import ServiceLoop
 from .user_callable import Method, UserCallable
 
 if TYPE_CHECKING:
@@ -89,7 +91,7 @@ class Replica:
         self._chores: deque[Reconfigure] = deque()
         self._drain_until: float | None = None
         self._drained_since: float | None = None
-        self._host: ServiceHost | None = None
+        self._host: ServiceLoop | None = None
         self._take(config)
 
     def __repr__(self) -> str:
@@ -119,7 +121,7 @@ class Replica:
             self._host.wake()
 
     def finished(self) -> bool:
-        """See `engine.seam.adapter.Service.finished`."""
+        """See `engine.seam.service.Service.finished`."""
         if self._drain_until is None or self._held or self._chores:
             return False
         now = time.monotonic()
@@ -131,7 +133,7 @@ class Replica:
     # -- the door --------------------------------------------------------------------------------------------------
 
     def received(self, channel: Channel, message: Message) -> None:
-        """See `engine.seam.adapter.ChannelListener.received`."""
+        """See `engine.seam.channel.ChannelListener.received`."""
         kind = type(message)
         if kind is Call:
             self._accept(channel, message)  # type: ignore[arg-type]
@@ -147,7 +149,7 @@ class Replica:
                     job.more_credit.set()
 
     def lost(self, channel: Channel, reason: str) -> None:
-        """See `engine.seam.adapter.ChannelListener.lost`: nobody waits for that caller's calls any more."""
+        """See `engine.seam.channel.ChannelListener.lost`: nobody waits for that caller's calls any more."""
         for job in [job for (origin, _), job in self._jobs.items() if origin is channel]:
             self._cancel(job)
         if self._drain_until is not None:
@@ -244,7 +246,7 @@ class Replica:
                 return None
             self._finish(job, Reply(call.id, 0, b"", payload))
             return None
-        from ..http.responses import Encoded, encode_result
+        from ..http.results import Encoded, encode_result
 
         try:
             encoded = encode_result(result)
@@ -264,7 +266,7 @@ class Replica:
 
     async def _stream(self, job: Job, streamed: Any) -> None:
         call = job.call
-        parts = streamed.parts(pickle.loads(call.head), threaded=self.on_loop)
+        parts = streamed.parts(pickle.loads(call.head), on_loop=self.on_loop)
         started = failed = False
         try:
             async for head, chunk in parts:
@@ -294,10 +296,10 @@ class Replica:
         call = job.call
         kind = FailureKind.ENGINE if isinstance(error, EngineError) else FailureKind.USER
         if call.kind == HTTP:
-            from ..http.responses import failure_head
+            from ..http.failures import failure_head, is_http_exception
 
             backends_fault = kind == FailureKind.USER or isinstance(error, BackendError)
-            if backends_fault and not (job.cancelled or _is_http_exception(error)):
+            if backends_fault and not (job.cancelled or is_http_exception(error)):
                 _logger.error("%s failed, request %s", self._name(job), call.request_id, exc_info=error)
             head, payload = failure_head(error, debug=self._debug)
         else:
@@ -349,9 +351,3 @@ class Replica:
 async def awaited(awaitable: Any) -> Any:
     """A coroutine that awaits anything."""
     return await awaitable
-
-
-def _is_http_exception(error: BaseException) -> bool:
-    return any(
-        cls.__name__ == "HTTPException" and cls.__module__.startswith("starlette") for cls in type(error).__mro__
-    )

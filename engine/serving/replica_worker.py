@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..calling.connectors import register_connector
 from ..config import BackendConfig
-from ..seam.adapter import WorkerHost
 from ..seam.control_messages import Drained, StartFailed
 from ..seam.serialization import pack_exception
+from ..seam.worker import WorkerHost
 from .context import ReplicaContext, enter_replica
 from .replica import awaited
 from .replica_spec import ReplicaSpec
@@ -25,11 +25,11 @@ __all__ = ["main", "make_replica"]
 
 
 def main(host: WorkerHost, payload: bytes) -> None:
-    """Run one replica (`engine.seam.adapter.WorkerSpec.entry`)."""
+    """Run one replica (`engine.seam.worker.WorkerSpec.entry`)."""
     try:
         spec: ReplicaSpec = pickle.loads(payload)
         if not spec.shares_process:
-            register_connector(spec.engine_id, host.adapter())
+            register_connector(spec.engine_id, host.connector())
         target = pickle.loads(spec.target)
         on_loop = not is_blocking(target[0])
         context = ReplicaContext(

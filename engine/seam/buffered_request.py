@@ -23,7 +23,7 @@ class BufferedRequest(Request):
     ASGI application may be run on ``request.scope`` and ``request.receive``.
 
     Args:
-        scope: The ASGI scope, as `engine.request.trim_scope` leaves it; taken over, not copied.
+        scope: The ASGI scope, as `engine.seam.http_request.trim_scope` leaves it; taken over, not copied.
         body: The body.
     """
 

@@ -1,0 +1,268 @@
+"""The ways in which an answer is waited for, and what is made of it when it has come.
+
+==============  =======================================  ==============================================
+who waits       place                                    delivered by
+==============  =======================================  ==============================================
+a thread        `ThreadSlot`: it drives the channel      itself, or whoever drives the channel
+a task          `TaskSlot`, `answer_to`                  its own loop
+a stream        `StreamSlot`: one message after another  its own loop
+anybody, later  `engine.calling.ref.Ref`, `settled`      whoever learns of it
+nobody          `CopySlot`                               whoever reads the channel
+==============  =======================================  ==============================================
+"""
+
+from __future__ import annotations
+
+import collections
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ..errors import BackendError, DeadlineExceeded, EngineError
+from ..seam.may_block import running_asyncio_loop
+from ..seam.messages import Call, End, Failure, Item, Reply
+from ..seam.serialization import loads, unpack_exception
+from .slot import Slot, Submitter
+
+if TYPE_CHECKING:
+    import asyncio
+
+__all__ = ["CopySlot", "StreamSlot", "TaskSlot", "ThreadSlot", "answer_to", "deadline_error", "open_answer", "settled"]
+
+
+def open_answer(message: Reply | Failure | Item | End) -> Any:
+    """Turn the answer to a Python call into its result.
+
+    Raises:
+        BaseException: What user code raised, or an `EngineError`.
+    """
+    if type(message) is Reply:
+        try:
+            return loads(message.payload)
+        except Exception as error:
+            raise BackendError(
+                f"the result cannot be rebuilt in this process ({type(error).__name__}: {error}); "
+                "its type must be importable here"
+            ) from error
+    if isinstance(message, Failure):
+        raise unpack_exception(message.payload)
+    raise BackendError("the backend answered with a stream; call it over HTTP, or return the whole result")
+
+
+def deadline_error(endpoint: str, timeout_s: float) -> DeadlineExceeded:
+    """What a caller is told whose call took too long."""
+    return DeadlineExceeded(f"endpoint {endpoint!r} did not answer within timeout_s={timeout_s:g}")
+
+
+# -- threads -----------------------------------------------------------------------------------------------------------
+
+
+class ThreadSlot(Slot):
+    """The waiting place of a thread that does nothing else meanwhile."""
+
+    __slots__ = ("answer", "arrived", "error")
+
+    drives = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answer: Any = None
+        self.error: BaseException | None = None
+        self.arrived = threading.Lock()
+        self.arrived.acquire()
+
+    def deliver(self, message: Reply | Failure | Item | End) -> None:
+        """See `Slot.deliver`."""
+        self.answer = message
+        self.arrived.release()
+
+    def fail(self, error: EngineError) -> None:
+        """See `Slot.fail`."""
+        self.error = error
+        self.arrived.release()
+
+    def wait(self, caller: Submitter, timeout_s: float | None) -> Any:
+        """Drive the call's channel, or wait for whoever drives it; returns the call's result."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        channel = self.channel
+        if channel is not None and self.arrived.locked():
+            try:
+                drove = channel.drive(lambda: not self.arrived.locked() or self.channel is not channel, timeout_s)
+            except BaseException:
+                caller.cancel(self)
+                raise
+            if not drove:
+                channel.watch()
+        remaining = -1.0 if deadline is None else max(0.0, deadline - time.monotonic())
+        try:
+            arrived = self.arrived.acquire(timeout=remaining)
+        except BaseException:
+            caller.cancel(self)
+            raise
+        if not arrived:
+            caller.cancel(self)
+            if self.arrived.locked():
+                assert timeout_s is not None
+                raise deadline_error(self.endpoint, timeout_s)
+        if self.error is not None:
+            raise self.error
+        return open_answer(self.answer)
+
+
+# -- tasks -------------------------------------------------------------------------------------------------------------
+
+
+class TaskSlot(Slot):
+    """The waiting place of a task; everything happens on its loop."""
+
+    __slots__ = ("future",)
+
+    def __init__(self, future: asyncio.Future[Any]) -> None:
+        super().__init__()
+        self.future = future
+
+    def deliver(self, message: Reply | Failure | Item | End) -> None:
+        """See `Slot.deliver`."""
+        if not self.future.done():
+            self.future.set_result(message)
+
+    def fail(self, error: EngineError) -> None:
+        """See `Slot.fail`."""
+        if not self.future.done() and not self.future.get_loop().is_closed():
+            self.future.set_exception(error)
+
+    def expire(self, timeout_s: float) -> None:
+        """Fail because the answer takes too long."""
+        self.fail(deadline_error(self.endpoint, timeout_s))
+
+
+async def answer_to(
+    caller: Submitter, endpoint: str, call: Call, timeout_s: float | None, *, shard_key: str | None = None
+) -> Any:
+    """Make a call on the running asyncio loop and await its answer, unopened. Cancelling the await gives the call up.
+
+    Args:
+        caller: Of this loop.
+        endpoint: Its name.
+        call: The call.
+        timeout_s: Seconds until it fails, or None.
+        shard_key: Calls with equal keys go to the same backend.
+
+    Raises:
+        errors.EngineError: No answer will come.
+    """
+    import asyncio
+
+    loop = asyncio.get_running_loop()
+    slot = TaskSlot(loop.create_future())
+    caller.submit(endpoint, call, slot, shard_key)
+    timer = None if timeout_s is None else loop.call_later(timeout_s, slot.expire, timeout_s)
+    try:
+        return await slot.future
+    except BaseException:
+        caller.cancel(slot)
+        raise
+    finally:
+        if timer is not None:
+            timer.cancel()
+
+
+class StreamSlot(Slot):
+    """The waiting place of a task that takes one message after the other, on its loop."""
+
+    __slots__ = ("_arrived", "_waiter", "loop")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__()
+        self.loop = loop
+        self._arrived: collections.deque[Any] | None = None
+        self._waiter: asyncio.Future[Any] | None = None
+
+    def deliver(self, message: Any) -> None:
+        """Take a message, an error, or what else the waiting task is to hear."""
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            self._waiter = None
+            waiter.set_result(message)
+        elif self._arrived is None:
+            self._arrived = collections.deque((message,))
+        else:
+            self._arrived.append(message)
+
+    def fail(self, error: EngineError) -> None:
+        """See `Slot.fail`: the error comes as a message."""
+        if not self.loop.is_closed():
+            self.deliver(error)
+
+    async def next(self) -> Any:
+        """Wait for the next message."""
+        if self._arrived:
+            return self._arrived.popleft()
+        self._waiter = self.loop.create_future()
+        return await self._waiter
+
+
+# -- whoever comes later -----------------------------------------------------------------------------------------------
+
+
+async def settled(add_done_callback: Callable[[Callable[[Any], None]], None]) -> None:
+    """Return once a ref is done, on asyncio (any loop) or trio. Cancelling the wait leaves the call alone.
+
+    Args:
+        add_done_callback: The ref's: calls back, in any thread, once it is done.
+    """
+    loop = running_asyncio_loop()
+    if loop is None:
+        await _settled_on_trio(add_done_callback)
+        return
+    future: asyncio.Future[None] = loop.create_future()
+
+    def finish() -> None:
+        if not future.done():
+            future.set_result(None)
+
+    def wake(_: Any) -> None:
+        if running_asyncio_loop() is loop:
+            finish()
+            return
+        try:
+            loop.call_soon_threadsafe(finish)
+        except RuntimeError:
+            pass  # the loop was closed: nobody waits any more
+
+    add_done_callback(wake)
+    await future
+
+
+async def _settled_on_trio(add_done_callback: Callable[[Callable[[Any], None]], None]) -> None:
+    trio: Any = sys.modules.get("trio")
+    if trio is None:
+        raise RuntimeError("a ref can be awaited on asyncio and on trio")
+    token = trio.lowlevel.current_trio_token()
+    event = trio.Event()
+
+    def wake(_: Any) -> None:
+        try:
+            token.run_sync_soon(event.set)
+        except trio.RunFinishedError:
+            pass  # nobody waits any more
+
+    add_done_callback(wake)
+    await event.wait()
+
+
+# -- nobody ------------------------------------------------------------------------------------------------------------
+
+
+class CopySlot(Slot):
+    """The place of a copied call, whose answer is dropped."""
+
+    __slots__ = ()
+
+    def deliver(self, message: Reply | Failure | Item | End) -> None:
+        """Nobody waits for it."""
+
+    def fail(self, error: EngineError) -> None:
+        """Nobody waits for it."""

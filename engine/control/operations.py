@@ -1,0 +1,222 @@
+"""What an application can have its controller do: each operation as a value, so that it can travel.
+
+A controller in this process performs it on its loop (`engine.control.runner`); one in another process gets it pickled
+(`engine.control.remote_runner`, `engine.control.detached`). What an operation takes, gives and raises is that of the
+controller's method, or of the runner's for `Stop`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+
+from ..config import BackendConfig, HTTPOptions
+from ..seam.snapshot import EndpointEntry
+from .backend_plan import BackendPlan
+
+if TYPE_CHECKING:
+    from .controller import Controller
+
+__all__ = [
+    "REPEATABLE",
+    "CreateBackend",
+    "CreateEndpoint",
+    "DeleteBackend",
+    "DeleteEndpoint",
+    "GetBackendConfig",
+    "GetOptions",
+    "GetURL",
+    "ListBackends",
+    "ListEndpoints",
+    "Operation",
+    "Runs",
+    "SetTraffic",
+    "ShadowTraffic",
+    "Statistics",
+    "Stop",
+    "UpdateBackendConfig",
+]
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Operation(Protocol[T_co]):
+    """Something that a controller does; ``T_co`` is what comes of it."""
+
+    async def perform(self, controller: Controller) -> T_co:
+        """Do it, on the controller's loop."""
+        ...
+
+
+class CreateBackend(NamedTuple):
+    """See `Controller.create_backend`."""
+
+    plan: BackendPlan
+
+    async def perform(self, controller: Controller) -> None:
+        """See `Operation.perform`."""
+        await controller.create_backend(self.plan)
+
+
+class UpdateBackendConfig(NamedTuple):
+    """See `Controller.update_backend_config`."""
+
+    tag: str
+    changes: BackendConfig | Mapping[str, Any]
+
+    async def perform(self, controller: Controller) -> None:
+        """See `Operation.perform`."""
+        await controller.update_backend_config(self.tag, self.changes)
+
+
+class GetBackendConfig(NamedTuple):
+    """See `Controller.get_backend_config`."""
+
+    tag: str
+
+    async def perform(self, controller: Controller) -> BackendConfig:
+        """See `Operation.perform`."""
+        return await controller.get_backend_config(self.tag)
+
+
+class ListBackends(NamedTuple):
+    """See `Controller.list_backends`."""
+
+    async def perform(self, controller: Controller) -> dict[str, BackendConfig]:
+        """See `Operation.perform`."""
+        return await controller.list_backends()
+
+
+class DeleteBackend(NamedTuple):
+    """See `Controller.delete_backend`."""
+
+    tag: str
+    force: bool
+
+    async def perform(self, controller: Controller) -> None:
+        """See `Operation.perform`."""
+        await controller.delete_backend(self.tag, force=self.force)
+
+
+class CreateEndpoint(NamedTuple):
+    """See `Controller.create_endpoint`."""
+
+    entry: EndpointEntry
+
+    async def perform(self, controller: Controller) -> None:
+        """See `Operation.perform`."""
+        await controller.create_endpoint(self.entry)
+
+
+class DeleteEndpoint(NamedTuple):
+    """See `Controller.delete_endpoint`."""
+
+    name: str
+
+    async def perform(self, controller: Controller) -> None:
+        """See `Operation.perform`."""
+        await controller.delete_endpoint(self.name)
+
+
+class SetTraffic(NamedTuple):
+    """See `Controller.set_traffic`."""
+
+    name: str
+    weights: dict[str, float]
+
+    async def perform(self, controller: Controller) -> None:
+        """See `Operation.perform`."""
+        await controller.set_traffic(self.name, self.weights)
+
+
+class ShadowTraffic(NamedTuple):
+    """See `Controller.shadow_traffic`."""
+
+    name: str
+    tag: str
+    proportion: float
+
+    async def perform(self, controller: Controller) -> None:
+        """See `Operation.perform`."""
+        await controller.shadow_traffic(self.name, self.tag, self.proportion)
+
+
+class ListEndpoints(NamedTuple):
+    """See `Controller.list_endpoints`."""
+
+    async def perform(self, controller: Controller) -> dict[str, EndpointEntry]:
+        """See `Operation.perform`."""
+        return await controller.list_endpoints()
+
+
+class Statistics(NamedTuple):
+    """See `Controller.statistics`."""
+
+    counts: list[dict[str, Any]]
+
+    async def perform(self, controller: Controller) -> dict[str, Any]:
+        """See `Operation.perform`."""
+        return await controller.statistics(self.counts)
+
+
+class GetURL(NamedTuple):
+    """See `Controller.http_url`."""
+
+    async def perform(self, controller: Controller) -> str | None:
+        """See `Operation.perform`."""
+        return controller.http_url()
+
+
+class GetOptions(NamedTuple):
+    """See `Controller.http_options`."""
+
+    async def perform(self, controller: Controller) -> HTTPOptions:
+        """See `Operation.perform`."""
+        return controller.http_options
+
+
+class Stop(NamedTuple):
+    """Shut the engine down: works also where the controller could not start, so it is its runner that does it."""
+
+    grace_s: float
+
+
+REPEATABLE = (
+    GetBackendConfig,
+    GetOptions,
+    GetURL,
+    ListBackends,
+    ListEndpoints,
+    SetTraffic,
+    ShadowTraffic,
+    Statistics,
+    Stop,
+)
+"""Those that may be done again if the controller died and nobody knows whether it had done them."""
+
+
+class Runs(Protocol):
+    """Has a controller do something, from any thread, wherever the controller is."""
+
+    def wait_started(self) -> None:
+        """Wait for the controller; raises what kept it from starting."""
+
+    def run(self, operation: Operation[T]) -> T:
+        """Have the controller do something and wait for it; this process then sees what it changed.
+
+        Raises:
+            errors.EngineClosed: The engine was shut down meanwhile.
+            errors.RetryLater: The controller died meanwhile, and may or may not have done it.
+            BaseException: What the operation raised.
+        """
+        ...
+
+    def http_url(self) -> str | None:
+        """The ingress's base URL, once it runs."""
+
+    def stop(self, grace_s: float) -> None:
+        """Shut the engine down; calls in flight get ``grace_s`` seconds (idempotent)."""
+
+    def leave(self, grace_s: float) -> None:
+        """Be done with the engine: shut it down, or let go of it if it is to go on."""

@@ -1,0 +1,95 @@
+"""What user code or the engine raised, as HTTP. Runs in the replica, and in the ingress for what never came there."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Iterable
+from typing import Any
+
+from ..errors import (
+    DeadlineExceeded,
+    EndpointNotFound,
+    EngineClosed,
+    MethodNotFound,
+    NoReplica,
+    Overloaded,
+    ReplicaDied,
+    RetryLater,
+)
+from ..seam.jsonable import to_json
+from .heads import JSON, TEXT, encode_head
+
+__all__ = ["failure_head", "is_http_exception"]
+
+_RETRY_AFTER_S = b"1"
+
+# The most special type first; the first that fits decides.
+_FAILURES: tuple[tuple[type[BaseException], int, str], ...] = (
+    (Overloaded, 503, "Too many requests are waiting; try again later."),
+    (NoReplica, 503, "Nothing can serve this request at the moment; try again later."),
+    (ReplicaDied, 502, "The process that served this request ended before it answered."),
+    (DeadlineExceeded, 504, "This request was not answered in time."),
+    (RetryLater, 503, "This request cannot be served at the moment; try again later."),
+    (EngineClosed, 503, "The service is shutting down."),
+    (MethodNotFound, 400, "What this route serves has no public method of that name."),
+    (EndpointNotFound, 404, "Not Found"),
+)
+
+
+def failure_head(error: BaseException, *, debug: bool = False) -> tuple[bytes, bytes]:
+    """Say to an HTTP client what went wrong, without telling it about the inside.
+
+    Args:
+        error: An `engine.errors.EngineError`, a starlette or FastAPI ``HTTPException``, or whatever user code raised.
+        debug: Put the traceback into the body where it would be "Internal Server Error".
+
+    Returns:
+        Head and body.
+    """
+    if isinstance(error, Exception):
+        if is_http_exception(error):
+            return _http_exception(error)
+        for kind, status, sentence in _FAILURES:
+            if isinstance(error, kind):
+                later = ((b"retry-after", _RETRY_AFTER_S),) if status == 503 and kind is not EngineClosed else ()
+                return _text(status, sentence, later)
+        forms = sys.modules.get("starlette.formparsers")
+        if forms is not None and isinstance(error, forms.MultiPartException):
+            return _text(400, str(error.message))
+    if debug:
+        return _text(500, "".join(traceback.format_exception(type(error), error, error.__traceback__)))
+    return _text(500, "Internal Server Error")
+
+
+def _text(status: int, sentence: str, headers: Iterable[tuple[bytes, bytes]] = ()) -> tuple[bytes, bytes]:
+    body = sentence.encode("utf-8", "replace")
+    return _whole(status, TEXT, body, headers), body
+
+
+def _whole(status: int, content_type: str, body: bytes, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    own = [(b"content-length", b"%d" % len(body)), (b"content-type", content_type.encode("ascii"))]
+    return encode_head(status, [*own, *headers])
+
+
+def is_http_exception(error: BaseException, library: str = "starlette") -> bool:
+    """Whether this is an ``HTTPException`` of Starlette (FastAPI's are, too), without importing it."""
+    module = sys.modules.get(f"{library}.exceptions")
+    return module is not None and isinstance(error, module.HTTPException)
+
+
+def _http_exception(error: Any) -> tuple[bytes, bytes]:
+    status = int(error.status_code)
+    given = [
+        (str(name).lower().encode("latin-1"), str(value).encode("latin-1"))
+        for name, value in (error.headers or {}).items()
+    ]
+    if status < 200 or status in (204, 205, 304):
+        return encode_head(status, given), b""
+    # FastAPI answers in JSON, and Starlette's plain text can carry a string only
+    in_json = is_http_exception(error, "fastapi") or not isinstance(error.detail, str)
+    body = to_json({"detail": error.detail}) if in_json else error.detail.encode("utf-8", "replace")
+    content_type = next((value for name, value in given if name == b"content-type"), None)
+    rest = [(name, value) for name, value in given if name not in (b"content-type", b"content-length")]
+    chosen = content_type.decode("latin-1") if content_type is not None else (JSON if in_json else TEXT)
+    return _whole(status, chosen, body, rest), body

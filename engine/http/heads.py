@@ -1,0 +1,69 @@
+"""Heads of answers: the JSON array ``[status, [[name, value], ...]]`` in Latin-1."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import TypeAlias
+
+__all__ = [
+    "BYTES",
+    "EMPTY_HEAD",
+    "JSON",
+    "JSON_LINES",
+    "TEXT",
+    "Headers",
+    "decode_head",
+    "encode_head",
+    "stream_head",
+    "whole_head",
+]
+
+Headers: TypeAlias = list[tuple[bytes, bytes]]
+
+TEXT = "text/plain; charset=utf-8"
+BYTES = "application/octet-stream"
+JSON = "application/json"
+JSON_LINES = "application/x-ndjson"
+
+# Heads repeat: the same few statuses, content types and lengths come again and again. Only short ones are kept, and
+# all are forgotten when they become too many, so that neither memory nor one client's cookies stay.
+_MOST_HEADS = 512
+_LONGEST_KEPT_HEAD = 160
+_decoded: dict[bytes, tuple[int, Headers]] = {}
+_templates: dict[str, str] = {}
+
+
+def encode_head(status: int, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """Write status and headers for the way through a channel."""
+    pairs = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers]
+    return json.dumps([status, pairs], separators=(",", ":")).encode("ascii")
+
+
+def decode_head(data: bytes) -> tuple[int, Headers]:
+    """Read what `encode_head` wrote. The list is the caller's own."""
+    known = _decoded.get(data)
+    if known is None:
+        status, pairs = json.loads(data)
+        known = (status, [(name.encode("latin-1"), value.encode("latin-1")) for name, value in pairs])
+        if len(data) <= _LONGEST_KEPT_HEAD and b"cookie" not in data:
+            if len(_decoded) >= _MOST_HEADS:
+                _decoded.clear()
+            _decoded[data] = known
+    return known[0], known[1].copy()
+
+
+def whole_head(content_type: str, length: int) -> bytes:
+    """The head of a whole answer."""
+    template = _templates.get(content_type)
+    if template is None:
+        template = _templates[content_type] = f'[200,[["content-length","%d"],["content-type","{content_type}"]]]'
+    return (template % length).encode("ascii")
+
+
+EMPTY_HEAD = b'[200,[["content-length","0"]]]'
+
+
+def stream_head(content_type: str) -> bytes:
+    """The head of a stream."""
+    return f'[200,[["content-type","{content_type}"]]]'.encode("ascii")

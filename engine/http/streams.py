@@ -1,0 +1,208 @@
+"""Answers that come in parts. Runs in the replica."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator
+from typing import Any, TypeAlias
+
+from ..seam.jsonable import to_json
+from .heads import BYTES, EMPTY_HEAD, JSON_LINES, TEXT, encode_head, stream_head
+
+__all__ = ["Background", "Streamed"]
+
+Background: TypeAlias = Callable[[], Awaitable[Any]]
+
+Part: TypeAlias = tuple[bytes, bytes]
+"""A head, empty from the second part on, and a piece of the body."""
+
+
+class Streamed:
+    """An answer that comes in parts: an iterator of user code, or a Starlette response that is not a plain one.
+
+    Each iteration gives ``(head, chunk)``, the head being empty from the second part on. No part is asked for before
+    the one before it was taken. Closing the iteration closes the user's generator. An error before the first part is
+    the call's error; one after it breaks the answer off. To be iterated once, either way.
+
+    Attributes:
+        background: What the response wants to have run once the answer is out. Known when the iteration has ended.
+    """
+
+    def __init__(self, source: Any, *, response: bool = False) -> None:
+        self._source = source
+        self._response = response
+        self._ordinary = not response and not isinstance(source, AsyncIterator)
+        self.background: Background | None = None
+
+    def _iterate(self) -> Generator[Part, None, None]:
+        source: Iterator[Any] = self._source
+        try:
+            head = b""
+            for item in source:
+                chunk, content_type = _chunk(item)
+                if not head:
+                    head = stream_head(content_type)
+                    yield head, chunk
+                else:
+                    yield b"", chunk
+            if not head:
+                yield EMPTY_HEAD, b""
+        finally:
+            _close(source)
+
+    async def parts(self, scope: dict[str, Any], *, on_loop: bool = False) -> AsyncGenerator[Part, None]:
+        """Iterate on the running asyncio loop.
+
+        Args:
+            scope: The ASGI scope of the request; a Starlette response wants it.
+            on_loop: The loop serves other calls, too: an ordinary iterator is asked for its items in a thread.
+        """
+        if self._response:
+            parts = self._of_response(scope)
+        elif self._ordinary:
+            parts = self._in_thread() if on_loop else self._of_iterator()
+        else:
+            parts = self._of_async_iterator()
+        try:
+            async for part in parts:
+                yield part
+        finally:
+            await parts.aclose()
+
+    async def close(self) -> None:
+        """Close the user's generator if nothing was or will be iterated (idempotent)."""
+        source: Any = getattr(self._source, "body_iterator", None) if self._response else self._source
+        if hasattr(source, "aclose"):
+            await source.aclose()
+        else:
+            _close(source)
+
+    async def _of_iterator(self) -> AsyncGenerator[Part, None]:
+        parts = self._iterate()
+        try:
+            for part in parts:
+                yield part
+        finally:
+            parts.close()
+
+    async def _in_thread(self) -> AsyncGenerator[Part, None]:
+        loop = asyncio.get_running_loop()
+        context = contextvars.copy_context()
+        parts = self._iterate()
+
+        def advance() -> Part | None:
+            return context.run(next, parts, None)
+
+        step: asyncio.Future[Part | None] | None = None
+        try:
+            while True:
+                step = loop.run_in_executor(None, advance)
+                part = await asyncio.shield(step)
+                if part is None:
+                    break
+                yield part
+        finally:
+            if step is not None and not step.done():  # cancelled: a generator that runs cannot be closed
+                await asyncio.wait([step])
+            parts.close()
+
+    async def _of_async_iterator(self) -> AsyncGenerator[Part, None]:
+        source: AsyncIterator[Any] = self._source
+        try:
+            head = b""
+            async for item in source:
+                chunk, content_type = _chunk(item)
+                if not head:
+                    head = stream_head(content_type)
+                    yield head, chunk
+                else:
+                    yield b"", chunk
+            if not head:
+                yield EMPTY_HEAD, b""
+        finally:
+            if hasattr(source, "aclose"):
+                await source.aclose()
+
+    async def _of_response(self, scope: dict[str, Any]) -> AsyncGenerator[Part, None]:
+        response = self._source
+        handover = _Handover()
+        task = asyncio.ensure_future(response(scope, handover.receive, handover.send))
+        head = b""
+        over = False
+        try:
+            while not over:
+                message = await handover.next(task)
+                if message is None:
+                    raise RuntimeError(f"{type(response).__qualname__} returned before its answer was complete")
+                if message["type"] == "http.response.start":
+                    head = encode_head(message["status"], message.get("headers", ()))
+                elif message["type"] == "http.response.body":
+                    over = not message.get("more_body", False)
+                    chunk = bytes(message.get("body", b""))
+                    if chunk or head or over:
+                        yield head, chunk
+                        head = b""
+                if not over:
+                    handover.taken()
+        finally:
+            if over:
+                # the rest of the call is the response's background task
+                handover.taken()
+                self.background = lambda: task
+            else:
+                task.cancel()
+                await asyncio.wait([task])
+                if not task.cancelled():
+                    task.exception()
+                await self.close()
+
+
+class _Handover:
+    """Passes an ASGI application's messages to an iterator, one at a time: `send` returns once it was taken."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._message: dict[str, Any] | None = None
+        self._arrived: asyncio.Future[None] | None = None
+        self._taken: asyncio.Future[None] | None = None
+
+    async def receive(self) -> dict[str, Any]:
+        # the iterator is closed when the client leaves, which cancels the application
+        return await self._loop.create_future()  # type: ignore[no-any-return]
+
+    async def send(self, message: dict[str, Any]) -> None:
+        self._message = message
+        self._taken = self._loop.create_future()
+        if self._arrived is not None and not self._arrived.done():
+            self._arrived.set_result(None)
+        await self._taken
+
+    async def next(self, task: asyncio.Future[None]) -> dict[str, Any] | None:
+        if self._message is None:
+            self._arrived = self._loop.create_future()
+            await asyncio.wait([task, self._arrived], return_when=asyncio.FIRST_COMPLETED)
+            if self._message is None:
+                self._arrived.cancel()
+                await task  # raises what the application raised
+                return None
+        message, self._message = self._message, None
+        return message
+
+    def taken(self) -> None:
+        if self._taken is not None and not self._taken.done():
+            self._taken.set_result(None)
+
+
+def _chunk(item: Any) -> tuple[bytes, str]:
+    if isinstance(item, str):
+        return item.encode("utf-8"), TEXT
+    if isinstance(item, (bytes, bytearray, memoryview)):
+        return bytes(item), BYTES
+    return to_json(item) + b"\n", JSON_LINES
+
+
+def _close(source: Any) -> None:
+    close = getattr(source, "close", None)
+    if close is not None:
+        close()

@@ -1,0 +1,55 @@
+"""Channels: ordered, multiplexed, two-way streams of messages between two parties."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from .messages import Message
+
+__all__ = ["Channel", "ChannelClosed", "ChannelListener"]
+
+
+class ChannelClosed(Exception):
+    """The channel can take no more messages."""
+
+
+class ChannelListener(Protocol):
+    """The party a channel delivers to."""
+
+    def received(self, channel: Channel, message: Message) -> None:
+        """Take one message. Must not block and must not raise."""
+
+    def lost(self, channel: Channel, reason: str) -> None:
+        """The peer is gone or broke the protocol. Called once, after the last message, and not after `close`."""
+
+
+class Channel(Protocol):
+    """An ordered, multiplexed, two-way message stream."""
+
+    @property
+    def opened(self) -> bool:
+        """Whether the peer can have received anything. Messages of a channel that was lost before are unsent."""
+
+    def send(self, message: Message) -> None:
+        """Queue a message for the peer, from any thread, without blocking.
+
+        Raises:
+            ChannelClosed: The channel is closed or lost.
+            engine.errors.InvalidArgument: The message is larger than the channel's frame limit.
+        """
+
+    def watch(self) -> None:
+        """Deliver messages from now on without anybody calling `drive` (idempotent)."""
+
+    def drive(self, done: Callable[[], bool], timeout_s: float | None) -> bool:
+        """Deliver messages from the calling thread until ``done()`` is true or the time is up.
+
+        Spares a caller that has nothing else to do the hop through another thread.
+
+        Returns:
+            False at once when this channel cannot be driven by this thread now; the caller then waits otherwise.
+        """
+
+    def close(self) -> None:
+        """Close without telling the own listener (idempotent)."""
