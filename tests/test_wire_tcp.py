@@ -37,9 +37,9 @@ from engine_wire import (
     tcp_address,
 )
 from engine_wire.addresses import SILENCE_S, UNACKNOWLEDGED_S, accept_from, notice_silence
-from engine_wire.connecting import Opening
 from engine_wire.handshake import ClientHandshake, ServerHandshake
 from engine_wire.lobby import Lobby
+from engine_wire.opening import Opening
 from engine_wire.protocol import GREETING, encode
 
 SECRET = b"the secret of this test's engine"

@@ -7,7 +7,7 @@ a polling thread) or a thread inside `SocketChannel.drive`, which waits for its 
 on the way. Who writes: any thread, under `_write_lock`; what the kernel does not take at once is kept and written by
 the driver, or by the driving thread.
 
-A channel may begin with an opening (`engine_wire.connecting.Opening`), which whoever reads or writes moves on, under
+A channel may begin with an opening (`engine_wire.opening.Opening`), which whoever reads or writes moves on, under
 `_write_lock`. Until it is done messages are kept, and nothing that the peer sends is taken for one.
 
 When the peer dies, the reader delivers what was complete and then calls ``listener.lost`` once.
@@ -29,7 +29,7 @@ from engine.seam.messages import Call, End, Failure, Message, Reply
 from .protocol import GREETING, Decoder, ProtocolError, encode
 
 if TYPE_CHECKING:
-    from .connecting import Opening
+    from .opening import Opening
 
 __all__ = ["Driver", "SocketChannel"]
 
@@ -63,7 +63,7 @@ class SocketChannel:
 
     Args:
         sock: Connected; owned by the channel from now on.
-        listener: Who hears it; may be set later, before `start`.
+        listener: Who hears it; may be set later, but before the channel is watched or driven.
         driver: What reads it.
         greet: Exchange greetings first. Off where the socket itself is proof of the peer, as in a socketpair, and
             where a handshake is.
@@ -87,7 +87,7 @@ class SocketChannel:
         self._driver = driver
         self._decoder = Decoder(greeting=greet)
         self._reading = threading.Lock()  # the reader role
-        self._write_lock = threading.Lock()  # guards the next four and the order of frames
+        self._write_lock = threading.Lock()  # guards changes of _opening, _unsent and _closed, and the order of frames
         self._opening = opening
         self._unsent: deque[memoryview] = deque()
         if opening is not None:

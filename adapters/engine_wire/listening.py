@@ -17,7 +17,10 @@ __all__ = ["ListeningSockets", "bind_shared"]
 
 
 class ListeningSockets:
-    """Binds addresses on first use and keeps them until `close`. Only the controller's loop touches it."""
+    """Binds addresses on first use and keeps them until `close`.
+
+    Only the controller's loop touches it. A worker that binds for itself uses `bind_shared`.
+    """
 
     def __init__(self) -> None:
         self._sockets: dict[Listen, socket.socket] = {}
