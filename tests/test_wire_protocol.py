@@ -130,7 +130,7 @@ def test_deadlines_travel_as_time_remaining(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(protocol.time, "monotonic", lambda: clock["now"])
     data = encode(Call(1, PYTHON, "m", 130.0, "", b"", b""))
     late = encode(Call(1, PYTHON, "m", 90.0, "", b"", b""))
-    clock["now"] = 5000.0  # another host, another clock
+    clock["now"] = 5000.0  # another machine, another clock
     (call,) = Decoder(greeting=False).feed(data)
     assert isinstance(call, Call)
     assert call.deadline == 5030.0

@@ -1,4 +1,4 @@
-"""Channels to other hosts, over TCP on this one: slow connections, handshakes, and what strangers may send."""
+"""Channels to other machines, over TCP on this one: slow connections, handshakes, and what strangers may send."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ import pytest
 import uvloop
 from fakes import FakeListener
 from harness import PATIENCE_S, Footprint, eventually
-from test_wire_hosts import Echo, call, reply
+from test_wire_service_loops import Echo, call, reply
 
 from engine.errors import InvalidArgument
 from engine.seam.channel import Channel, ChannelClosed
 from engine.seam.messages import Control, Message
 from engine_wire import (
     Acceptor,
-    BlockingHost,
-    LoopHost,
+    AsyncServiceLoop,
+    BlockingServiceLoop,
     Poller,
     SocketChannel,
     Undriven,
@@ -86,7 +86,7 @@ class Server:
         assert not self._thread.is_alive()
 
     def open_channels(self) -> int:
-        return (self._acceptor if self.kind == "acceptor" else self.service.host).open_channels()
+        return (self._acceptor if self.kind == "acceptor" else self.service.loop).open_channels()
 
     def _run(self) -> None:
         if self.kind == "acceptor":
@@ -98,7 +98,7 @@ class Server:
             self._acceptor.close()
             loop.close()
         else:
-            {"blocking": BlockingHost, "loop": LoopHost}[self.kind](
+            {"blocking": BlockingServiceLoop, "async": AsyncServiceLoop}[self.kind](
                 self._listening, self.service, secret=self.secret
             ).run()
 
@@ -164,7 +164,7 @@ def caller(request: pytest.FixtureRequest, stack: ExitStack) -> Caller:
     return Caller(request.param, stack)
 
 
-KINDS = pytest.mark.parametrize("kind", ["blocking", "loop", "acceptor"])
+KINDS = pytest.mark.parametrize("kind", ["blocking", "async", "acceptor"])
 
 
 # -- those who belong together ---------------------------------------------------------------------------------------
@@ -753,7 +753,7 @@ def test_a_socket_that_finds_itself(stack: ExitStack) -> None:
 
 
 def test_a_thread_may_drive_a_channel_all_its_life(stack: ExitStack) -> None:
-    server = serving(stack, "loop")
+    server = serving(stack, "async")
     listener = FakeListener()
     channel = connect(server.tcp, listener, on_loop=False, poller=Undriven(), secret=SECRET)
     messages: list[Message] = [call(1, b"x" * LARGE), call(2)]

@@ -5,15 +5,15 @@ from .channel import Driver, SocketChannel
 from .connecting import connect
 from .connector import WireConnector
 from .drivers import LoopDriver, Poller, Undriven
-from .hosts import Acceptor, BlockingHost, LoopHost, new_event_loop
+from .service_loops import Acceptor, AsyncServiceLoop, BlockingServiceLoop, new_event_loop
 from .worker_host import WireWorkerHost
 
 __all__ = [
     "Acceptor",
-    "BlockingHost",
+    "AsyncServiceLoop",
+    "BlockingServiceLoop",
     "Driver",
     "LoopDriver",
-    "LoopHost",
     "Poller",
     "SocketChannel",
     "Undriven",

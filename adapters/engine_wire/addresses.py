@@ -4,7 +4,7 @@
 it has no permissions, so who listens there should ask for proof (`engine_wire.handshake`). ``HOST`` is a numeric
 address, ``[...]`` around one of IPv6: looking a name up can take seconds, which a caller must not be made to wait.
 
-When a TCP peer falls silent, because its host or the network between is gone, the kernel breaks the connection after
+When a TCP peer falls silent, because its machine or the network between is gone, the kernel breaks the connection after
 `UNACKNOWLEDGED_S` seconds, whether bytes were under way or it was idle (there, Linux lets TCP_USER_TIMEOUT overrule the
 count of keepalive's probes); after `SILENCE_S` if it was told to `notice_silence`. A shorter cut only delays bytes.
 Linux takes a peer for silent, too, that is alive but reads nothing while more waits for it than its buffers hold.

@@ -4,8 +4,8 @@ Nothing of them is seen outside: a connection either proves itself within `PATIE
 dropped, which the log mentions once. At most `MAX_WAITING` wait at a time, and of each no more is read than the
 handshake wants. Of what came while the whole process was busy, nothing is held against the peer.
 
-Only the host whose lobby it is touches it, on the thread that reads its sockets. The host says when there is something
-to read and looks after the time: by `remaining_s` and `expire`.
+Only the acceptor or service loop whose lobby it is touches it, on the thread that reads its sockets. It says when there
+is something to read (`Watcher`) and looks after the time: by `remaining_s` and `expire`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["MAX_WAITING", "PATIENCE_S", "Lobby", "Watcher"]
 MAX_WAITING = 64
 """Enough for a burst of callers, since each waits for one round trip; few enough to leave descriptors for them."""
 PATIENCE_S = 5.0
-"""For the whole handshake. One round trip between hosts takes milliseconds."""
+"""For the whole handshake. One round trip between machines takes milliseconds."""
 
 _log = logging.getLogger("engine.wire")
 _NOWAIT = socket.MSG_DONTWAIT

@@ -1,7 +1,7 @@
 """The wire format: messages to bytes and back, without any I/O.
 
 A frame is a 13-byte header (length of the body, type, call id) and a body. Both ends open with a greeting that carries
-the protocol's version. Deadlines travel as seconds remaining, because clocks of different hosts do not agree.
+the protocol's version. Deadlines travel as seconds remaining, because clocks of different machines do not agree.
 
 Frames from the peer are checked for type and length before anything of them is used; only the bodies of `Control`
 are unpickled here, and those come from channels whose ends have proved who they are.

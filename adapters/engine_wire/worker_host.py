@@ -92,14 +92,14 @@ class WireWorkerHost:
             service: That it runs.
             secret: What callers must prove to know.
         """
-        from .hosts import BlockingHost, LoopHost
+        from .service_loops import AsyncServiceLoop, BlockingServiceLoop
 
         if service.on_loop:
             with contextlib.suppress(ImportError):
                 import uvloop  # noqa: F401 - before callers come, so that the first one does not wait for it
         try:
             self.tell(Ready(address))
-            (LoopHost if service.on_loop else BlockingHost)(listening, service, secret=secret).run()
+            (AsyncServiceLoop if service.on_loop else BlockingServiceLoop)(listening, service, secret=secret).run()
         finally:
             for sock in listening:
                 sock.close()

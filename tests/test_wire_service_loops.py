@@ -23,14 +23,14 @@ from engine.seam.messages import PYTHON, Call, Cancel, Message, Reply
 from engine.seam.service import ServiceLoop
 from engine_wire import (
     Acceptor,
-    BlockingHost,
-    LoopHost,
+    AsyncServiceLoop,
+    BlockingServiceLoop,
     Poller,
     SocketChannel,
     connect,
-    hosts,
     listen_unix,
     new_event_loop,
+    service_loops,
 )
 from engine_wire.protocol import GREETING, encode
 
@@ -54,15 +54,15 @@ class Echo:
         self.readers: list[str] = []  # the thread that read each message
         self.lost_channels = 0
         self.attached = threading.Event()
-        self.host: ServiceLoop
+        self.loop: ServiceLoop
         self.turns = 0
         self._work: deque[Callable[[], object]] = deque()
         self._leaving = False
 
     # the service
 
-    def attach(self, host: ServiceLoop) -> None:
-        self.host = host
+    def attach(self, loop: ServiceLoop) -> None:
+        self.loop = loop
         self.attached.set()
 
     def received(self, channel: Channel, message: Message) -> None:
@@ -78,11 +78,11 @@ class Echo:
         self.turns += 1
         if self._work:
             work = self._work.popleft()
-            self.host.step_out()
+            self.loop.step_out()
             try:
                 work()
             finally:
-                self.host.step_in()
+                self.loop.step_in()
         return 0.0 if self._work else None
 
     def finished(self) -> bool:
@@ -92,11 +92,11 @@ class Echo:
 
     def run(self, work: Callable[[], object]) -> None:
         self._work.append(work)
-        self.host.wake()
+        self.loop.wake()
 
     def leave(self) -> None:
         self._leaving = True
-        self.host.wake()
+        self.loop.wake()
 
 
 class Blocked:
@@ -127,14 +127,16 @@ def poller(leaves_nothing: Footprint) -> Iterator[Poller]:
 
 
 @contextmanager
-def serving(kind: type[BlockingHost | LoopHost], service: Echo, where: str | socket.socket) -> Iterator[None]:
+def serving(
+    kind: type[AsyncServiceLoop | BlockingServiceLoop], service: Echo, where: str | socket.socket
+) -> Iterator[None]:
     """Run a service on a thread called "server"."""
-    host = kind([listen_unix(where) if isinstance(where, str) else where], service)
+    loop = kind([listen_unix(where) if isinstance(where, str) else where], service)
     failures: list[BaseException] = []
 
     def run() -> None:
         try:
-            host.run()
+            loop.run()
         except BaseException as error:
             failures.append(error)
             service.attached.set()
@@ -163,11 +165,12 @@ def connected(path: str, poller: Poller) -> Iterator[tuple[SocketChannel, FakeLi
 
 
 KINDS = pytest.mark.parametrize(
-    ("kind", "on_loop"), [pytest.param(BlockingHost, False, id="blocking"), pytest.param(LoopHost, True, id="loop")]
+    ("kind", "on_loop"),
+    [pytest.param(BlockingServiceLoop, False, id="blocking"), pytest.param(AsyncServiceLoop, True, id="async")],
 )
 
 
-# -- both hosts ------------------------------------------------------------------------------------------------------
+# -- both loops ------------------------------------------------------------------------------------------------------
 
 
 @KINDS
@@ -177,7 +180,7 @@ def test_a_call_is_answered(kind: Any, on_loop: bool, path: str, poller: Poller)
         channel.send(call(1, b"x"))
         eventually(lambda: listener.heard == [reply(1, b"x")])
         assert service.readers == ["server"]
-        assert service.host.open_channels() == 1
+        assert service.loop.open_channels() == 1
 
 
 @KINDS
@@ -205,7 +208,7 @@ def test_the_service_hears_of_callers_that_leave(kind: Any, on_loop: bool, path:
             channel.send(call(1))
             eventually(lambda: listener.heard == [reply(1)])
         eventually(lambda: service.lost_channels == 1)
-        eventually(lambda: service.host.open_channels() == 0)
+        eventually(lambda: service.loop.open_channels() == 0)
 
 
 @KINDS
@@ -232,12 +235,12 @@ def test_callers_hear_that_the_service_left(kind: Any, on_loop: bool, path: str,
         assert listener.reason == "the peer closed the connection"
 
 
-# -- the blocking host -----------------------------------------------------------------------------------------------
+# -- the blocking loop -----------------------------------------------------------------------------------------------
 
 
 def test_while_user_code_runs_another_thread_stands_in(path: str, poller: Poller) -> None:
     service, work = Echo(), Blocked()
-    with serving(BlockingHost, service, path), connected(path, poller) as (channel, listener):
+    with serving(BlockingServiceLoop, service, path), connected(path, poller) as (channel, listener):
         service.run(work)
         assert work.began.wait(PATIENCE_S)
         channel.send(call(1))
@@ -253,7 +256,7 @@ def test_while_user_code_runs_another_thread_stands_in(path: str, poller: Poller
 def test_the_turn_comes_back_as_soon_as_user_code_ends(path: str, poller: Poller) -> None:
     """No message comes that would wake the one who stands in."""
     service, work, after = Echo(), Blocked(), threading.Event()
-    with serving(BlockingHost, service, path), connected(path, poller) as (channel, listener):
+    with serving(BlockingServiceLoop, service, path), connected(path, poller) as (channel, listener):
         service.run(work)
         assert work.began.wait(PATIENCE_S)
         channel.send(call(1))
@@ -265,13 +268,13 @@ def test_the_turn_comes_back_as_soon_as_user_code_ends(path: str, poller: Poller
 
 
 def test_the_stand_in_returns_after_a_nap(path: str, poller: Poller, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hosts, "_QUIET_TICKS", 1)
+    monkeypatch.setattr(service_loops, "_QUIET_TICKS", 1)
     service = Echo()
-    with serving(BlockingHost, service, path), connected(path, poller) as (channel, listener):
-        host: Any = service.host
+    with serving(BlockingServiceLoop, service, path), connected(path, poller) as (channel, listener):
+        loop: Any = service.loop
         for number in range(3):
             service.run(lambda: None)
-            eventually(lambda: host._dozing)
+            eventually(lambda: loop._dozing)
             work = Blocked()
             service.run(work)
             assert work.began.wait(PATIENCE_S)
@@ -284,7 +287,7 @@ def test_the_stand_in_returns_after_a_nap(path: str, poller: Poller, monkeypatch
 
 def test_short_user_code_needs_no_stand_in(path: str, poller: Poller) -> None:
     service, done = Echo(), threading.Semaphore(0)
-    with serving(BlockingHost, service, path), connected(path, poller) as (channel, listener):
+    with serving(BlockingServiceLoop, service, path), connected(path, poller) as (channel, listener):
         for number in range(200):
             service.run(done.release)
             channel.send(call(number))
@@ -296,7 +299,7 @@ def test_short_user_code_needs_no_stand_in(path: str, poller: Poller) -> None:
 
 def test_callers_come_and_go_while_user_code_runs(path: str, poller: Poller) -> None:
     service, work = Echo(), Blocked()
-    with serving(BlockingHost, service, path):
+    with serving(BlockingServiceLoop, service, path):
         service.run(work)
         assert work.began.wait(PATIENCE_S)
         for number in range(3):
@@ -308,18 +311,18 @@ def test_callers_come_and_go_while_user_code_runs(path: str, poller: Poller) -> 
 
 
 def test_failing_user_code_leaves_the_turn_where_it_belongs(path: str, poller: Poller) -> None:
-    service, work, host_left = Echo(), Blocked(), threading.Event()
+    service, work, loop_left = Echo(), Blocked(), threading.Event()
 
     def fail() -> None:
         work()
         raise LookupError("out")
 
-    host = BlockingHost([listen_unix(path)], service)
+    loop = BlockingServiceLoop([listen_unix(path)], service)
 
     def run() -> None:
         with pytest.raises(LookupError):
-            host.run()
-        host_left.set()
+            loop.run()
+        loop_left.set()
 
     thread = threading.Thread(target=run)
     thread.start()
@@ -327,18 +330,18 @@ def test_failing_user_code_leaves_the_turn_where_it_belongs(path: str, poller: P
     service.run(fail)
     assert work.began.wait(PATIENCE_S)
     work.end.set()
-    assert host_left.wait(PATIENCE_S)
+    assert loop_left.wait(PATIENCE_S)
     thread.join()
-    host.wake()  # too late, and harmless
+    loop.wake()  # too late, and harmless
 
 
 def test_a_flood_of_wake_ups_is_one(path: str) -> None:
     service, work = Echo(), Blocked()
-    with serving(BlockingHost, service, path):
+    with serving(BlockingServiceLoop, service, path):
         service.run(work)
         assert work.began.wait(PATIENCE_S)
         for _ in range(5000):  # more than the socket holds
-            service.host.wake()
+            service.loop.wake()
         work.end.set()
         assert work.ended.wait(PATIENCE_S)
 
@@ -346,13 +349,13 @@ def test_a_flood_of_wake_ups_is_one(path: str) -> None:
 def test_reading_on_demand(path: str, poller: Poller) -> None:
     """A replica that streams reads credit and cancellations in between."""
     service, heard = Echo(), threading.Event()
-    with serving(BlockingHost, service, path), connected(path, poller) as (channel, _):
+    with serving(BlockingServiceLoop, service, path), connected(path, poller) as (channel, _):
 
         def stream() -> None:
-            service.host.step_in()
+            service.loop.step_in()
             while not any(isinstance(message, Cancel) for message in service.heard):
-                service.host.poll(None)
-            service.host.step_out()
+                service.loop.poll(None)
+            service.loop.step_out()
             heard.set()
 
         service.run(stream)
@@ -361,16 +364,16 @@ def test_reading_on_demand(path: str, poller: Poller) -> None:
         assert service.readers == ["server"]
 
 
-# -- the loop host ---------------------------------------------------------------------------------------------------
+# -- the async loop --------------------------------------------------------------------------------------------------
 
 
-def test_a_loop_host_serves_by_itself(path: str) -> None:
+def test_an_async_loop_serves_by_itself(path: str) -> None:
     service = Echo(on_loop=True)
-    with serving(LoopHost, service, path):
-        service.host.poll(None)  # nothing to do for a service that has a loop
-        service.host.step_out()
-        service.host.step_in()
-        service.host.wake()  # to no purpose: it looks and goes on
+    with serving(AsyncServiceLoop, service, path):
+        service.loop.poll(None)  # nothing to do for a service that has a loop
+        service.loop.step_out()
+        service.loop.step_in()
+        service.loop.wake()  # to no purpose: it looks and goes on
         assert service.turns == 0
 
 

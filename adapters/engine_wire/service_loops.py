@@ -1,8 +1,8 @@
 """The accepting side: what a worker runs on its main thread to serve calls, and the controller to hear its callers.
 
-`BlockingHost` runs user code right between two reads of its sockets, on one thread: nothing is handed over. `LoopHost`
-runs an event loop. Both stop when the service says it is finished; channels that break are simply dropped, after the
-service heard of it.
+`BlockingServiceLoop` runs user code right between two reads of its sockets, on one thread: nothing is handed over.
+`AsyncServiceLoop` runs an event loop. Both stop when the service says it is finished; channels that break are simply
+dropped, after the service heard of it.
 
 Each listens on any number of sockets. Given a secret, it shows a connection to nobody before the peer has proved that
 it knows it too (`engine_wire.lobby`).
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from .lobby import Lobby, Watcher
 
-__all__ = ["Acceptor", "BlockingHost", "LoopHost", "new_event_loop"]
+__all__ = ["Acceptor", "AsyncServiceLoop", "BlockingServiceLoop", "new_event_loop"]
 
 _TICK_S = 0.01
 """How often the stand-in looks whether user code takes long. A call that is shorter costs no thread switch."""
@@ -144,7 +144,7 @@ class Acceptor:
         self._loop.remove_reader(descriptor)
 
 
-class LoopHost:
+class AsyncServiceLoop:
     """Runs a service that wants an event loop, on the calling thread.
 
     Args:
@@ -204,7 +204,7 @@ class LoopHost:
         return self._acceptor.open_channels()
 
 
-class BlockingHost:
+class BlockingServiceLoop:
     """Runs a service of plain functions: reads its sockets and calls ``run_next`` in turn, on the calling thread.
 
     While user code keeps that thread for longer than a tick, a second thread stands in for it and reads the sockets,
@@ -327,7 +327,7 @@ class BlockingHost:
             else:
                 key.data()
 
-    # -- the driver of its channels, all on the host's thread --------------------------------------------------------
+    # -- the driver of its channels, for the holder of the turn ------------------------------------------------------
 
     def arm(self, channel: SocketChannel) -> None:
         """See `engine_wire.channel.Driver.arm`."""
