@@ -1,11 +1,12 @@
 """Channels over sockets, shared by the adapters whose workers are other processes."""
 
+from .acceptor import Acceptor
 from .addresses import listen_tcp, listen_unix, notice_silence, tcp_address
 from .channel import Driver, SocketChannel
 from .connecting import connect
 from .connector import WireConnector
 from .drivers import LoopDriver, Poller, Undriven
-from .service_loops import Acceptor, AsyncServiceLoop, BlockingServiceLoop, new_event_loop
+from .service_loops import AsyncServiceLoop, BlockingServiceLoop, new_event_loop
 from .worker_host import WireWorkerHost
 
 __all__ = [

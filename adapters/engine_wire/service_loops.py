@@ -1,8 +1,8 @@
-"""The accepting side: what a worker runs on its main thread to serve calls, and the controller to hear its callers.
+"""What a worker runs on its main thread to serve calls.
 
 `BlockingServiceLoop` runs user code right between two reads of its sockets, on one thread: nothing is handed over.
-`AsyncServiceLoop` runs an event loop. Both stop when the service says it is finished; channels that break are simply
-dropped, after the service heard of it.
+`AsyncServiceLoop` runs an event loop, with an `engine_wire.acceptor.Acceptor` on it. Both stop when the service says it
+is finished; channels that break are simply dropped, after the service heard of it.
 
 Each listens on any number of sockets. Given a secret, it shows a connection to nobody before the peer has proved that
 it knows it too (`engine_wire.lobby`).
@@ -17,19 +17,18 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from engine.seam.channel import Channel, ChannelListener
 from engine.seam.service import Service
 
+from .acceptor import Acceptor, lobby_for
 from .addresses import accept_from
 from .channel import SocketChannel
-from .drivers import LoopDriver
 
 if TYPE_CHECKING:
     import asyncio
 
-    from .lobby import Lobby, Watcher
+    from .lobby import Lobby
 
-__all__ = ["Acceptor", "AsyncServiceLoop", "BlockingServiceLoop", "new_event_loop"]
+__all__ = ["AsyncServiceLoop", "BlockingServiceLoop", "new_event_loop"]
 
 _TICK_S = 0.01
 """How often the stand-in looks whether user code takes long. A call that is shorter costs no thread switch."""
@@ -47,101 +46,6 @@ def new_event_loop() -> asyncio.AbstractEventLoop:
         return asyncio.new_event_loop()
     loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
     return loop
-
-
-def _lobby(secret: bytes | None, admit: Callable[[socket.socket], None], watcher: Watcher) -> Lobby | None:
-    if secret is None:
-        return None
-    from .lobby import Lobby  # the local adapter has no use for the cost of its imports
-
-    return Lobby(secret, admit, watcher)
-
-
-class Acceptor:
-    """Accepts connections on an asyncio loop until closed.
-
-    Args:
-        listening: Owned by the acceptor from now on.
-        accept: Says who hears a new channel; with a secret, once its peer has proved who it is.
-        loop: Runs it.
-        secret: What peers must prove to know, and this side proves to them; at least 16 random bytes.
-
-    Raises:
-        ValueError: The secret is too short.
-    """
-
-    def __init__(
-        self,
-        listening: Sequence[socket.socket],
-        accept: Callable[[Channel], ChannelListener],
-        loop: asyncio.AbstractEventLoop,
-        *,
-        secret: bytes | None = None,
-    ) -> None:
-        self._listening = tuple(listening)
-        self._accept = accept
-        self._loop = loop
-        self._driver = LoopDriver(loop)
-        self._channels: set[SocketChannel] = set()
-        self._lobby = _lobby(secret, self._admit, self)
-        self._timer: asyncio.TimerHandle | None = None  # of the lobby
-        for sock in self._listening:
-            sock.setblocking(False)
-            loop.add_reader(sock.fileno(), self._on_connection, sock)
-
-    def close(self) -> None:
-        """Stop accepting and close every channel (idempotent)."""
-        for sock in self._listening:
-            if sock.fileno() >= 0:
-                self._loop.remove_reader(sock.fileno())
-                sock.close()
-        if self._timer is not None:
-            self._timer.cancel()
-        if self._lobby is not None:
-            self._lobby.close()
-        for channel in self._channels:
-            channel.close()
-        self._channels.clear()
-
-    def open_channels(self) -> int:
-        """How many of the accepted channels stand."""
-        self._channels = {known for known in self._channels if not known.closed}
-        return len(self._channels)
-
-    def _on_connection(self, listening: socket.socket) -> None:
-        accepted = accept_from(listening)
-        if accepted is None:
-            return
-        sock, peer = accepted
-        if self._lobby is None:
-            self._admit(sock)
-            return
-        self._lobby.enter(sock, peer)
-        if self._timer is None:
-            self._on_time()
-
-    def _admit(self, sock: socket.socket) -> None:
-        channel = SocketChannel(sock, None, self._driver, greet=self._lobby is None)
-        channel.listener = self._accept(channel)
-        self.open_channels()  # drops the closed ones
-        self._channels.add(channel)
-        channel.watch()
-
-    def _on_time(self) -> None:
-        assert self._lobby is not None
-        self._lobby.expire()
-        remaining_s = self._lobby.remaining_s()
-        self._timer = None if remaining_s is None else self._loop.call_later(remaining_s, self._on_time)
-
-    # -- the watcher of its lobby --------------------------------------------------------------------------------------
-
-    def watch(self, descriptor: int, callback: Callable[[], None]) -> None:
-        """See `engine_wire.lobby.Watcher.watch`."""
-        self._loop.add_reader(descriptor, callback)
-
-    def unwatch(self, descriptor: int) -> None:
-        """See `engine_wire.lobby.Watcher.unwatch`."""
-        self._loop.remove_reader(descriptor)
 
 
 class AsyncServiceLoop:
@@ -225,7 +129,7 @@ class BlockingServiceLoop:
     def __init__(self, listening: Sequence[socket.socket], service: Service, *, secret: bytes | None = None) -> None:
         self._listening = tuple(listening)
         self._service = service
-        self._lobby = _lobby(secret, self._admit, self)
+        self._lobby = lobby_for(secret, self._admit, self)
         self._selector = selectors.DefaultSelector()
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.setblocking(False)

@@ -1,0 +1,122 @@
+"""Accepts connections on an asyncio loop, and makes channels of them.
+
+The controller hears its callers through one, and on a cluster its workers, too; an
+`engine_wire.service_loops.AsyncServiceLoop` hears its callers through another. An acceptor listens on any number of
+sockets and is used on its loop's thread alone. Given a secret, it shows a connection to nobody before the peer has
+proved that it knows it too (`engine_wire.lobby`). Channels that break are dropped, after their listener heard of it.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from engine.seam.channel import Channel, ChannelListener
+
+from .addresses import accept_from
+from .channel import SocketChannel
+from .drivers import LoopDriver
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from .lobby import Lobby, Watcher
+
+__all__ = ["Acceptor", "lobby_for"]
+
+
+def lobby_for(secret: bytes | None, admit: Callable[[socket.socket], None], watcher: Watcher) -> Lobby | None:
+    """Make the lobby of whoever accepts connections; None without a secret: nobody has to prove anything."""
+    if secret is None:
+        return None
+    from .lobby import Lobby  # the local adapter has no use for the cost of its imports
+
+    return Lobby(secret, admit, watcher)
+
+
+class Acceptor:
+    """Accepts connections on an asyncio loop until closed.
+
+    Args:
+        listening: Owned by the acceptor from now on.
+        accept: Says who hears a new channel; with a secret, once its peer has proved who it is.
+        loop: Runs it.
+        secret: What peers must prove to know, and this side proves to them; at least 16 random bytes.
+
+    Raises:
+        ValueError: The secret is too short.
+    """
+
+    def __init__(
+        self,
+        listening: Sequence[socket.socket],
+        accept: Callable[[Channel], ChannelListener],
+        loop: asyncio.AbstractEventLoop,
+        *,
+        secret: bytes | None = None,
+    ) -> None:
+        self._listening = tuple(listening)
+        self._accept = accept
+        self._loop = loop
+        self._driver = LoopDriver(loop)
+        self._channels: set[SocketChannel] = set()
+        self._lobby = lobby_for(secret, self._admit, self)
+        self._timer: asyncio.TimerHandle | None = None  # of the lobby
+        for sock in self._listening:
+            sock.setblocking(False)
+            loop.add_reader(sock.fileno(), self._on_connection, sock)
+
+    def close(self) -> None:
+        """Stop accepting and close every channel (idempotent)."""
+        for sock in self._listening:
+            if sock.fileno() >= 0:
+                self._loop.remove_reader(sock.fileno())
+                sock.close()
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._lobby is not None:
+            self._lobby.close()
+        for channel in self._channels:
+            channel.close()
+        self._channels.clear()
+
+    def open_channels(self) -> int:
+        """How many of the accepted channels stand."""
+        self._channels = {known for known in self._channels if not known.closed}
+        return len(self._channels)
+
+    def _on_connection(self, listening: socket.socket) -> None:
+        accepted = accept_from(listening)
+        if accepted is None:
+            return
+        sock, peer = accepted
+        if self._lobby is None:
+            self._admit(sock)
+            return
+        self._lobby.enter(sock, peer)
+        if self._timer is None:
+            self._on_time()
+
+    def _admit(self, sock: socket.socket) -> None:
+        channel = SocketChannel(sock, None, self._driver, greet=self._lobby is None)
+        channel.listener = self._accept(channel)
+        self.open_channels()  # drops the closed ones
+        self._channels.add(channel)
+        channel.watch()
+
+    def _on_time(self) -> None:
+        assert self._lobby is not None
+        self._lobby.expire()
+        remaining_s = self._lobby.remaining_s()
+        self._timer = None if remaining_s is None else self._loop.call_later(remaining_s, self._on_time)
+
+    # -- the watcher of its lobby --------------------------------------------------------------------------------------
+
+    def watch(self, descriptor: int, callback: Callable[[], None]) -> None:
+        """See `engine_wire.lobby.Watcher.watch`."""
+        self._loop.add_reader(descriptor, callback)
+
+    def unwatch(self, descriptor: int) -> None:
+        """See `engine_wire.lobby.Watcher.unwatch`."""
+        self._loop.remove_reader(descriptor)
