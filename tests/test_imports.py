@@ -1,9 +1,10 @@
-"""Who may import whom, lazy imports included; and what `import engine` must not cost."""
+"""Who may import whom, lazy imports and names for types included; and what `import engine` must not cost."""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ PACKAGES = {
     "engine": ROOT / "engine",
     **{path.name: path for path in sorted((ROOT / "adapters").iterdir()) if (path / "__init__.py").exists()},
 }
+FLOORS = ("errors", "config", "seam", "request", "calling", "http", "serving", "control", "engine", "testing")
+"""The rooms of the core and its public nouns, from the ground up: each imports only what stands before it."""
 ADAPTERS = frozenset(PACKAGES) - {"engine"}
 MAY_IMPORT = {
     "engine": frozenset[str](),
@@ -44,24 +47,30 @@ def is_type_checking(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
 
 
-def nodes_of(tree: ast.AST, *, lazy: bool) -> Iterator[ast.AST]:
-    """Everything that runs: without what only type checkers read, and on demand without the bodies of functions."""
+def nodes_of(tree: ast.AST, *, lazy: bool, types: bool) -> Iterator[ast.AST]:
+    """Every node, on demand without the bodies of functions, and without what only type checkers read."""
     for child in ast.iter_child_nodes(tree):
-        if is_type_checking(child):
+        if is_type_checking(child) and not types:
             assert isinstance(child, ast.If)
             for other in child.orelse:
-                yield from nodes_of(other, lazy=lazy)
+                yield from nodes_of(other, lazy=lazy, types=types)
         elif lazy or not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
             yield child
-            yield from nodes_of(child, lazy=lazy)
+            yield from nodes_of(child, lazy=lazy, types=types)
 
 
-def imports_of(module: str, *, lazy: bool = True) -> set[str]:
-    """The full names of what a module imports; names of modules as far as they are ours."""
+@functools.cache
+def imports_of(module: str, *, lazy: bool = True, types: bool = False) -> set[str]:
+    """The full names of what a module imports; names of modules as far as they are ours.
+
+    Args:
+        lazy: Also what functions import when they run.
+        types: Also what is imported for type checkers alone.
+    """
     path = ALL_MODULES[module]
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     found: set[str] = set()
-    for node in nodes_of(ast.parse(path.read_text()), lazy=lazy):
+    for node in nodes_of(ast.parse(path.read_text()), lazy=lazy, types=types):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -83,11 +92,12 @@ def test_every_package_is_known() -> None:
     assert set(MAY_IMPORT) == set(PACKAGES)
 
 
-def test_the_walk_sees_lazy_imports_but_not_those_for_type_checkers() -> None:
+def test_the_walk_sees_lazy_imports_and_on_demand_those_for_type_checkers() -> None:
     assert "uvloop" in imports_of("engine.http.ingress_worker")
     assert "uvloop" not in imports_of("engine.http.ingress_worker", lazy=False)
     assert "engine.calling.handle" in imports_of("engine.serving.context")  # in a function
-    assert "engine.seam.adapter" not in imports_of("engine.calling.slot")  # for annotations only
+    assert "engine.control.controller" not in imports_of("engine.control.operations")
+    assert "engine.control.controller" in imports_of("engine.control.operations", types=True)
 
 
 @pytest.mark.parametrize("module", ALL_MODULES)
@@ -126,20 +136,46 @@ def test_only_one_package_imports_ray_and_only_when_it_must() -> None:
     assert not [module for module in ALL_MODULES if "ray" in map(top, imports_of(module, lazy=False))]
 
 
-def test_the_core_imports_itself_without_circles() -> None:
-    edges = {module: imports_of(module, lazy=False) & set(ALL_MODULES) for module in modules("engine")}
+def circle_in(edges: Mapping[str, set[str]]) -> list[str]:
+    """A way that leads from a module back to itself, or an empty list."""
     done: set[str] = set()
 
-    def visit(module: str, path: tuple[str, ...]) -> None:
-        assert module not in path, " -> ".join([*path[path.index(module) :], module])
+    def visit(module: str, path: tuple[str, ...]) -> list[str]:
+        if module in path:
+            return [*path[path.index(module) :], module]
         if module not in done:
             for other in sorted(edges[module]):
-                visit(other, (*path, module))
+                if circle := visit(other, (*path, module)):
+                    return circle
             done.add(module)
+        return []
 
-    for module in edges:
-        visit(module, ())
-    assert done == set(edges)
+    return next((circle for module in edges if (circle := visit(module, ()))), [])
+
+
+def test_a_circle_is_found() -> None:
+    assert circle_in({"a": {"b"}, "b": {"c"}, "c": set()}) == []
+    assert circle_in({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_have_no_circles(package: str) -> None:
+    """Two modules that need each other, be it only for a type, are a sign that a noun is missing."""
+    own = modules(package)
+    # Names are imported when they are first used there, from wherever they are: no module needs the package itself.
+    edges = {name: (imports_of(name, types=True) & set(own)) - {package} for name in own if name != package}
+    assert circle_in(edges) == []
+
+
+def floor(module: str) -> str:
+    return module.split(".")[1]
+
+
+@pytest.mark.parametrize("module", [name for name in modules("engine") if name != "engine"])
+def test_the_rooms_of_the_core_import_downwards(module: str) -> None:
+    below = FLOORS[: FLOORS.index(floor(module)) + 1]
+    others = {name for name in imports_of(module, types=True) if top(name) == "engine" and name != "engine"}
+    assert {floor(name) for name in others} <= set(below)
 
 
 def test_importing_the_engine_loads_nothing_heavy() -> None:
