@@ -70,11 +70,11 @@ class BackendConfig:
         _known_fields(type(self), "config", changes)
         return dataclasses.replace(self, **dict(changes))
 
-    def concurrency(self, *, blocking: bool) -> int:
+    def concurrency(self, *, on_loop: bool) -> int:
         """``max_concurrent_queries`` with its default filled in for a sync or an async callable."""
         if self.max_concurrent_queries is not None:
             return self.max_concurrent_queries
-        if not blocking:
+        if on_loop:
             return _MAX_ASYNC_QUERIES
         return 2 * self.max_batch_size if self.max_batch_size is not None else _BLOCKING_QUERIES
 

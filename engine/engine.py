@@ -16,7 +16,7 @@ from .calling.ref import get as get_results
 from .calling.ref import wait as wait_for
 from .calling.traffic import validate_proportion, validate_weights
 from .config import BackendConfig, HTTPOptions
-from .control.backend_plan import BackendPlan, pack_target
+from .control.backend_plan import BackendPlan, pack_definition
 from .control.operations import (
     CreateBackend,
     CreateEndpoint,
@@ -42,7 +42,7 @@ from .seam.plugins import load_adapter
 from .seam.resources import resources_of
 from .seam.serialization import dumps_by_value
 from .seam.snapshot import EndpointEntry
-from .serving.user_callable import accepts_batches, is_blocking
+from .serving.user_callable import accepts_batches, runs_on_loop
 
 T = TypeVar("T")
 
@@ -190,10 +190,10 @@ class Engine:
             raise InvalidArgument(f"backend {tag!r} is a function: only a class takes init arguments")
         plan = BackendPlan(
             tag=tag,
-            target=pack_target(tag, func_or_class, init_args, init_kwargs),
+            definition=pack_definition(tag, func_or_class, init_args, init_kwargs),
             config=BackendConfig.of(config),
             resources=resources_of(ray_actor_options),
-            blocking=is_blocking(func_or_class),
+            on_loop=runs_on_loop(func_or_class),
             batches=accepts_batches(func_or_class),
             reconfigurable=isinstance(func_or_class, type) and callable(getattr(func_or_class, "reconfigure", None)),
         )

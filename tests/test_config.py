@@ -94,7 +94,7 @@ def test_an_update_changes_what_it_names_and_nothing_else() -> None:
     ],
 )
 def test_how_many_calls_a_replica_holds(options: dict[str, Any], blocking: bool, expected: int) -> None:
-    assert BackendConfig(**options).concurrency(blocking=blocking) == expected
+    assert BackendConfig(**options).concurrency(on_loop=not blocking) == expected
 
 
 def test_it_travels() -> None:

@@ -22,7 +22,7 @@ from engine.calling.client import Client
 from engine.calling.subscription import Subscription
 from engine.config import BackendConfig, HTTPOptions
 from engine.control import operations, remote_runner
-from engine.control.backend_plan import BackendPlan, pack_target
+from engine.control.backend_plan import BackendPlan, pack_definition
 from engine.control.checkpoint import Checkpoint, KnownBackend, KnownWorker, Picture
 from engine.control.controller import Controller
 from engine.control.detached import DetachedController
@@ -43,10 +43,10 @@ HTTP = HTTPOptions.of({"port": 0, "workers": 2})
 def plan(tag: str, **config: Any) -> BackendPlan:
     return BackendPlan(
         tag=tag,
-        target=pack_target(tag, len, (), {}),
+        definition=pack_definition(tag, len, (), {}),
         config=BackendConfig.of(config),
         resources=Resources(num_cpus=1.5, env_vars={"TAG": tag}),
-        blocking=True,
+        on_loop=False,
         batches=False,
         reconfigurable=False,
     )

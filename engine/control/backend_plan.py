@@ -10,19 +10,19 @@ from ..errors import InvalidArgument, NotSerializable
 from ..seam.resources import Resources
 from ..seam.serialization import dumps, dumps_by_value
 
-__all__ = ["BackendPlan", "pack_target"]
+__all__ = ["BackendPlan", "pack_definition"]
 
 
-def pack_target(tag: str, target: Any, init_args: tuple[Any, ...], init_kwargs: dict[str, Any]) -> bytes:
+def pack_definition(tag: str, func_or_class: Any, init_args: tuple[Any, ...], init_kwargs: dict[str, Any]) -> bytes:
     """Pickle what a backend is made of.
 
     Raises:
         NotSerializable: A part of it cannot be pickled; the message says which.
     """
     try:
-        return dumps_by_value((target, init_args, init_kwargs), f"backend {tag!r}")
+        return dumps_by_value((func_or_class, init_args, init_kwargs), f"backend {tag!r}")
     except NotSerializable:
-        dumps_by_value(target, f"backend {tag!r}")
+        dumps_by_value(func_or_class, f"backend {tag!r}")
         for position, value in enumerate(init_args):
             dumps_by_value(value, f"init argument {position} of backend {tag!r}")
         for name, value in init_kwargs.items():
@@ -35,17 +35,17 @@ class BackendPlan:
     """A backend as the application described it.
 
     Attributes:
-        target: The pickled ``(function or class, init_args, init_kwargs)``.
-        blocking: It has no ``async def`` callable.
+        definition: The pickled ``(function or class, init_args, init_kwargs)``.
+        on_loop: It has an ``async def`` callable.
         batches: It has a callable marked with ``accept_batch``.
         reconfigurable: It is a class with a ``reconfigure`` method.
     """
 
     tag: str
-    target: bytes
+    definition: bytes
     config: BackendConfig
     resources: Resources
-    blocking: bool
+    on_loop: bool
     batches: bool
     reconfigurable: bool
 

@@ -100,7 +100,7 @@ class BackendReplicas:
         return BackendEntry(
             self.plan.tag,
             tuple(ReplicaEntry(one.spec.worker_id, one.address) for one in self.running if one.life is Life.READY),
-            self.config.concurrency(blocking=self.plan.blocking),
+            self.config.concurrency(on_loop=self.plan.on_loop),
             self.config.max_queued_requests,
             expecting=self._failures < _HOPELESS_AFTER,
             failures=self._failures,
@@ -260,7 +260,7 @@ class BackendReplicas:
             control_address=self._adapter.control_address,
             backend_tag=plan.tag,
             replica_tag=replica_tag,
-            target=plan.target,
+            definition=plan.definition,
             config=plan.config,
             debug=self._debug,
             shares_process=self._adapter.shares_process,

@@ -329,7 +329,7 @@ class Controller:
 
     def _publish_anyway(self) -> None:
         """As `_publish`, for what has happened and cannot be taken back: callers need the news."""
-        self._keeper.keep_soon()
+        self._keeper.keep_or_log()
         self._let_rule()
 
     def _let_rule(self) -> int:
@@ -394,7 +394,7 @@ class Controller:
 
     async def _refill_ingresses(self) -> None:
         await self._ingresses.complete()
-        self._keeper.keep_soon()
+        self._keeper.keep_or_log()
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)

@@ -51,7 +51,7 @@ class Keeper:
             raise
         self._catch_up()
 
-    def keep_soon(self) -> None:
+    def keep_or_log(self) -> None:
         """As `keep`, where nobody waits who could be told that the store is away: it is logged.
 
         Does nothing while the picture of each moment is tried anyway: a store that is slow to fail blocks the loop.

@@ -84,7 +84,7 @@ class Worker:
 
 
 class Workers:
-    """Starts, watches, drains and kills workers. It is the adapter's `AdapterEvents` for all but new peers.
+    """Starts, watches, drains and kills workers. The controller passes on to it what the adapter says of them.
 
     Args:
         adapter: Runs them.

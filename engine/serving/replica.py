@@ -100,7 +100,7 @@ class Replica:
 
     def _take(self, config: BackendConfig) -> None:
         self._config = config
-        self._limit = config.concurrency(blocking=not self.on_loop)
+        self._limit = config.concurrency(on_loop=self.on_loop)
         self._batch_size = config.max_batch_size or 1
 
     # -- the control thread ----------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ class ReplicaSpec:
     """Everything a replica is made of.
 
     Attributes:
-        target: The pickled ``(function or class, init_args, init_kwargs)``.
+        definition: The pickled ``(function or class, init_args, init_kwargs)``.
         shares_process: Other replicas live in the same process.
     """
 
@@ -23,7 +23,7 @@ class ReplicaSpec:
     control_address: str
     backend_tag: str
     replica_tag: str
-    target: bytes
+    definition: bytes
     config: BackendConfig
     debug: bool
     shares_process: bool

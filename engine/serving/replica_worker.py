@@ -15,7 +15,7 @@ from ..seam.worker import WorkerHost
 from .context import ReplicaContext, enter_replica
 from .replica import awaited
 from .replica_spec import ReplicaSpec
-from .user_callable import UserCallable, is_blocking
+from .user_callable import UserCallable, runs_on_loop
 
 if TYPE_CHECKING:
     from .blocking_replica import BlockingReplica
@@ -30,13 +30,13 @@ def main(host: WorkerHost, payload: bytes) -> None:
         spec: ReplicaSpec = pickle.loads(payload)
         if not spec.shares_process:
             register_connector(spec.engine_id, host.connector())
-        target = pickle.loads(spec.target)
-        on_loop = not is_blocking(target[0])
+        definition = pickle.loads(spec.definition)
+        on_loop = runs_on_loop(definition[0])
         context = ReplicaContext(
             spec.engine_id, spec.backend_tag, spec.replica_tag, spec.adapter_name, spec.control_address, on_loop
         )
         enter_replica(context, whole_process=not spec.shares_process)
-        replica = make_replica(spec.backend_tag, target, spec.config, host.tell, debug=spec.debug)
+        replica = make_replica(spec.backend_tag, definition, spec.config, host.tell, debug=spec.debug)
     except (Exception, SystemExit, KeyboardInterrupt) as error:
         host.tell(StartFailed(pack_exception(error)))
         return
@@ -50,14 +50,14 @@ def main(host: WorkerHost, payload: bytes) -> None:
 
 def make_replica(
     tag: str,
-    target: tuple[Any, tuple[Any, ...], dict[str, Any]],
+    definition: tuple[Any, tuple[Any, ...], dict[str, Any]],
     config: BackendConfig,
     tell: Callable[[Any], None],
     *,
     debug: bool,
 ) -> BlockingReplica | LoopReplica:
     """Construct the user's object and the replica around it; ``reconfigure`` has run when this returns."""
-    user = UserCallable(tag, *target)
+    user = UserCallable(tag, *definition)
     if config.user_config is not None:
         outcome = user.reconfigure(config.user_config)
         if inspect.isawaitable(outcome):

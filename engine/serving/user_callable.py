@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import MethodNotFound
 
-__all__ = ["Method", "UserCallable", "accept_batch", "accepts_batches", "is_blocking"]
+__all__ = ["Method", "UserCallable", "accept_batch", "accepts_batches", "runs_on_loop"]
 
 _MARK = "_engine_accept_batch"
 
@@ -24,20 +24,22 @@ def accept_batch(function: Any) -> Any:
     return function
 
 
-def accepts_batches(target: Any) -> bool:
+def accepts_batches(func_or_class: Any) -> bool:
     """Whether a function, or any method of a class, is marked with `accept_batch`."""
-    if getattr(target, _MARK, False):
+    if getattr(func_or_class, _MARK, False):
         return True
-    return inspect.isclass(target) and any(
-        getattr(getattr(target, name, None), _MARK, False) for name in dir(target) if not _is_private(name)
+    return inspect.isclass(func_or_class) and any(
+        getattr(getattr(func_or_class, name, None), _MARK, False)
+        for name in dir(func_or_class)
+        if not _is_private(name)
     )
 
 
-def is_blocking(target: Any) -> bool:
-    """Whether a function or class has no ``async def`` callable, so that calls run one at a time."""
-    if not inspect.isclass(target):
-        return not _is_async(target)
-    return not any(_is_async(getattr(target, name, None)) for name in dir(target) if not _is_private(name))
+def runs_on_loop(func_or_class: Any) -> bool:
+    """Whether a function or class has an ``async def`` callable; else its calls run one at a time."""
+    if not inspect.isclass(func_or_class):
+        return _is_async(func_or_class)
+    return any(_is_async(getattr(func_or_class, name, None)) for name in dir(func_or_class) if not _is_private(name))
 
 
 def _is_private(name: str) -> bool:
@@ -92,16 +94,16 @@ class UserCallable:
 
     Args:
         tag: The backend's tag, for messages.
-        target: A function or another callable object, or the class to instantiate.
+        func_or_class: A function or another callable object, or the class to instantiate.
         init_args: For the class.
         init_kwargs: For the class.
     """
 
-    def __init__(self, tag: str, target: Any, init_args: tuple[Any, ...], init_kwargs: dict[str, Any]) -> None:
+    def __init__(self, tag: str, func_or_class: Any, init_args: tuple[Any, ...], init_kwargs: dict[str, Any]) -> None:
         self._tag = tag
-        self._is_class = inspect.isclass(target)
-        self.on_loop = not is_blocking(target)
-        self.subject = target(*init_args, **init_kwargs) if self._is_class else target
+        self._is_class = inspect.isclass(func_or_class)
+        self.on_loop = runs_on_loop(func_or_class)
+        self.subject = func_or_class(*init_args, **init_kwargs) if self._is_class else func_or_class
         self._methods: dict[str, Method] = {}
 
     def method(self, name: str) -> Method:
