@@ -137,7 +137,7 @@ def hosts(tag: str) -> list[str]:
 
 def addresses(tag: str) -> list[str]:
     """Where the replicas of a backend are reached from other hosts: tcp:HOST:PORT."""
-    from engine_ray.addresses import Address
+    from engine_ray.calling.addresses import Address
 
     entry = _engine._client.snapshot.backends[tag]
     return [Address.parse(replica.address).seen_from("another node") for replica in entry.replicas]

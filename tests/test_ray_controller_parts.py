@@ -21,13 +21,13 @@ from engine_wire import SocketChannel, Undriven
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 if why_not() is None:
-    from engine_ray import leftovers, nodes, strangers
-    from engine_ray.bodies import Bound, Hello
-    from engine_ray.cluster import ClusterAdapter
-    from engine_ray.nodes import NodeWatch
-    from engine_ray.public_ports import PublicPorts
-    from engine_ray.strangers import Newcomer, Strangers
-    from engine_ray.watched import WatchedWorker
+    from engine_ray.controlling import leftovers, nodes, strangers
+    from engine_ray.controlling.cluster import ClusterAdapter
+    from engine_ray.controlling.nodes import NodeWatch
+    from engine_ray.controlling.public_ports import PublicPorts
+    from engine_ray.controlling.strangers import Newcomer, Strangers
+    from engine_ray.controlling.watched import WatchedWorker
+    from engine_ray.working.bodies import Bound, Hello
 
 # -- public ports ----------------------------------------------------------------------------------------------------
 
@@ -278,7 +278,7 @@ def test_the_watch_tells_of_every_change_and_outlives_a_failure(
 
 def test_an_engine_is_left_over_when_its_job_is_over_and_nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine that was made in a detached actor outlives the job of the program that made the actor."""
-    from engine_ray.registry import Entry, Registry
+    from engine_ray.link.registry import Entry, Registry
 
     jobs = [{"JobID": "1", "IsDead": True}, {"JobID": "2", "IsDead": False}]
     monkeypatch.setattr("ray._private.state.jobs", lambda: jobs)

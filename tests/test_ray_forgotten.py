@@ -11,7 +11,7 @@ import pytest
 from harness import eventually
 from ray_cluster import ENVIRONMENT, RayCluster
 
-from engine_ray.registry import Registry
+from engine_ray.link.registry import Registry
 
 _PROGRAM = """
 {first}

@@ -29,18 +29,21 @@ from engine.seam.worker import WorkerSpec
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 if why_not() is None:
-    from engine_ray import RayAdapter, connection, connector, courier, registry, turns, watched
-    from engine_ray.actors import NAMESPACE, actor_names, kill_actor, kill_named
-    from engine_ray.addresses import Address, cluster_of, engine_of, is_symbolic, symbolic
-    from engine_ray.bodies import Bound, Leaving
-    from engine_ray.carried import CarriedError, CarriedResult, Errand, Filled, Placeholder, carried
-    from engine_ray.cluster import ClusterAdapter
-    from engine_ray.connector import RayConnector
-    from engine_ray.output import LineWriter
-    from engine_ray.places import options_of, shortage, trifle
-    from engine_ray.registry import Entry, Registry
-    from engine_ray.turns import Turns
-    from engine_ray.watched import WatchedWorker, described_death
+    from engine_ray import RayAdapter
+    from engine_ray.calling import connector, courier, turns
+    from engine_ray.calling.addresses import Address, cluster_of, engine_of, is_symbolic, symbolic
+    from engine_ray.calling.carried import CarriedError, CarriedResult, Errand, Filled, Placeholder, carried
+    from engine_ray.calling.connector import RayConnector
+    from engine_ray.calling.turns import Turns
+    from engine_ray.controlling import watched
+    from engine_ray.controlling.cluster import ClusterAdapter
+    from engine_ray.controlling.places import options_of, shortage, trifle
+    from engine_ray.controlling.watched import WatchedWorker, described_death
+    from engine_ray.link import connection, registry
+    from engine_ray.link.actors import NAMESPACE, actor_names, kill_actor, kill_named
+    from engine_ray.link.registry import Entry, Registry
+    from engine_ray.working.bodies import Bound, Leaving
+    from engine_ray.working.output import LineWriter
 
 
 # -- the connection to Ray -------------------------------------------------------------------------------------------
@@ -1165,14 +1168,14 @@ def test_what_a_program_hears_when_the_controller_dies(
 ) -> None:
     from ray.exceptions import ActorUnavailableError
 
-    from engine_ray.detached import RayController
+    from engine_ray.controlling.detached import RayController
 
     def die(ref: None) -> None:
         raise ActorUnavailableError("the actor is restarting", b"a" * 16)
 
     monkeypatch.setattr("ray.is_initialized", lambda: True)
     monkeypatch.setattr("ray.get", die)
-    monkeypatch.setattr("engine_ray.detached.connection.cluster", lambda: HEAD)
+    monkeypatch.setattr("engine_ray.controlling.detached.connection.cluster", lambda: HEAD)
     if answers:
         silent.away = None
     if not entry:
@@ -1183,15 +1186,15 @@ def test_what_a_program_hears_when_the_controller_dies(
 
 
 def test_an_end_goes_as_far_as_it_can(monkeypatch: pytest.MonkeyPatch, silent: FakeControlPlane) -> None:
-    from engine_ray.detached import RayController
+    from engine_ray.controlling.detached import RayController
 
     ended: list[Any] = []
     monkeypatch.setattr("ray.is_initialized", lambda: True)
-    monkeypatch.setattr("engine_ray.detached.connection.cluster", lambda: HEAD)
-    monkeypatch.setattr("engine_ray.detached.kill_actor", ended.append)
-    monkeypatch.setattr("engine_ray.detached.end_courier", ended.append)
-    monkeypatch.setattr("engine_ray.detached._worker_names", lambda engine_id: [engine_id])
-    monkeypatch.setattr("engine_ray.detached.kill_named", ended.append)
+    monkeypatch.setattr("engine_ray.controlling.detached.connection.cluster", lambda: HEAD)
+    monkeypatch.setattr("engine_ray.controlling.detached.kill_actor", ended.append)
+    monkeypatch.setattr("engine_ray.controlling.detached.end_courier", ended.append)
+    monkeypatch.setattr("engine_ray.controlling.detached._worker_names", lambda engine_id: [engine_id])
+    monkeypatch.setattr("engine_ray.controlling.detached.kill_named", ended.append)
     RayController("the controller", "e", ClusterAdapter(None, {}, {})).leave(ended=True)
     assert ended == ["the controller", "e", ["e"]], "though the control plane did not answer"
 
@@ -1204,18 +1207,18 @@ def test_a_start_that_fails_ends_only_an_engine_that_ends_with_it(
     kv: FakeControlPlane, monkeypatch: pytest.MonkeyPatch, detached: bool
 ) -> None:
     """A detached engine has workers that wait for its next controller, which finds the engine by its entry."""
-    monkeypatch.setattr("engine_ray.cluster.connection.join", lambda address, options: False)
-    monkeypatch.setattr("engine_ray.cluster.listen_everywhere", lambda name: ([], ()))
+    monkeypatch.setattr("engine_ray.controlling.cluster.connection.join", lambda address, options: False)
+    monkeypatch.setattr("engine_ray.controlling.cluster.listen_everywhere", lambda name: ([], ()))
     monkeypatch.setattr("ray.is_initialized", lambda: False)
 
     def failing(own_id: Any) -> Any:
         raise ConnectionError("the control plane is away")
 
-    monkeypatch.setattr("engine_ray.nodes._living", failing)
+    monkeypatch.setattr("engine_ray.controlling.nodes._living", failing)
     adapter: ClusterAdapter
     if detached:
-        from engine_ray.detached import DetachedAdapter
-        from engine_ray.order import Surroundings
+        from engine_ray.controlling.detached import DetachedAdapter
+        from engine_ray.working.order import Surroundings
 
         adapter = DetachedAdapter("e", {}, Surroundings.here())
     else:

@@ -12,9 +12,9 @@ from engine.config import HTTPOptions
 from engine.errors import InvalidArgument
 from engine.seam.detached import RemoteController
 
-from . import connection
-from .cluster import ClusterAdapter
-from .detached import create_controller, find_controller
+from .controlling.cluster import ClusterAdapter
+from .controlling.detached import create_controller, find_controller
+from .link import connection
 
 __all__ = ["RayAdapter"]
 

@@ -21,12 +21,12 @@ from engine.seam.service import Service
 from engine_wire import SocketChannel, Undriven, WireWorkerHost, connect, notice_silence
 from engine_wire.listening import bind_shared
 
-from .addresses import Address
+from ..calling.addresses import Address
+from ..calling.carried import refuse_refs
+from ..calling.refs import RayCaller
+from ..controlling.places import listen_everywhere
 from .bodies import Bound, Hello, Leaving
-from .carried import refuse_refs
 from .order import Order
-from .places import listen_everywhere
-from .refs import RayCaller
 
 __all__ = ["RayHost"]
 
@@ -34,7 +34,7 @@ _RETRY_S = 0.2
 """Between looks for the next controller: Ray's store tells nobody of a changed row, so who waits for one asks again."""
 _OPEN_WITHIN_S = 20.0
 """For a connection that TCP itself gives up after 11 s, and the handshake on it."""
-_leave_process = os._exit  # user code's calls are heard of (`engine_ray.worker`); this one is none
+_leave_process = os._exit  # user code's calls are heard of (`engine_ray.working.worker`); this one is none
 
 
 class RayHost(WireWorkerHost):

@@ -25,10 +25,10 @@ from engine.seam.control_messages import Subscribe
 from engine.seam.messages import PYTHON, Call, Reply
 from engine.seam.serialization import dumps, pack_exception
 
-from .actors import NAMESPACE, kill_actor
+from ..link.actors import NAMESPACE, kill_actor
+from ..working.order import Surroundings, extend_path
 from .carried import CarriedError, Filled, carried, refuse_refs
 from .connector import RayConnector
-from .order import Surroundings, extend_path
 from .turns import Turns
 
 __all__ = ["Courier", "courier_name", "end_courier", "find_courier"]

@@ -24,14 +24,14 @@ from engine.seam.adapter import AdapterEvents
 from engine.seam.detached import RemoteController, StateStore
 from engine.seam.worker import WorkerSpec
 
-from . import connection
-from .actors import NAMESPACE, actor_names, kill_actor, kill_named
-from .addresses import symbolic
+from ..calling.addresses import symbolic
+from ..calling.courier import end_courier
+from ..link import connection
+from ..link.actors import NAMESPACE, actor_names, kill_actor, kill_named
+from ..link.registry import Entry, Registry
+from ..working.order import Surroundings
 from .cluster import SECRET_BYTES, ClusterAdapter
-from .courier import end_courier
-from .order import Surroundings
 from .places import check_connected, trifle
-from .registry import Entry, Registry
 
 __all__ = ["ControllerActor", "RayController", "create_controller", "find_controller"]
 

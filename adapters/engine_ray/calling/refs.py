@@ -1,8 +1,8 @@
 """Calls as object refs: what ``handle.remote()`` gives on Ray, and waiting for it.
 
 An object ref can only come from a call to an actor. So calls that want one go to the engine's courier
-(`engine_ray.courier`), which sends them on over the engine's channels, where all rules for calls hold. The courier
-starts with the first such call of the engine, wherever it is made.
+(`engine_ray.calling.courier`), which sends them on over the engine's channels, where all rules for calls hold. The
+courier starts with the first such call of the engine, wherever it is made.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from engine.config import LONGEST_S
 from engine.errors import CallError, DeadlineExceeded, ReplicaDied, RetryLater
 from engine.seam.may_block import running_asyncio_loop
 
-from .actors import NAMESPACE
+from ..controlling.places import check_connected
+from ..link.actors import NAMESPACE
 from .addresses import engine_of
 from .carried import Errand, Placeholder, refuse_refs
 from .connector import RayConnector
 from .courier import courier_name, find_courier
-from .places import check_connected
 
 if TYPE_CHECKING:
     from engine.seam.connector import PlatformRefs

@@ -1,4 +1,4 @@
-"""What a worker is told when its actor starts: the argument of `engine_ray.worker.RayWorker.run`."""
+"""What a worker is told when its actor starts: the argument of `engine_ray.working.worker.RayWorker.run`."""
 
 from __future__ import annotations
 

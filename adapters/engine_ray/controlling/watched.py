@@ -17,7 +17,7 @@ from engine.seam.messages import Control, Message
 from engine.seam.worker import WorkerSpec
 from engine_wire import SocketChannel
 
-from .bodies import Bound, Leaving
+from ..working.bodies import Bound, Leaving
 
 __all__ = ["WatchedWorker", "described_death"]
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from .addresses import Address
-from .knocking import knock
-from .registry import Registry
+from ..calling.addresses import Address
+from ..link.knocking import knock
+from ..link.registry import Registry
 
 __all__ = ["sweep_leftovers"]
 

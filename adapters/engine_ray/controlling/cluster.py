@@ -25,18 +25,18 @@ from engine.seam.messages import Control, Message
 from engine.seam.worker import Listen, WorkerExit, WorkerSpec
 from engine_wire import Acceptor, SocketChannel, notice_silence
 
-from . import connection
-from .actors import kill_actor
-from .addresses import Address
-from .bodies import Hello
-from .courier import end_courier
+from ..calling.addresses import Address
+from ..calling.courier import end_courier
+from ..calling.refs import RayCaller
+from ..link import connection
+from ..link.actors import kill_actor
+from ..link.registry import Entry, Registry
+from ..working.bodies import Hello
+from ..working.order import Order, Surroundings
 from .leftovers import sweep_leftovers
 from .nodes import NodeWatch
-from .order import Order, Surroundings
 from .places import check_connected, listen_everywhere, options_of, shortage
 from .public_ports import PublicPorts
-from .refs import RayCaller
-from .registry import Entry, Registry
 from .strangers import Newcomer, Strangers
 from .watched import WatchedWorker, described_death
 
@@ -138,7 +138,7 @@ class ClusterAdapter(RayCaller):
             listen, port = await self._ports.place(listen, spec.node_id)
         import ray
 
-        from .worker import RayWorker
+        from ..working.worker import RayWorker
 
         try:
             actor = ray.remote(RayWorker).options(**options, **self._lasting(spec)).remote()

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 from engine.seam.channel import Channel, ChannelClosed, ChannelListener
 from engine_wire import WireConnector, connect, notice_silence
 
-from . import connection
+from ..link import connection
+from ..link.registry import Entry, Registry
 from .addresses import Address, cluster_of, engine_of, is_symbolic
-from .registry import Entry, Registry
 
 if TYPE_CHECKING:
     pass

@@ -1,0 +1,1 @@
+"""Calls: channels to an engine's parties from any process of the cluster, and calls as object refs."""

@@ -1,0 +1,1 @@
+"""This process's link to Ray: its connection, and what engines keep with the cluster."""
