@@ -32,6 +32,7 @@ from engine.seam.serialization import unpack_exception
 from engine.seam.worker import Listen, WorkerExit, WorkerSpec
 from engine_local import LocalAdapter, LocalConnector, watched
 from engine_local import adapter as adapter_module
+from engine_local.life import Stage
 
 pytestmark = pytest.mark.anyio
 
@@ -646,6 +647,24 @@ async def test_an_import_that_never_ends_does_not_stop_the_others(
     adapter.kill_worker("older")
     assert await recorder.exit("older")
     await within(2.0, lambda: not any(map(is_running, pids)))
+
+
+async def test_whoever_is_killed_early_in_an_import_that_never_ends_is_given_up_later(
+    adapter: LocalAdapter, recorder: Recorder, modules: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await adapter.start_worker(spec("old", _workers.sleep))
+    pid = await recorder.answer("old")
+    mark = modules / "importing"
+    write_module(modules, "endless", f"open({str(mark)!r}, 'w')\nimport time\ntime.sleep(1000)")
+    monkeypatch.setattr(watched, "_STUCK_AFTER_S", 0.5)
+    monkeypatch.setattr(watched, "_EXIT_PATIENCE_S", 0.01)
+    await adapter.start_worker(spec("stuck", _workers.answer, 1, preload=("endless",)))
+    adapter.kill_worker("stuck")
+    await within(PATIENCE_S, mark.exists)
+    os.kill(pid, signal.SIGKILL)
+    await within(PATIENCE_S, lambda: adapter._workers["old"].stage is Stage.CUT_OFF)
+    assert "took too long" in await recorder.exit("stuck")
+    assert "is gone" in await recorder.exit("old")  # nobody else would tell, ever
 
 
 @pytest.mark.parametrize("preload", ["torch", [1], [""]])

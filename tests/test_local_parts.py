@@ -253,7 +253,7 @@ ENDS: list[tuple[str, list[Any], str, int]] = [
     ("orphaned, then killed", ["forked", "server gone", "kill", "doom", "hung up"], "its fork server crashed", 0),
     ("orphaned by the engine", ["forked", "doom", "server gone", "hung up"], BY_THE_ENGINE, 0),
     ("cut off and orphaned", ["forked", "hung up", "too late", "server gone"], "its fork server crashed", 1),
-    ("given up", ["server stuck", "kill"], TOO_LONG, 1),
+    ("given up", ["server stuck", "kill", "too late"], TOO_LONG, 1),
     ("not given up", ["forked", "server stuck", "kill", SIGKILLED], BY_THE_ENGINE, 1),
     ("alone", ["forked", "retire", "hung up", "too late"], STUCK, 1),
 ]

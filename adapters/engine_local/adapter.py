@@ -196,7 +196,7 @@ class LocalAdapter(LocalConnector):
         for launcher in self._launchers:
             if self._launchers[launcher] is shared and not launcher.retired:
                 return launcher
-        launcher = Launcher(self._preload, self._on_report, self._on_gone, loop)
+        launcher = Launcher(self._preload, self._on_report, self._on_stuck, self._on_gone, loop)
         self._launchers[launcher] = shared
         return launcher
 
@@ -271,6 +271,12 @@ class LocalAdapter(LocalConnector):
                 self._preloaded.set_exception(error)
         elif error is not None:
             _log.error("%s", error)
+
+    def _on_stuck(self, launcher: Launcher) -> None:
+        for worker in self._of(launcher):
+            worker.left_alone()
+        if not self._of(launcher):
+            launcher.kill()
 
     def _on_gone(self, launcher: Launcher, phrase: str) -> None:
         del self._launchers[launcher]

@@ -47,6 +47,7 @@ class Launcher:
     Args:
         preload: Modules for it to import.
         on_report: Gets its reports (`engine_local.orders`).
+        on_stuck: Told once, when it is found stuck in an import.
         on_gone: Told once, with a phrase for people, when it is gone.
         loop: Runs all this.
 
@@ -59,10 +60,12 @@ class Launcher:
         self,
         preload: Sequence[str],
         on_report: Callable[[Any], None],
+        on_stuck: Callable[[Launcher], None],
         on_gone: Callable[[Launcher, str], None],
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         self._on_report = on_report
+        self._on_stuck = on_stuck
         self._on_gone = on_gone
         self._loop = loop
         self._frames = Frames()
@@ -138,7 +141,9 @@ class Launcher:
 
     def retire(self) -> None:
         """It is stuck: order no more workers from it. Those that it has forked live on."""
-        self.retired = True
+        if not self.retired:
+            self.retired = True
+            self._on_stuck(self)
 
     def kill(self) -> None:
         """End the fork server and its workers at once; ``on_gone`` follows."""

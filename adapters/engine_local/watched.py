@@ -110,9 +110,8 @@ class WatchedWorker:
             return
         self._doomed = True
         self.launcher.kill_worker(self.worker_id, self._pid)
-        if self.stage is Stage.ORDERED and self._loop.time() - self._ordered_at > _STUCK_AFTER_S:
-            self.launcher.retire()
-            self._end()
+        if self.stage is Stage.ORDERED:
+            self._expect_within(self._ordered_at + _STUCK_AFTER_S - self._loop.time(), self._give_up)
 
     def reported(self, report: Forked | ForkFailed | Exited) -> None:
         """Its fork server says what became of it."""
@@ -129,7 +128,23 @@ class WatchedWorker:
             self._end()
         else:
             self.stage = self.stage.to(Stage.ORPHANED)
-            self._timer = self._loop.call_later(_EXIT_PATIENCE_S, self._end)
+            self._expect_within(_EXIT_PATIENCE_S, self._end)
+
+    def left_alone(self) -> None:
+        """Its fork server is stuck."""
+        if self.stage is Stage.CUT_OFF:
+            self.launcher.kill_worker(self.worker_id, self._pid)
+            self._end()
+
+    def _expect_within(self, patience_s: float, otherwise: Callable[[], None]) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_later(patience_s, otherwise)
+
+    def _give_up(self) -> None:
+        if self.stage is Stage.ORDERED:
+            self._end()
+            self.launcher.retire()
 
     def _cut_off(self) -> None:
         self.stage = self.stage.to(Stage.CUT_OFF)
@@ -166,7 +181,7 @@ class WatchedWorker:
             self._end()
         elif self.stage is not Stage.ENDED:  # else this is the rest of what it said
             self.stage = self.stage.to(Stage.SILENT)
-            self._timer = self._loop.call_later(_EXIT_PATIENCE_S, self._cut_off)
+            self._expect_within(_EXIT_PATIENCE_S, self._cut_off)
 
     def _print(self, level: int, stream: str, line: str) -> None:
         self._said(self.worker_id, LogLine(level, stream, line))
