@@ -18,6 +18,7 @@ from harness import PATIENCE_S, eventually
 
 from engine.calling.caller import Caller
 from engine.calling.ref import Ref
+from engine.calling.slot import Slot
 from engine.errors import (
     DeadlineExceeded,
     EndpointNotFound,
@@ -30,6 +31,11 @@ from engine.errors import (
 from engine.seam.channel import ChannelClosed
 from engine.seam.messages import Call, Cancel, Control, Credit, End, Failure, FailureKind, Item, Reply
 from engine.seam.snapshot import BackendEntry, RoutingSnapshot
+
+
+def submit(caller: Caller, call: Call, slot: Slot) -> None:
+    slot.endpoint, slot.call = "e", call
+    caller.submit(slot)
 
 
 class World:
@@ -49,7 +55,7 @@ class World:
 
     def submit(self, name: str = "", *args: Any, **options: Any) -> FakeSlot:
         slot = FakeSlot(name)
-        self.caller.submit("e", a_call(name, *args, **options), slot)
+        submit(self.caller, a_call(name, *args, **options), slot)
         return slot
 
     def channel(self, replica: str) -> FakeChannel:
@@ -141,11 +147,11 @@ def test_a_thread_that_drives_need_not_be_watched_over(world: World) -> None:
     class Driving(FakeSlot):
         drives = True
 
-    world.caller.submit("e", a_call("a"), Driving())
+    submit(world.caller, a_call("a"), Driving())
     assert not world.channel("r1").watched
     world.show(backend_entry("b", ["r1"], limit=1))
     queued = Driving()
-    world.caller.submit("e", a_call("b"), queued)
+    submit(world.caller, a_call("b"), queued)
     world.reply("r1")
     assert world.names("r1") == ["a", "b"]
     assert world.channel("r1").watched  # it waited in the queue, so nobody drives that channel for it
@@ -601,7 +607,7 @@ def test_a_call_given_up_while_its_channel_is_opened(world: World) -> None:
 
     world.adapter.open_channel = open_channel  # type: ignore[method-assign]
     slots.append(FakeSlot())
-    world.caller.submit("e", a_call("a"), slots[0])
+    submit(world.caller, a_call("a"), slots[0])
     world.reply("r1")
     assert not slots[0].settled
     assert world.counted() == IDLE
@@ -628,8 +634,8 @@ def test_a_call_given_up_before_it_is_sent(world: World) -> None:
 
 
 def test_a_ref_expires_once_and_its_replica_is_told(world: World) -> None:
-    ref = Ref(world.caller)
-    world.caller.submit("e", a_call("a"), ref)
+    ref = Ref(world.caller, "e")
+    submit(world.caller, a_call("a"), ref)
     ref.expire_after(0.5)
     (call,) = world.calls("r1")
     assert [delay for delay, _, _ in world.home.timers] == [0.5]
@@ -845,7 +851,7 @@ def test_a_call_whose_caller_is_closed_while_it_connects_is_told(world: World) -
         return original(target)
 
     world.caller._connect = connect  # type: ignore[method-assign]
-    world.caller.submit("e", a_call("a"), slot)
+    submit(world.caller, a_call("a"), slot)
     assert isinstance(slot.error, EngineClosed)
     assert slot.settled == 1
     assert not world.adapter.channels
@@ -929,7 +935,7 @@ def test_nothing_is_lost_or_counted_twice_among_threads(impatient_interpreter: N
             chance = random.Random(number)
             for _ in range(150):
                 slot = WaitingSlot()
-                world.caller.submit("e", a_call("x"), slot)
+                submit(world.caller, a_call("x"), slot)
                 if chance.random() < 0.3:
                     world.caller.cancel(slot)
                 else:

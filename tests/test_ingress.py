@@ -24,7 +24,7 @@ from engine.http.heads import encode_head
 from engine.http.ingress import Ingress
 from engine.http.results import encode_result
 from engine.seam.ingress_server import StreamBroken
-from engine.seam.messages import HTTP, INITIAL_CREDIT, Call, End, Failure, FailureKind, Item, Reply
+from engine.seam.messages import HTTP, INITIAL_CREDIT, End, Failure, FailureKind, Item, Reply
 from engine.seam.snapshot import EndpointEntry, RoutingSnapshot
 
 pytestmark = pytest.mark.anyio
@@ -43,10 +43,10 @@ def snapshot(version: int = 1, **routes: tuple[str | None, tuple[str, ...]]) -> 
 class Asked:
     """One call as the caller sees it, to be answered by the test."""
 
-    def __init__(self, endpoint: str, call: Call, shard_key: str | None, slot: Slot) -> None:
-        self.endpoint = endpoint
-        self.call = call
-        self.shard_key = shard_key
+    def __init__(self, slot: Slot) -> None:
+        self.endpoint = slot.endpoint
+        self.call = slot.call
+        self.shard_key = slot.shard_key
         self.slot = slot
         self.cancelled = False
         self.credit = 0
@@ -85,8 +85,8 @@ class FakeClient:
     def loop_caller(self) -> FakeClient:
         return self
 
-    def submit(self, endpoint: str, call: Call, slot: Slot, shard_key: str | None = None) -> None:
-        asked = Asked(endpoint, call, shard_key, slot)
+    def submit(self, slot: Slot) -> None:
+        asked = Asked(slot)
         self.by_slot[id(slot)] = asked
         if self.script is not None:
             self.script(asked)

@@ -20,7 +20,7 @@ from engine.http import ingress_worker as worker_module
 from engine.http.ingress_worker import IngressSpec, main
 from engine.http.results import encode_result
 from engine.seam.control_messages import Drain, Drained, Ping, Pong, Ready, StartFailed, Subscribe
-from engine.seam.messages import Call, Reply
+from engine.seam.messages import Reply
 from engine.seam.serialization import unpack_exception
 from engine.seam.snapshot import EndpointEntry, RoutingSnapshot
 from engine_http import HypercornServer
@@ -34,8 +34,8 @@ class FakeCaller:
     def __init__(self) -> None:
         self.held: queue.Queue[Any] = queue.Queue()
 
-    def submit(self, endpoint: str, call: Call, slot: Any, shard_key: str | None = None) -> None:
-        if endpoint == "held":
+    def submit(self, slot: Slot) -> None:
+        if slot.endpoint == "held":
             self.held.put(slot)
         else:
             self.answer(slot)

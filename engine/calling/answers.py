@@ -66,8 +66,8 @@ class ThreadSlot(Slot):
 
     drives = True
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, endpoint: str, call: Call, shard_key: str | None) -> None:
+        super().__init__(endpoint, call, shard_key)
         self.answer: Any = None
         self.error: BaseException | None = None
         self.arrived = threading.Lock()
@@ -119,8 +119,8 @@ class TaskSlot(Slot):
 
     __slots__ = ("future",)
 
-    def __init__(self, future: asyncio.Future[Any]) -> None:
-        super().__init__()
+    def __init__(self, future: asyncio.Future[Any], endpoint: str, call: Call, shard_key: str | None) -> None:
+        super().__init__(endpoint, call, shard_key)
         self.future = future
 
     def deliver(self, message: Reply | Failure | Item | End) -> None:
@@ -156,8 +156,8 @@ async def answer_to(
     import asyncio
 
     loop = asyncio.get_running_loop()
-    slot = TaskSlot(loop.create_future())
-    caller.submit(endpoint, call, slot, shard_key)
+    slot = TaskSlot(loop.create_future(), endpoint, call, shard_key)
+    caller.submit(slot)
     timer = None if timeout_s is None else loop.call_later(timeout_s, slot.expire, timeout_s)
     try:
         return await slot.future
@@ -174,8 +174,8 @@ class StreamSlot(Slot):
 
     __slots__ = ("_arrived", "_waiter", "loop")
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__()
+    def __init__(self, loop: asyncio.AbstractEventLoop, endpoint: str, call: Call, shard_key: str | None) -> None:
+        super().__init__(endpoint, call, shard_key)
         self.loop = loop
         self._arrived: collections.deque[Any] | None = None
         self._waiter: asyncio.Future[Any] | None = None

@@ -63,20 +63,11 @@ class Caller:
 
     # -- calls -----------------------------------------------------------------------------------------------------
 
-    def submit(self, endpoint: str, call: Call, slot: Slot, shard_key: str | None = None) -> None:
-        """Route a call and send it, or queue it. Errors go to ``slot.fail``, possibly before this returns.
+    def submit(self, slot: Slot, *, again: bool = False) -> None:
+        """Route a slot's call and send it, or queue it. Errors go to ``slot.fail``, possibly before this returns.
 
-        Args:
-            endpoint: Its name.
-            call: The call; its ``id`` is not looked at.
-            slot: Where the answer is waited for.
-            shard_key: Calls with equal keys go to the same backend.
+        A call that is routed ``again`` is neither counted nor copied a second time.
         """
-        slot.begin(endpoint, call, shard_key)
-        self._route(slot)
-
-    def _route(self, slot: Slot, *, again: bool = False) -> None:
-        """Route a slot's call; one that is routed ``again`` is neither counted nor copied a second time."""
         if self._router.snapshot is not self._current():
             self.apply(self._current())
         call = slot.call
@@ -90,7 +81,10 @@ class Caller:
                     endpoint.calls += 1
                     if endpoint.entry.shadows:
                         copies = list(self._router.shadows(endpoint))
-                target = self._place(slot, replica_set)
+                now = time.monotonic()
+                target = replica_set.place(slot, now)
+                if target is None:
+                    self._schedule_retry(replica_set, _RETRY_S, now)
         except EngineError as error:
             slot.fail(error)
             return
@@ -250,13 +244,6 @@ class Caller:
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
-    def _place(self, slot: Slot, replica_set: ReplicaSet) -> Target | None:
-        now = time.monotonic()
-        target = replica_set.place(slot, now)
-        if target is None:
-            self._schedule_retry(replica_set, _RETRY_S, now)
-        return target
-
     def _send(self, slot: Slot, target: Target, *, watch: bool = True) -> None:
         call = slot.call
         if slot.given_up:  # meanwhile
@@ -268,7 +255,7 @@ class Caller:
             channel = target.channel or self._connect(target)
             slot.send_on(channel, call_id, target)
             self._pending[call_id] = slot
-            channel.send(call.numbered(call_id))
+            channel.send(Call(call_id, *call[1:]))
             if watch:
                 channel.watch()
         except ChannelClosed as error:
@@ -373,17 +360,16 @@ class Caller:
     def _route_again(self, slot: Slot) -> None:
         if not slot.given_up:
             slot.come_back()
-            self._route(slot, again=True)
+            self.submit(slot, again=True)
 
     def _submit_copy(self, call: Call, replica_set: ReplicaSet) -> None:
-        copy = CopySlot()
-        copy.begin("", call, None)
+        copy = CopySlot(call=call)
         with self._lock:
             target = replica_set.choose(time.monotonic())
             if target is None:
                 replica_set.dropped_copies += 1  # a copy never waits: it would hold memory for nobody
                 return
-            target.take()
+            target.in_flight += 1
         self._send(copy, target)
 
     def _schedule_retry(self, replica_set: ReplicaSet, delay_s: float, now: float) -> None:

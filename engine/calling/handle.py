@@ -202,8 +202,7 @@ class Handle(_BaseHandle):
         if client.refs is not None:
             return self._start_on_platform(client, client.refs, *prepared(args, kwargs, None))
         caller = client.thread_caller()
-        ref = Ref(caller)
-        ref.endpoint = self._endpoint
+        ref = Ref(caller, self._endpoint)
         pending = refs_in(args, kwargs)
         if pending:
             when_all_done(pending, lambda: self._start_resolved(caller, ref, args, kwargs))
@@ -226,12 +225,13 @@ class Handle(_BaseHandle):
         caller = client.thread_caller()
         if kwargs or len(args) != 1 or type(args[0]) not in PLAIN:
             args, kwargs = prepared(args, kwargs, client.refs)
-        slot = ThreadSlot()
-        caller.submit(self._endpoint, self._call_of(args, kwargs), slot, self._options.shard_key)
+        slot = ThreadSlot(self._endpoint, self._call_of(args, kwargs), self._options.shard_key)
+        caller.submit(slot)
         return slot.wait(caller, self._options.timeout_s)
 
     def _start(self, caller: Caller, ref: Ref, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        caller.submit(self._endpoint, self._call_of(enveloped(args), kwargs), ref, self._options.shard_key)
+        ref.stand_for(self._call_of(enveloped(args), kwargs), self._options.shard_key)
+        caller.submit(ref)
 
     def _start_resolved(self, caller: Caller, ref: Ref, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if ref.done():
@@ -275,8 +275,9 @@ class AsyncHandle(_BaseHandle):
         return self._reach()
 
     def _started(self, caller: Caller, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ref:
-        ref = Ref(caller)
-        caller.submit(self._endpoint, self._call_of(args, kwargs), ref, self._options.shard_key)
+        ref = Ref(caller, self._endpoint)
+        ref.stand_for(self._call_of(args, kwargs), self._options.shard_key)
+        caller.submit(ref)
         if self._options.timeout_s is not None:
             ref.expire_after(self._options.timeout_s)
         return ref

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import LONGEST_S
 from ..errors import CallError, DeadlineExceeded, InvalidArgument, WouldBlock
 from ..seam.may_block import check_may_block
-from ..seam.messages import End, Failure, Item, Reply
+from ..seam.messages import Call, End, Failure, Item, Reply
 from .answers import deadline_error, open_answer, settled
 from .caller import Caller
 from .slot import Slot
@@ -33,8 +33,8 @@ class Ref(Slot):
 
     __slots__ = ("__weakref__", "_callbacks", "_caller", "_error", "_lock", "_message", "_opened", "_timer", "_value")
 
-    def __init__(self, caller: Caller | None) -> None:
-        super().__init__()
+    def __init__(self, caller: Caller | None, endpoint: str) -> None:
+        super().__init__(endpoint)
         self._caller = caller
         self._lock = threading.Lock()  # guards `_callbacks` against `_settle`
         self._callbacks: list[Callable[[Ref], None]] | None = []
@@ -118,6 +118,11 @@ class Ref(Slot):
         if not self.done():
             yield from settled(self.add_done_callback).__await__()
         return self._open()
+
+    def stand_for(self, call: Call, shard_key: str | None) -> None:
+        """Take the call whose result this is, now that its arguments are known."""
+        self.call = call
+        self.shard_key = shard_key
 
     # -- what the caller says ----------------------------------------------------------------------------------------
 

@@ -62,11 +62,6 @@ class Target:
         """Whether it may be given one more call."""
         return self.in_flight < limit and self.blocked_until <= now
 
-    def take(self) -> None:
-        """Count one more call in."""
-        self.in_flight += 1
-        self.blocked_until = 0.0
-
     def __repr__(self) -> str:
         state = "dead" if self.dead else "gone" if self.gone else "blocked" if self.blocked_until else "open"
         return f"<Target {self.replica_tag} {state} in_flight={self.in_flight} elsewhere={self.elsewhere}>"
@@ -120,7 +115,8 @@ class ReplicaSet:
         if not self.waiting:
             target = self.choose(now)
             if target is not None:
-                target.take()
+                target.in_flight += 1
+                target.blocked_until = 0.0
                 return target
         refusal = self.refusal()
         if refusal is not None:
@@ -169,7 +165,8 @@ class ReplicaSet:
             target = self.choose(now)
             if target is None:
                 return
-            target.take()
+            target.in_flight += 1
+            target.blocked_until = 0.0
             slot = self.waiting.popleft()
             slot.leave_queue()
             yield slot, target
@@ -184,9 +181,10 @@ class ReplicaSet:
         Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing" (2001).
         """
         targets = self._open
+        limit = self.limit
         count = len(targets)
         if count == 1:
-            return targets[0] if targets[0].has_room(self.limit, now) else None
+            return targets[0] if targets[0].has_room(limit, now) else None
         if count == 0:
             return None
         first = int(_random() * count)
@@ -194,9 +192,9 @@ class ReplicaSet:
         one, other = targets[first], targets[second + (second >= first)]
         if other.busyness(now) < one.busyness(now):
             one, other = other, one
-        if one.has_room(self.limit, now):
+        if one.has_room(limit, now):
             return one
-        if other.has_room(self.limit, now):
+        if other.has_room(limit, now):
             return other
-        free = [target for target in targets if target.has_room(self.limit, now)]
+        free = [target for target in targets if target.has_room(limit, now)]
         return min(free, key=lambda target: target.busyness(now)) if free else None

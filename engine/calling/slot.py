@@ -11,8 +11,8 @@ from ..seam.messages import Call, End, Failure, Item, Reply
 
 __all__ = ["Slot", "Submitter"]
 
-_FORGOTTEN: Final = Call(0, 0, "", None, "", b"", b"")
-"""In the place of a call that was given up: its arguments may be large, and its answer may take long."""
+_NO_CALL: Final = Call(0, 0, "", None, "", b"", b"")
+"""Also in the place of a call that was given up: its arguments may be large, and its answer may take long."""
 
 
 class Slot:
@@ -21,11 +21,16 @@ class Slot:
     Each slot gets either one `Reply`, `Failure` or error, or any number of `Item` and one `End`; then nothing more.
     Meanwhile its call goes these ways, which only its caller takes it:
 
-        begin ──► wait_in(queue) ──► leave_queue ──► send_on(channel) ──► answered
-                      ▲                                   │
-                      └──────────── come_back ◄───────────┘  (refused, or never received)
+        submitted ──► wait_in(queue) ──► leave_queue ──► send_on(channel) ──► answered
+                          ▲                                   │
+                          └──────────── come_back ◄───────────┘  (refused, or never received)
 
     At any point it can be `give_up`: from then on the slot stands for the answer that is still due, and hears nothing.
+
+    Args:
+        endpoint: The name of the endpoint that is called.
+        call: The call; its ``id`` is not looked at.
+        shard_key: Calls with equal keys go to the same backend.
     """
 
     __slots__ = ("call", "call_id", "channel", "endpoint", "given_up", "queue", "shard_key", "target")
@@ -33,10 +38,10 @@ class Slot:
     drives = False
     """Whether the thread that submits the call will drive its channel itself."""
 
-    def __init__(self) -> None:
-        self.endpoint = ""
-        self.call = _FORGOTTEN
-        self.shard_key: str | None = None
+    def __init__(self, endpoint: str = "", call: Call = _NO_CALL, shard_key: str | None = None) -> None:
+        self.endpoint = endpoint
+        self.call = call
+        self.shard_key = shard_key
         self.given_up = False
         # Where the call is now. Only the caller touches these: the queue under its lock.
         self.call_id = 0
@@ -45,12 +50,6 @@ class Slot:
         self.channel: Channel | None = None
 
     # -- the way of its call -------------------------------------------------------------------------------------------
-
-    def begin(self, endpoint: str, call: Call, shard_key: str | None) -> None:
-        """Take the call that is to be answered here."""
-        self.endpoint = endpoint
-        self.call = call
-        self.shard_key = shard_key
 
     def wait_in(self, queue: deque[Slot]) -> None:
         """Note the queue that the call was put into."""
@@ -73,7 +72,7 @@ class Slot:
     def give_up(self) -> None:
         """Nobody waits for the answer any more."""
         self.given_up = True
-        self.call = _FORGOTTEN
+        self.call = _NO_CALL
         if self.queue is not None:
             self.queue.remove(self)
             self.queue = None
@@ -92,8 +91,8 @@ class Slot:
 class Submitter(Protocol):
     """What those who wait for answers need of a caller (`engine.calling.caller.Caller`)."""
 
-    def submit(self, endpoint: str, call: Call, slot: Slot, shard_key: str | None = None) -> None:
-        """Route a call; problems go to ``slot.fail``."""
+    def submit(self, slot: Slot) -> None:
+        """Route a slot's call; problems go to ``slot.fail``."""
 
     def cancel(self, slot: Slot) -> None:
         """Give a call up: its slot hears nothing any more (idempotent)."""

@@ -212,12 +212,12 @@ class Ingress:
             await self._refused(error, endpoint_name, exchange)
             return
         loop = asyncio.get_running_loop()
-        slot = StreamSlot(loop)
+        slot = StreamSlot(loop, endpoint_name, call, shard_key)
         watch = Watch(slot, receive, call.deadline)
         timer = loop.call_later(watch.after_s, watch.start)
         over = False
         try:
-            caller.submit(endpoint_name, call, slot, shard_key)
+            caller.submit(slot)
             answer = await slot.next()
             kind = type(answer)
             if kind is Reply:

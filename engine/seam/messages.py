@@ -60,10 +60,6 @@ class Call(NamedTuple):
     head: bytes
     payload: bytes
 
-    def numbered(self, number: int) -> Call:
-        """The same call under a number."""
-        return Call(number, *self[1:])
-
 
 class Reply(NamedTuple):
     """The whole answer to a call.
