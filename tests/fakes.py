@@ -304,7 +304,7 @@ class FakeAdapter:
         return next(one for one in reversed(self.channels) if one.address == f"fake:{replica_tag}")
 
 
-class FakeHost:
+class FakeServiceLoop:
     """What runs a replica, with its thread replaced by the test."""
 
     def __init__(self) -> None:

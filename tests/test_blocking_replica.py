@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from fakes import FakeChannel, FakeHost, http_call, outcome, python_call
+from fakes import FakeChannel, FakeServiceLoop, http_call, outcome, python_call
 
 from engine import accept_batch
 from engine.config import BackendConfig
@@ -35,11 +35,11 @@ class World:
 
     def __init__(self, target: Any, *init_args: Any, **options: Any) -> None:
         self.told: list[Any] = []
-        self.host = FakeHost()
-        self.host.channels = 1
+        self.loop = FakeServiceLoop()
+        self.loop.channels = 1
         user = UserCallable("b", target, init_args, {})
         self.replica = BlockingReplica("b", user, BackendConfig(**options), self.told.append, debug=False)
-        self.replica.attach(self.host)
+        self.replica.attach(self.loop)
         self.caller = FakeChannel("caller", self.replica)
 
     def run(self) -> None:
@@ -80,7 +80,7 @@ def test_calls_are_answered_in_order(worlds: Any) -> None:
     world = worlds(double)
     answers = world.ask(*[python_call(number, number) for number in range(3)])
     assert [(answer.id, outcome(answer), answer.load) for answer in answers] == [(0, 0, 2), (1, 2, 1), (2, 4, 0)]
-    assert world.host.steps == ["out", "in"] * 3
+    assert world.loop.steps == ["out", "in"] * 3
     assert repr(world.replica) == "<BlockingReplica b open held=0/8>"
     assert world.replica.run_next() is None
 
@@ -379,7 +379,7 @@ def test_a_stream_goes_on_as_far_as_there_is_credit(worlds: Any) -> None:
         seen.append(len(world.caller.sent))
         world.caller.answer(Credit(1, 10))
 
-    world.host.script = [lambda: None] * (INITIAL_CREDIT + 1) + [give_credit] + [lambda: None] * 3 + [give_more]
+    world.loop.script = [lambda: None] * (INITIAL_CREDIT + 1) + [give_credit] + [lambda: None] * 3 + [give_more]
     answers = world.ask(http_call(1, method="count"))
     assert seen == [INITIAL_CREDIT, INITIAL_CREDIT + 3]
     assert [answer.payload for answer in answers[:-1]] == [b"%d\n" % number for number in range(INITIAL_CREDIT + 4)]
@@ -390,7 +390,7 @@ def test_a_stream_goes_on_as_far_as_there_is_credit(worlds: Any) -> None:
 def test_a_stream_that_nobody_reads_is_closed(worlds: Any) -> None:
     events: list[str] = []
     world = worlds(Streaming, events)
-    world.host.script = [lambda: None] * (INITIAL_CREDIT + 1) + [lambda: world.caller.answer(Cancel(1))]
+    world.loop.script = [lambda: None] * (INITIAL_CREDIT + 1) + [lambda: world.caller.answer(Cancel(1))]
     answers = world.ask(http_call(1, method="count"))
     assert [type(answer) for answer in answers] == [Item] * INITIAL_CREDIT + [End]
     assert answers[-1] == End(1, 0, True)
@@ -445,7 +445,7 @@ def test_a_configuration_is_taken_between_two_calls(worlds: Any) -> None:
     world = worlds(Configured)
     world.replica.control(reconfigure(1, user_config="new", max_concurrent_queries=3))
     assert world.told == []  # it is not this thread that runs user code
-    assert world.host.wakes == 1
+    assert world.loop.wakes == 1
     (answer,) = world.ask(python_call(1))
     assert outcome(answer) == "new"
     assert world.told == [Reconfigured(1, None)]
@@ -489,15 +489,15 @@ def test_a_draining_replica_finishes_what_it_holds_and_takes_no_more(worlds: Any
     wait = world.replica.run_next()
     assert wait is not None
     assert 0 < wait < replica_module.FAREWELL_S + 0.001
-    world.host.channels = 0
+    world.loop.channels = 0
     world.caller.break_off()
-    assert world.host.wakes == 2  # for the drain, and for the caller that hung up
+    assert world.loop.wakes == 2  # for the drain, and for the caller that hung up
     assert world.replica.finished()
 
 
 def test_an_idle_replica_that_nobody_calls_leaves_at_once(worlds: Any) -> None:
     world = worlds(double)
-    world.host.channels = 0
+    world.loop.channels = 0
     assert not world.replica.finished()
     world.replica.control(Drain(5.0))
     assert world.replica.finished()
@@ -512,7 +512,7 @@ def test_callers_that_do_not_hang_up_are_not_waited_for_long(worlds: Any, monkey
 
 def test_a_configuration_is_answered_before_leaving(worlds: Any) -> None:
     world = worlds(Configured)
-    world.host.channels = 0
+    world.loop.channels = 0
     world.replica.control(reconfigure(1, user_config="new"))
     world.replica.control(Drain(5.0))
     assert not world.replica.finished()
@@ -527,7 +527,7 @@ def test_what_is_said_before_it_has_a_host_is_kept() -> None:
     replica = BlockingReplica("b", user, BackendConfig(), told.append, debug=False)
     replica.control(reconfigure(1, user_config="new"))
     replica.control("nonsense")
-    replica.attach(FakeHost())
+    replica.attach(FakeServiceLoop())
     replica.run_next()
     assert told == [Reconfigured(1, None)]
     replica.close()

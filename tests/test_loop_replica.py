@@ -9,7 +9,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
-from fakes import FakeChannel, FakeHost, http_call, outcome, python_call, until
+from fakes import FakeChannel, FakeServiceLoop, http_call, outcome, python_call, until
 
 from engine import accept_batch
 from engine.config import BackendConfig
@@ -28,13 +28,13 @@ class World:
 
     def __init__(self, target: Any, *init_args: Any, attach: bool = True, **options: Any) -> None:
         self.told: list[Any] = []
-        self.host = FakeHost()
-        self.host.channels = 1
+        self.loop = FakeServiceLoop()
+        self.loop.channels = 1
         user = UserCallable("b", target, init_args, {})
         assert user.on_loop
         self.replica = LoopReplica("b", user, BackendConfig(**options), self.told.append, debug=False)
         if attach:
-            self.replica.attach(self.host)
+            self.replica.attach(self.loop)
         self.caller = FakeChannel("caller", self.replica)
 
     async def ask(self, *messages: Any, answers: int = 1) -> list[Any]:
@@ -386,7 +386,7 @@ async def test_user_code_is_only_asked_when_its_configuration_changed() -> None:
 async def test_what_is_said_before_it_has_a_loop_is_kept() -> None:
     world = World(Configured, attach=False)
     world.replica.control(reconfigure(1, user_config="new"))
-    world.replica.attach(world.host)
+    world.replica.attach(world.loop)
     await until(lambda: world.told)
     assert world.told == [Reconfigured(1, None)]
 
@@ -401,15 +401,15 @@ async def test_a_draining_replica_finishes_what_it_holds_and_takes_no_more() -> 
     world.caller.answer(python_call(1, "a"))
     await until(lambda: latch.began)
     world.replica.control(Drain(5.0))
-    assert world.host.wakes == 1
+    assert world.loop.wakes == 1
     (refused,) = await world.ask(python_call(2, "b"))
     assert refused == Failure(2, 1, FailureKind.DRAINING, b"", b"")
     assert not world.replica.finished()
     latch.opened.set()
     await world.ask()
-    await until(lambda: world.host.wakes >= 2)  # the last answer makes the host look again
+    await until(lambda: world.loop.wakes >= 2)  # the last answer makes the host look again
     assert not world.replica.finished()  # the caller has not hung up yet
-    world.host.channels = 0
+    world.loop.channels = 0
     world.caller.break_off()
     assert world.replica.finished()
 
@@ -421,7 +421,7 @@ async def test_the_host_is_woken_when_the_farewell_is_over() -> None:
     loop_replica_module.FAREWELL_S = 0.0  # type: ignore[misc]
     try:
         world.replica.control(Drain(5.0))
-        await until(lambda: world.host.wakes == 2)
+        await until(lambda: world.loop.wakes == 2)
     finally:
         loop_replica_module.FAREWELL_S = before  # type: ignore[misc]
 

@@ -149,7 +149,7 @@ class Caller:
         """What this caller counted and holds."""
         with self._lock:
             return {
-                "endpoints": {name: {"calls": known.calls} for name, known in self._router.endpoints.items()},
+                "endpoints": {name: {"calls": endpoint.calls} for name, endpoint in self._router.endpoints.items()},
                 "backends": {
                     tag: {
                         "queued": len(replica_set.waiting),

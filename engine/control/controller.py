@@ -106,9 +106,9 @@ class Controller:
         self._publisher.resume(picture.version)
         self._endpoints = EndpointTable(picture.endpoints)
         restoring = []
-        for tag, known in picture.backends.items():
-            backend = self._backends[tag] = self._new_backend(known.plan)
-            restoring.append(backend.restore(known))
+        for tag, left in picture.backends.items():
+            backend = self._backends[tag] = self._new_backend(left.plan)
+            restoring.append(backend.restore(left))
         if picture.ingresses is not None:
             restoring.append(self._ingresses.restore(*picture.ingresses))
         await asyncio.gather(*restoring)
@@ -204,7 +204,7 @@ class Controller:
 
     async def list_backends(self) -> dict[str, BackendConfig]:
         """Every backend's configuration by tag."""
-        return {tag: backend.config for tag, backend in self._known().items()}
+        return {tag: backend.config for tag, backend in self._existing().items()}
 
     # -- endpoints -----------------------------------------------------------------------------------------------------
 
@@ -300,13 +300,13 @@ class Controller:
         )
 
     def _backend(self, tag: str) -> BackendReplicas:
-        backend = self._known().get(tag)
+        backend = self._existing().get(tag)
         if backend is None:
-            known = ", ".join(map(repr, self._known())) or "none"
+            known = ", ".join(map(repr, self._existing())) or "none"
             raise InvalidArgument(f"there is no backend {tag!r}; the backends are: {known}")
         return backend
 
-    def _known(self) -> dict[str, BackendReplicas]:
+    def _existing(self) -> dict[str, BackendReplicas]:
         return {tag: backend for tag, backend in self._backends.items() if backend.live and not backend.deleted}
 
     def _with_new(self, entry: EndpointEntry) -> EndpointTable:

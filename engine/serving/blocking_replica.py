@@ -1,4 +1,4 @@
-"""A replica of plain callables: one call at a time, on the host's thread, straight between two reads of its sockets."""
+"""A replica of plain callables: one call at a time, on its service loop's thread, between two reads of its sockets."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["BlockingReplica"]
 
 
 class BlockingReplica(Replica):
-    """Runs plain callables one at a time on the host's thread."""
+    """Runs plain callables one at a time on the service loop's thread."""
 
     on_loop = False
 
@@ -33,9 +33,9 @@ class BlockingReplica(Replica):
         self._batch_due: float | None = None  # when the batch at the head of the queue runs, full or not
         self._loop: asyncio.AbstractEventLoop | None = None  # for streams and stray coroutines; made when needed
 
-    def attach(self, host: ServiceLoop) -> None:
+    def attach(self, loop: ServiceLoop) -> None:
         """See `engine.seam.service.Service.attach`."""
-        self._host = host
+        self._service_loop = loop
 
     def close(self) -> None:
         """Release the private loop."""
@@ -135,14 +135,14 @@ class BlockingReplica(Replica):
         self._tell(Reconfigured(chore.token, error))
 
     def _run_user_code(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        host = self._host
-        assert host is not None
-        host.step_out()
+        loop = self._service_loop
+        assert loop is not None
+        loop.step_out()
         try:
             result = function(*args, **kwargs)
             return self._complete(awaited(result)) if hasattr(result, "__await__") else result
         finally:
-            host.step_in()
+            loop.step_in()
 
     def _complete(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         if self._loop is None:
@@ -158,7 +158,7 @@ class BlockingReplica(Replica):
             self._fail(job, error)
 
     async def _between_items(self, job: Job) -> None:
-        assert self._host is not None
-        self._host.poll(0.0)
+        assert self._service_loop is not None
+        self._service_loop.poll(0.0)
         while job.credit <= 0 and not job.cancelled:
-            self._host.poll(None)
+            self._service_loop.poll(None)

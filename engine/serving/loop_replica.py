@@ -1,4 +1,4 @@
-"""A replica with ``async def`` callables: its calls are tasks on the host's event loop."""
+"""A replica with ``async def`` callables: its calls are tasks on its service loop's event loop."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ __all__ = ["LoopReplica"]
 
 
 class LoopReplica(Replica):
-    """Runs ``async def`` callables as tasks on the host's event loop, and plain ones on it too, one at a time."""
+    """Runs ``async def`` callables as tasks on an event loop, and plain ones on it too, one at a time."""
 
     on_loop = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._loop: asyncio.AbstractEventLoop  # the host's, from `attach` on
+        self._loop: asyncio.AbstractEventLoop  # asyncio's, from `attach` on
         self._batches: dict[str, list[Job]] = {}
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._tasks: set[asyncio.Task[None]] = set()  # the loop itself holds tasks weakly
 
-    def attach(self, host: ServiceLoop) -> None:
+    def attach(self, loop: ServiceLoop) -> None:
         """See `engine.seam.service.Service.attach`."""
         self._loop = asyncio.get_running_loop()
-        self._host = host
+        self._service_loop = loop
         mark_loop_thread()
         if self._chores or self._drain_until is not None:
             self._wake()
@@ -48,10 +48,10 @@ class LoopReplica(Replica):
         return None
 
     def _wake(self) -> None:
-        if self._host is not None:
+        if self._service_loop is not None:
             try:
                 self._loop.call_soon_threadsafe(self._on_wake)
-                self._host.wake()
+                self._service_loop.wake()
             except RuntimeError:
                 pass  # the loop is closed: the replica is leaving already
 
@@ -59,8 +59,8 @@ class LoopReplica(Replica):
         while self._chores:
             self._spawn(self._reconfigure(self._chores.popleft()))
         if self._drain_until is not None:
-            assert self._host is not None
-            self._loop.call_later(FAREWELL_S + 0.01, self._host.wake)
+            assert self._service_loop is not None
+            self._loop.call_later(FAREWELL_S + 0.01, self._service_loop.wake)
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(coroutine)

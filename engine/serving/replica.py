@@ -91,7 +91,7 @@ class Replica:
         self._chores: deque[Reconfigure] = deque()
         self._drain_until: float | None = None
         self._drained_since: float | None = None
-        self._host: ServiceLoop | None = None
+        self._service_loop: ServiceLoop | None = None
         self._take(config)
 
     def __repr__(self) -> str:
@@ -117,8 +117,8 @@ class Replica:
             self._wake()
 
     def _wake(self) -> None:
-        if self._host is not None:
-            self._host.wake()
+        if self._service_loop is not None:
+            self._service_loop.wake()
 
     def finished(self) -> bool:
         """See `engine.seam.service.Service.finished`."""
@@ -127,8 +127,8 @@ class Replica:
         now = time.monotonic()
         if self._drained_since is None:
             self._drained_since = now
-        assert self._host is not None
-        return not self._host.open_channels() or now >= self._drained_since + FAREWELL_S
+        assert self._service_loop is not None
+        return not self._service_loop.open_channels() or now >= self._drained_since + FAREWELL_S
 
     # -- the door --------------------------------------------------------------------------------------------------
 
