@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from ..errors import EngineClosed, EngineError
 from ..seam.channel import ChannelClosed
 from ..seam.connector import Connector, may_return, refs_of
-from ..seam.control_messages import Subscribe
 from ..seam.may_block import running_asyncio_loop
 from ..seam.snapshot import RoutingSnapshot
 from .caller import Caller
@@ -24,6 +23,7 @@ from .home import LoopHome, ThreadHome
 if TYPE_CHECKING:
     import asyncio
 
+    from ..seam.control_messages import Subscribe
     from .subscription import Subscription
 
 __all__ = ["Client"]
@@ -33,7 +33,6 @@ _RETURN_TIMEOUT_S = 30.0
 """The same while the controller is being started again, which first waits for its workers to come back to it."""
 
 _SHUT_DOWN = "the engine was shut down"
-_NO_INGRESS = Subscribe(ingress=False)
 
 _lock = threading.Lock()  # guards `_clients`, which maps engine ids: engines do not see each other
 _clients: dict[str, Client] = {}
@@ -79,7 +78,7 @@ class Client:
         engine_id: str,
         connector: Connector,
         control_address: str,
-        request: Subscribe = _NO_INGRESS,
+        request: Subscribe | None = None,
         *,
         owns_connector: bool = False,
     ) -> Client:
@@ -89,7 +88,7 @@ class Client:
             engine_id: The engine.
             connector: Opens channels from this process.
             control_address: Where the controller is.
-            request: What the controller is asked for.
+            request: What the controller is asked for; by default snapshots, for a caller that is no ingress.
             owns_connector: Close the connector with the client.
 
         Raises:
@@ -107,7 +106,7 @@ class Client:
         engine_id: str,
         connector: Connector,
         control_address: str,
-        request: Subscribe = _NO_INGRESS,
+        request: Subscribe | None = None,
         *,
         owns_connector: bool = False,
     ) -> Client:
@@ -116,11 +115,14 @@ class Client:
         Raises:
             errors.EngineClosed: The engine cannot be reached.
         """
+        from ..seam.control_messages import Subscribe
         from .subscription import Subscription
 
         client = cls(engine_id, connector)
         client._owns_connector = owns_connector
-        subscription = client._subscription = Subscription(client, connector, control_address, request)
+        subscription = client._subscription = Subscription(
+            client, connector, control_address, request or Subscribe(ingress=False)
+        )
         try:
             subscription.begin()
         except ChannelClosed as error:

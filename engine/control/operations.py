@@ -8,7 +8,7 @@ controller's method, or of the runner's for `Stop`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from ..config import BackendConfig, HTTPOptions
 from ..seam.snapshot import EndpointEntry
@@ -49,38 +49,41 @@ class Operation(Protocol[T_co]):
         ...
 
 
-class CreateBackend(NamedTuple):
+class CreateBackend:
     """See `Controller.create_backend`."""
 
-    plan: BackendPlan
+    def __init__(self, plan: BackendPlan) -> None:
+        self.plan = plan
 
     async def perform(self, controller: Controller) -> None:
         """See `Operation.perform`."""
         await controller.create_backend(self.plan)
 
 
-class UpdateBackendConfig(NamedTuple):
+class UpdateBackendConfig:
     """See `Controller.update_backend_config`."""
 
-    tag: str
-    changes: BackendConfig | Mapping[str, Any]
+    def __init__(self, tag: str, changes: BackendConfig | Mapping[str, Any]) -> None:
+        self.tag = tag
+        self.changes = changes
 
     async def perform(self, controller: Controller) -> None:
         """See `Operation.perform`."""
         await controller.update_backend_config(self.tag, self.changes)
 
 
-class GetBackendConfig(NamedTuple):
+class GetBackendConfig:
     """See `Controller.get_backend_config`."""
 
-    tag: str
+    def __init__(self, tag: str) -> None:
+        self.tag = tag
 
     async def perform(self, controller: Controller) -> BackendConfig:
         """See `Operation.perform`."""
         return await controller.get_backend_config(self.tag)
 
 
-class ListBackends(NamedTuple):
+class ListBackends:
     """See `Controller.list_backends`."""
 
     async def perform(self, controller: Controller) -> dict[str, BackendConfig]:
@@ -88,61 +91,66 @@ class ListBackends(NamedTuple):
         return await controller.list_backends()
 
 
-class DeleteBackend(NamedTuple):
+class DeleteBackend:
     """See `Controller.delete_backend`."""
 
-    tag: str
-    force: bool
+    def __init__(self, tag: str, force: bool) -> None:
+        self.tag = tag
+        self.force = force
 
     async def perform(self, controller: Controller) -> None:
         """See `Operation.perform`."""
         await controller.delete_backend(self.tag, force=self.force)
 
 
-class CreateEndpoint(NamedTuple):
+class CreateEndpoint:
     """See `Controller.create_endpoint`."""
 
-    entry: EndpointEntry
+    def __init__(self, entry: EndpointEntry) -> None:
+        self.entry = entry
 
     async def perform(self, controller: Controller) -> None:
         """See `Operation.perform`."""
         await controller.create_endpoint(self.entry)
 
 
-class DeleteEndpoint(NamedTuple):
+class DeleteEndpoint:
     """See `Controller.delete_endpoint`."""
 
-    name: str
+    def __init__(self, name: str) -> None:
+        self.name = name
 
     async def perform(self, controller: Controller) -> None:
         """See `Operation.perform`."""
         await controller.delete_endpoint(self.name)
 
 
-class SetTraffic(NamedTuple):
+class SetTraffic:
     """See `Controller.set_traffic`."""
 
-    name: str
-    weights: dict[str, float]
+    def __init__(self, name: str, weights: dict[str, float]) -> None:
+        self.name = name
+        self.weights = weights
 
     async def perform(self, controller: Controller) -> None:
         """See `Operation.perform`."""
         await controller.set_traffic(self.name, self.weights)
 
 
-class ShadowTraffic(NamedTuple):
+class ShadowTraffic:
     """See `Controller.shadow_traffic`."""
 
-    name: str
-    tag: str
-    proportion: float
+    def __init__(self, name: str, tag: str, proportion: float) -> None:
+        self.name = name
+        self.tag = tag
+        self.proportion = proportion
 
     async def perform(self, controller: Controller) -> None:
         """See `Operation.perform`."""
         await controller.shadow_traffic(self.name, self.tag, self.proportion)
 
 
-class ListEndpoints(NamedTuple):
+class ListEndpoints:
     """See `Controller.list_endpoints`."""
 
     async def perform(self, controller: Controller) -> dict[str, EndpointEntry]:
@@ -150,17 +158,18 @@ class ListEndpoints(NamedTuple):
         return await controller.list_endpoints()
 
 
-class Statistics(NamedTuple):
+class Statistics:
     """See `Controller.statistics`."""
 
-    counts: list[dict[str, Any]]
+    def __init__(self, counts: list[dict[str, Any]]) -> None:
+        self.counts = counts
 
     async def perform(self, controller: Controller) -> dict[str, Any]:
         """See `Operation.perform`."""
         return await controller.statistics(self.counts)
 
 
-class GetURL(NamedTuple):
+class GetURL:
     """See `Controller.http_url`."""
 
     async def perform(self, controller: Controller) -> str | None:
@@ -168,7 +177,7 @@ class GetURL(NamedTuple):
         return controller.http_url()
 
 
-class GetOptions(NamedTuple):
+class GetOptions:
     """See `Controller.http_options`."""
 
     async def perform(self, controller: Controller) -> HTTPOptions:
@@ -176,10 +185,11 @@ class GetOptions(NamedTuple):
         return controller.http_options
 
 
-class Stop(NamedTuple):
+class Stop:
     """Shut the engine down: works also where the controller could not start, so it is its runner that does it."""
 
-    grace_s: float
+    def __init__(self, grace_s: float) -> None:
+        self.grace_s = grace_s
 
 
 REPEATABLE = (
