@@ -48,7 +48,8 @@ def run_worker(order: Spawn, descriptors: list[int]) -> NoReturn:
     try:
         host.start()
         _settle(order, host)
-        _call(order.entry, host, payload)
+        module, _, function = order.entry.partition(":")
+        getattr(importlib.import_module(module), function)(host, payload)
         code = 0
     except BaseException as error:
         code = _fail(host, error)
@@ -113,11 +114,6 @@ def _limit_threads(threads: int) -> None:
         except ImportError:
             return
         limits.threadpool_limits(threads)
-
-
-def _call(entry: str, host: LocalHost, payload: bytes) -> None:
-    module, _, function = entry.partition(":")
-    getattr(importlib.import_module(module), function)(host, payload)
 
 
 def _fail(host: LocalHost, error: BaseException) -> int:

@@ -7,7 +7,7 @@ controller's method, or of the runner's for `Stop`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from ..config import BackendConfig, HTTPOptions
@@ -44,7 +44,7 @@ T_co = TypeVar("T_co", covariant=True)
 class Operation(Protocol[T_co]):
     """Something that a controller does; ``T_co`` is what comes of it."""
 
-    async def perform(self, controller: Controller) -> T_co:
+    def perform(self, controller: Controller) -> Coroutine[Any, Any, T_co]:
         """Do it, on the controller's loop."""
         ...
 

@@ -70,7 +70,7 @@ class Runner:
         with self._lock:
             if self._closed or self._loop is None:
                 raise EngineClosed("the engine was shut down")
-            future = asyncio.run_coroutine_threadsafe(_performed(operation, self.controller), self._loop)
+            future = asyncio.run_coroutine_threadsafe(operation.perform(self.controller), self._loop)
         try:
             return future.result()
         except CancelledError:
@@ -154,7 +154,3 @@ class Runner:
             self._failure = error
         self._ready.set()
         await self._stopping.wait()
-
-
-async def _performed(operation: Operation[T], controller: Controller) -> T:
-    return await operation.perform(controller)
