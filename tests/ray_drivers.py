@@ -12,8 +12,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from harness import is_running
 from ray_cluster import ENVIRONMENT
+
+from engine.testing.instruments import is_running
 
 __all__ = ["Actor", "Driver", "actors", "keys", "program_of"]
 
@@ -22,7 +23,8 @@ import json, os, sys, threading, time
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from engine import Engine, errors
 from engine_ray import RayAdapter
-from harness import eventually, take_stdout
+from harness import take_stdout
+from engine.testing.instruments import eventually
 
 answers = take_stdout()
 

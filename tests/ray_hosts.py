@@ -37,7 +37,7 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
-from harness import PATIENCE_S, eventually
+from engine.testing.instruments import PATIENCE_S, eventually
 
 _MOST_HOSTS = 20
 _GCS_PORT = 6379

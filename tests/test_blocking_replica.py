@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from fakes import FakeChannel, FakeServiceLoop, http_call, outcome, python_call
+from fakes import FakeServiceLoop, http_call, outcome, python_call
 
 from engine import accept_batch
 from engine.config import BackendConfig
@@ -26,6 +26,7 @@ from engine.seam.serialization import dumps, unpack_exception
 from engine.serving import replica as replica_module
 from engine.serving.blocking_replica import BlockingReplica
 from engine.serving.user_callable import UserCallable
+from engine.testing.fakes import FakeChannel
 
 PAST = -1.0
 

@@ -13,8 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from fakes import FakeAdapter, FakeChannel, FakeHome, FakeSlot, a_call, backend_entry, snapshot
-from harness import PATIENCE_S, eventually
+from fakes import a_call, backend_entry, snapshot
 
 from engine.calling.caller import Caller
 from engine.calling.ref import Ref
@@ -31,6 +30,8 @@ from engine.errors import (
 from engine.seam.channel import ChannelClosed
 from engine.seam.messages import Call, Cancel, Control, Credit, End, Failure, FailureKind, Item, Reply
 from engine.seam.snapshot import BackendEntry, RoutingSnapshot
+from engine.testing.fakes import FakeAdapter, FakeChannel, FakeHome, FakeSlot
+from engine.testing.instruments import PATIENCE_S, eventually
 
 
 def submit(caller: Caller, call: Call, slot: Slot) -> None:
@@ -386,8 +387,8 @@ def test_calls_that_still_connect_to_a_replica_go_elsewhere_once_it_is_known_to_
     (name,) = two.names("r1")
     two.channel("r1").opened = False
     two.show(backend_entry("b", ["r2", "r3"], dead=["r1"]))
-    [(delay_s, *_)] = two.home.timers
-    assert delay_s == 0
+    [timer] = two.home.timers
+    assert timer.delay_s == 0
     two.home.fire()
     assert two.names("r3") == [name]
     two.reply("r3")
@@ -638,7 +639,7 @@ def test_a_ref_expires_once_and_its_replica_is_told(world: World) -> None:
     submit(world.caller, a_call("a"), ref)
     ref.expire_after(0.5)
     (call,) = world.calls("r1")
-    assert [delay for delay, _, _ in world.home.timers] == [0.5]
+    assert [timer.delay_s for timer in world.home.timers] == [0.5]
     world.home.fire()
     with pytest.raises(DeadlineExceeded, match=r"^endpoint 'e' did not answer within timeout_s=0.5$"):
         ref.result()

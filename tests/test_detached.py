@@ -13,8 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fakes import FakeAdapter, FakeChannel, FakeStore, snapshot, until
-from harness import PATIENCE_S, eventually
+from fakes import snapshot, until
 
 from engine import Engine, errors
 from engine.calling import connectors, subscription
@@ -36,6 +35,8 @@ from engine.seam.resources import Resources
 from engine.seam.serialization import dumps, loads, pack_exception, unpack_exception
 from engine.seam.snapshot import EndpointEntry
 from engine.seam.worker import WorkerExit, WorkerSpec
+from engine.testing.fakes import FakeAdapter, FakeChannel, FakeStore
+from engine.testing.instruments import PATIENCE_S, eventually
 
 HTTP = HTTPOptions.of({"port": 0, "workers": 2})
 

@@ -12,9 +12,10 @@ import threading
 from pathlib import Path
 
 import pytest
-from harness import Footprint, descendants, eventually, is_running, run_python
+from harness import run_python
 
 from engine import Engine
+from engine.testing.instruments import Footprint, descendants, eventually, is_running
 
 HTTP = {"host": "127.0.0.1", "port": 0}
 

@@ -7,9 +7,9 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from harness import PATIENCE_S, Footprint, eventually
 
 from engine.calling.home import LoopHome, ThreadHome
+from engine.testing.instruments import PATIENCE_S, Footprint, eventually
 
 LONG_S = 1000.0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -41,6 +42,7 @@ def modules(package: str) -> dict[str, Path]:
 
 
 ALL_MODULES = {name: path for package in PACKAGES for name, path in modules(package).items()}
+CORE = [name for name in modules("engine") if not f"{name}.".startswith("engine.testing.")]
 
 
 def is_type_checking(node: ast.AST) -> bool:
@@ -107,13 +109,13 @@ def test_packages_import_in_one_direction(module: str) -> None:
     assert others <= MAY_IMPORT[package]
 
 
-@pytest.mark.parametrize("module", modules("engine"))
+@pytest.mark.parametrize("module", CORE)
 def test_the_core_knows_no_server_no_socket_and_no_cluster(module: str) -> None:
     allowed = {"uvloop"} if module == "engine.http.ingress_worker" else set()
     assert {top(name) for name in imports_of(module)} & FORBIDDEN_IN_CORE <= allowed
 
 
-@pytest.mark.parametrize("module", modules("engine"))
+@pytest.mark.parametrize("module", CORE)
 def test_the_core_opens_no_server_through_a_loop(module: str) -> None:
     tree = ast.parse(ALL_MODULES[module].read_text())
     assert not {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)} & SERVERS
@@ -123,6 +125,17 @@ def test_the_core_opens_no_server_through_a_loop(module: str) -> None:
 def test_the_inline_adapter_takes_only_the_addresses_from_the_wire(module: str) -> None:
     wire = {name for name in imports_of(module) if top(name) == "engine_wire"}
     assert wire <= {"engine_wire.listening"}
+
+
+@pytest.mark.parametrize("module", [name for name in ALL_MODULES if not f"{name}.".startswith("engine.testing.")])
+def test_only_tests_import_what_is_for_tests(module: str) -> None:
+    assert not [name for name in imports_of(module, types=True) if f"{name}.".startswith("engine.testing.")]
+
+
+def test_what_replicas_import_of_the_tests_needs_only_the_standard_library() -> None:
+    for module in ("engine.testing", "engine.testing.instruments"):
+        assert {top(name) for name in imports_of(module)} <= sys.stdlib_module_names
+    assert {top(name) for name in imports_of("engine.testing.fakes")} <= {"engine", *sys.stdlib_module_names}
 
 
 def test_only_one_package_imports_hypercorn() -> None:

@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 import pytest
-from fakes import FakeAdapter, until
+from fakes import until
 
 from engine import HTTPOptions, errors
 from engine.control.ingress_fleet import IngressFleet
@@ -14,6 +14,7 @@ from engine.control.workers import Workers
 from engine.seam.adapter import Node
 from engine.seam.control_messages import Ready
 from engine.seam.worker import WorkerExit, WorkerSpec
+from engine.testing.fakes import FakeAdapter
 
 pytestmark = pytest.mark.anyio
 

@@ -11,12 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from fakes import FakeListener, until
-from harness import PATIENCE_S, eventually
+from fakes import until
 
 from engine import Engine
 from engine.seam.channel import ChannelClosed
 from engine.seam.messages import HTTP, INITIAL_CREDIT, Call, Cancel
+from engine.testing.fakes import FakeListener
+from engine.testing.instruments import PATIENCE_S, eventually
 from engine_inline import InlineAdapter
 from engine_inline.channel import InlineChannel, Mailbox, connect
 

@@ -19,7 +19,7 @@ from typing import Any
 import _workers
 import anyio
 import pytest
-from harness import PATIENCE_S, Footprint, descendants, is_running, run_python
+from harness import run_python
 
 import engine
 import engine_local
@@ -30,6 +30,7 @@ from engine.seam.messages import Call, Message, Reply
 from engine.seam.resources import Resources
 from engine.seam.serialization import unpack_exception
 from engine.seam.worker import Listen, WorkerExit, WorkerSpec
+from engine.testing.instruments import PATIENCE_S, Footprint, descendants, is_running
 from engine_local import LocalAdapter, LocalConnector, watched
 from engine_local import adapter as adapter_module
 from engine_local.life import Stage
@@ -1008,7 +1009,7 @@ async def test_a_fork_server_that_imports_dies_with_a_killed_engine(tmp_path: Pa
 
 
 async def within(timeout_s: float, condition: Callable[[], Any]) -> Any:
-    """As `harness.eventually`, but leaves the loop running."""
+    """As `engine.testing.instruments.eventually`, but leaves the loop running."""
     with anyio.fail_after(timeout_s):
         while True:
             if found := condition():

@@ -13,11 +13,11 @@ from typing import Any
 
 import anyio
 import pytest
-from harness import PATIENCE_S
 
 import engine_local
 from engine.errors import InvalidArgument, ResourcesUnavailable
 from engine.seam.resources import Resources
+from engine.testing.instruments import PATIENCE_S
 from engine_local import connector, directory, watched
 from engine_local.directory import EngineDirectory, temporary_directory
 from engine_local.environment import extra_environ, thread_limit

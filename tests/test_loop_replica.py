@@ -9,7 +9,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
-from fakes import FakeChannel, FakeServiceLoop, http_call, outcome, python_call, until
+from fakes import FakeServiceLoop, http_call, outcome, python_call, until
 
 from engine import accept_batch
 from engine.config import BackendConfig
@@ -21,6 +21,7 @@ from engine.seam.serialization import dumps, unpack_exception
 from engine.serving import loop_replica as loop_replica_module
 from engine.serving.loop_replica import LoopReplica
 from engine.serving.user_callable import UserCallable
+from engine.testing.fakes import FakeChannel
 
 
 class World:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from fakes import FakeAdapter, FakeChannel, backend_entry
+from fakes import backend_entry
 
 from engine.calling.client import Client
 from engine.control.publisher import Publisher
@@ -14,6 +14,7 @@ from engine.seam.channel import ChannelClosed
 from engine.seam.control_messages import Applied, Publish, Subscribe
 from engine.seam.messages import Cancel, Control
 from engine.seam.snapshot import RoutingSnapshot
+from engine.testing.fakes import FakeAdapter, FakeChannel
 
 LONG_S = 1000.0
 BACKENDS = {"b": backend_entry("b", ["r1"])}

@@ -21,9 +21,9 @@ from typing import Any
 
 import pytest
 from _on_a_host import Failed, Process, Record
-from harness import PATIENCE_S, eventually
 from ray_hosts import Host, Hosts, why_not
 
+from engine.testing.instruments import PATIENCE_S, eventually
 from engine_wire.handshake import ClientHandshake
 from engine_wire.lobby import PATIENCE_S as HANDSHAKE_S
 from engine_wire.protocol import GREETING

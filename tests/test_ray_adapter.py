@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 import ray_hosts
-from harness import PATIENCE_S, Footprint, eventually, is_running
 from ray_cluster import RayCluster, why_not
 from ray_drivers import Driver, actors, keys, program_of
 from ray_hosts import Hosts
 
 from engine import Engine, errors, get_replica_context
+from engine.testing.instruments import PATIENCE_S, Footprint, eventually, is_running
 
 pytestmark = [
     pytest.mark.skipif(why_not() is not None, reason=str(why_not())),

@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from fakes import FakeChannel
-from harness import PATIENCE_S
 from ray_cluster import why_not
 
 from engine.seam.adapter import Node
 from engine.seam.control_messages import Drain, Ready
 from engine.seam.messages import Control
 from engine.seam.worker import Listen, WorkerSpec
+from engine.testing.fakes import FakeChannel
+from engine.testing.instruments import PATIENCE_S
 from engine_wire import SocketChannel, Undriven
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))

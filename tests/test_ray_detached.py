@@ -12,11 +12,11 @@ from typing import Any
 
 import httpx
 import pytest
-from harness import PATIENCE_S, Gate, Journal, eventually, is_running
 from ray_cluster import RayCluster, why_not
 from ray_drivers import Actor, Driver, actors, keys
 
 from engine import Engine, errors
+from engine.testing.instruments import PATIENCE_S, Gate, Journal, eventually, is_running
 
 pytestmark = [
     pytest.mark.skipif(why_not() is not None, reason=str(why_not())),

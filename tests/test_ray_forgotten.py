@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness import eventually
 from ray_cluster import ENVIRONMENT, RayCluster
 
+from engine.testing.instruments import eventually
 from engine_ray.link.registry import Registry
 
 _PROGRAM = """

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 import ray_hosts
-from harness import eventually
 from ray_hosts import Host, Hosts, why_not
+
+from engine.testing.instruments import eventually
 
 pytestmark = [
     pytest.mark.skipif(why_not() is not None, reason=str(why_not())),

@@ -15,8 +15,7 @@ from datetime import date
 from typing import Any, NamedTuple
 
 import pytest
-from fakes import FakeChannel, backend_entry, snapshot
-from harness import PATIENCE_S
+from fakes import backend_entry, snapshot
 from ray_cluster import why_not
 
 from engine.errors import EngineClosed, InvalidArgument, RemoteTraceback, RetryLater
@@ -26,6 +25,8 @@ from engine.seam.messages import Control, Credit
 from engine.seam.resources import Resources
 from engine.seam.serialization import dumps, pack_exception
 from engine.seam.worker import WorkerSpec
+from engine.testing.fakes import FakeChannel
+from engine.testing.instruments import PATIENCE_S
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 if why_not() is None:

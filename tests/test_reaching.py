@@ -8,8 +8,7 @@ from typing import Any
 
 import anyio
 import pytest
-from fakes import FakeAdapter, FakeChannel, backend_entry, snapshot
-from harness import PATIENCE_S, eventually
+from fakes import backend_entry, snapshot
 
 from engine.calling.client import Client
 from engine.calling.connectors import register_connector, unregister_connector
@@ -17,6 +16,8 @@ from engine.calling.handle import AsyncHandle, CallOptions
 from engine.seam.control_messages import Publish
 from engine.seam.messages import Call, Control, Reply
 from engine.seam.serialization import dumps
+from engine.testing.fakes import FakeAdapter, FakeChannel
+from engine.testing.instruments import PATIENCE_S, eventually
 
 pytestmark = pytest.mark.anyio
 

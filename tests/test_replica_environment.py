@@ -8,9 +8,9 @@ import re
 import sys
 
 import pytest
-from harness import eventually
 
 from engine import Engine, errors
+from engine.testing.instruments import eventually
 from engine_local import LocalAdapter
 
 HTTP = {"host": "127.0.0.1", "port": 0}

@@ -8,12 +8,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from fakes import FakeSlot, backend_entry
+from fakes import backend_entry
 
 from engine.calling import replica_set
 from engine.calling.replica_set import ReplicaSet, Target
 from engine.errors import NoReplica, Overloaded
 from engine.seam.snapshot import ReplicaEntry
+from engine.testing.fakes import FakeSlot
 
 NOW = 1000.0
 

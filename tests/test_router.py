@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from fakes import FakeSlot, backend_entry, snapshot
+from fakes import backend_entry, snapshot
 
 from engine.calling import router as router_module
 from engine.calling.router import Router
 from engine.calling.traffic import hash_fraction
 from engine.errors import EndpointNotFound
+from engine.testing.fakes import FakeSlot
 
 NOW = 1000.0
 

@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
-from fakes import FakeAdapter
 
 from engine import Engine, errors
 from engine.calling import client, connectors
@@ -17,6 +16,7 @@ from engine.calling.client import Client
 from engine.config import HTTPOptions
 from engine.control.operations import ListBackends
 from engine.control.runner import Runner
+from engine.testing.fakes import FakeAdapter
 
 
 def test_without_a_loop_there_is_an_error_and_an_end(monkeypatch, leaves_nothing):

@@ -11,10 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 import trustme
-from harness import eventually, is_running
 from starlette.middleware import Middleware
 
 from engine import Engine, errors
+from engine.testing.instruments import eventually, is_running
 
 
 def describe(request):

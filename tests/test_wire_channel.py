@@ -12,12 +12,12 @@ from typing import Any, TypeVar
 
 import pytest
 import uvloop
-from fakes import FakeListener
-from harness import PATIENCE_S, Footprint, eventually
 
 from engine.errors import InvalidArgument
 from engine.seam.channel import Channel, ChannelClosed
 from engine.seam.messages import PYTHON, Call, Cancel, Item, Message, Reply
+from engine.testing.fakes import FakeListener
+from engine.testing.instruments import PATIENCE_S, Footprint, eventually
 from engine_wire import LoopDriver, Poller, SocketChannel, Undriven, protocol
 from engine_wire.protocol import GREETING, Decoder, encode
 

@@ -15,12 +15,13 @@ from typing import Any
 
 import pytest
 import uvloop
-from fakes import FakeListener, until
-from harness import PATIENCE_S, Footprint, eventually
+from fakes import until
 
 from engine.seam.channel import Channel, ChannelClosed
 from engine.seam.messages import PYTHON, Call, Cancel, Message, Reply
 from engine.seam.service import ServiceLoop
+from engine.testing.fakes import FakeListener
+from engine.testing.instruments import PATIENCE_S, Footprint, eventually
 from engine_wire import (
     Acceptor,
     AsyncServiceLoop,

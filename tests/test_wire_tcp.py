@@ -16,13 +16,13 @@ from typing import Any
 
 import pytest
 import uvloop
-from fakes import FakeListener
-from harness import PATIENCE_S, Footprint, eventually
 from test_wire_service_loops import Echo, call, reply
 
 from engine.errors import InvalidArgument
 from engine.seam.channel import Channel, ChannelClosed
 from engine.seam.messages import Control, Message
+from engine.testing.fakes import FakeListener
+from engine.testing.instruments import PATIENCE_S, Footprint, eventually
 from engine_wire import (
     Acceptor,
     AsyncServiceLoop,

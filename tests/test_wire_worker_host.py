@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from harness import PATIENCE_S, Footprint, eventually
 
 from engine.seam.control_messages import Ready
 from engine.seam.messages import Control
+from engine.testing.instruments import PATIENCE_S, Footprint, eventually
 from engine_wire import Undriven, WireWorkerHost, connect, listen_tcp, tcp_address
 from engine_wire.handshake import ServerHandshake
 from engine_wire.protocol import Decoder, encode

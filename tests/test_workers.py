@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
-from fakes import FakeAdapter, until
+from fakes import until
 
 from engine.control import workers as workers_module
 from engine.control.workers import Life, Worker, Workers
@@ -16,6 +16,7 @@ from engine.errors import BackendStartError, EngineError, ResourcesUnavailable
 from engine.seam.control_messages import Drain, LogLine, Pong, Ready, Reconfigure, Reconfigured, StartFailed
 from engine.seam.serialization import pack_exception
 from engine.seam.worker import WorkerExit, WorkerSpec
+from engine.testing.fakes import FakeAdapter
 
 SPEC = WorkerSpec("w#1", "replica.w.1", "nowhere:main", b"")
 LONG_S = 1000.0

@@ -1,143 +1,22 @@
-"""The suite's fixtures: one parametrised adapter, an engine that most tests share, and `serve`."""
+"""The conformance suite, which is `engine.testing.conformance`, against the adapters of this repository.
+
+Each module here takes over the tests and fixtures of the suite's module of the same name.
+"""
 
 from __future__ import annotations
 
-import itertools
-import json
-import re
-from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
-from pathlib import Path
-from typing import Any
-
-import httpx
 import pytest
-from factories import FACTORIES, AdapterFactory
-from harness import Footprint, Journal, eventually
+from factories import FACTORIES
 
-from engine import Engine
+from engine.testing.conformance.factory import AdapterFactory
+from engine.testing.conformance.fixtures import anyio_backend, engine, journal, own_engine, serve
 
-_numbers = itertools.count(1)
-
-
-class Served:
-    """A backend under a name and a route of its own, with every way to call it."""
-
-    def __init__(self, engine: Engine, name: str, route: str | None, client: httpx.Client) -> None:
-        self.engine = engine
-        self.name = name
-        self.tag = name
-        self.route = route
-        self._client = client
-
-    @cached_property
-    def handle(self) -> Any:
-        return self.engine.get_handle(self.name)
-
-    @cached_property
-    def ahandle(self) -> Any:
-        return self.engine.get_handle(self.name, sync=False)
-
-    @property
-    def url(self) -> str:
-        assert self.route is not None
-        return f"{self.engine.http_url}{self.route}"
-
-    def call(self, *arguments: Any, **options: Any) -> Any:
-        """Call by handle, `options` being those of ``handle.options``."""
-        return self.handle.options(**options).call(*arguments)
-
-    def http(self, method: str = "GET", suffix: str = "", **options: Any) -> httpx.Response:
-        """Call over HTTP, ``options`` being those of `httpx.Client.request`."""
-        return self._client.request(method, self.url + suffix, **options)
-
-    def http_text(self, method: str = "GET", suffix: str = "", **options: Any) -> str:
-        response = self.http(method, suffix, **options)
-        assert response.status_code == 200, (response.status_code, response.text)
-        return response.text
-
-    def http_json(self, method: str = "GET", suffix: str = "", **options: Any) -> Any:
-        return json.loads(self.http_text(method, suffix, **options))
+__all__ = ["adapter", "anyio_backend", "engine", "journal", "own_engine", "serve"]
 
 
 @pytest.fixture(scope="session", params=FACTORIES)
 def adapter(request: pytest.FixtureRequest) -> AdapterFactory:
     factory: AdapterFactory = request.param
-    if factory.cluster:
+    if factory.name == "ray":
         request.getfixturevalue("ray_cluster")
     return factory
-
-
-@pytest.fixture(scope="session")
-def engine(adapter: AdapterFactory, client: httpx.Client) -> Iterator[Engine]:
-    """The engine that most tests share. At its end nothing may be left of it."""
-    before = Footprint.now()
-    with adapter.shared_engine() as engine:
-        yield engine
-    before.check_unchanged()
-
-
-@pytest.fixture
-def own_engine(adapter: AdapterFactory) -> Iterator[Callable[..., Engine]]:
-    """Makes engines for one test, with HTTP options of its own."""
-    engines: list[Engine] = []
-
-    def make(**http_options: Any) -> Engine:
-        engines.append(adapter.engine(**http_options))
-        return engines[-1]
-
-    yield make
-    for engine in engines:
-        engine.shutdown()
-
-
-@pytest.fixture
-def serve(engine: Engine, client: httpx.Client, request: pytest.FixtureRequest) -> Iterator[Callable[..., Served]]:
-    """Serves a backend under a fresh name until the end of the test. No call may be left of it then.
-
-    ``serve(func_or_class, *init_args, config=None, route="/fresh", methods=("GET", "POST"), **init_kwargs)``
-    """
-    test = re.sub(r"\W+", "-", request.node.name).strip("-")
-    all_served: list[Served] = []
-
-    def serve(
-        func_or_class: Callable[..., Any],
-        *init_args: Any,
-        config: Any = None,
-        route: str | None = "/fresh",
-        methods: Sequence[str] = ("GET", "POST"),
-        **init_kwargs: Any,
-    ) -> Served:
-        name = f"{test}-{next(_numbers)}"
-        served = Served(engine, name, f"/{name}" if route == "/fresh" else route, client)
-        engine.create_backend(name, func_or_class, *init_args, config=config, **init_kwargs)
-        all_served.append(served)
-        engine.create_endpoint(name, backend=name, route=served.route, methods=list(methods))
-        return served
-
-    yield serve
-    for served in all_served:
-        if served.tag in engine.list_backends():
-            eventually(lambda tag=served.tag: _rests(engine.statistics()["backends"][tag]))
-    for served in all_served:
-        if served.name in engine.list_endpoints():
-            engine.delete_endpoint(served.name)
-    for served in all_served:
-        if served.tag in engine.list_backends():
-            engine.delete_backend(served.tag, force=True)
-
-
-def _rests(counted: dict[str, Any]) -> bool:
-    """Whether this process's calls to a backend have all ended."""
-    return counted["in_flight"] == 0 and counted["queued"] == 0
-
-
-@pytest.fixture
-def journal(tmp_path: Path) -> Journal:
-    return Journal(tmp_path / "journal")
-
-
-@pytest.fixture
-def anyio_backend() -> str:
-    """Async tests run on asyncio unless their module says otherwise."""
-    return "asyncio"

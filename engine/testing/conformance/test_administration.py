@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 
 import pytest
-from harness import eventually, is_running
 
 from engine import errors
+from engine.testing.instruments import eventually, is_running
 
 
 def process_id(request):

@@ -7,9 +7,9 @@ import pickle
 import anyio
 import anyio.to_thread
 import pytest
-from harness import open_files
 
 from engine import errors
+from engine.testing.instruments import open_files
 
 pytestmark = pytest.mark.anyio
 

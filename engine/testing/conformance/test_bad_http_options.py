@@ -38,7 +38,7 @@ def test_bad_options(adapter, leaves_nothing, name):
 
 def test_options_that_are_no_dict(adapter, leaves_nothing):
     with pytest.raises(errors.InvalidArgument, match=r"http_options.*5"):
-        Engine(backend=adapter.name, http_options=5).shutdown()
+        Engine(backend=adapter.backend(), http_options=5).shutdown()
 
 
 def test_port_in_use(own_engine):

@@ -196,5 +196,5 @@ def test_two_engines_do_not_notice_each_other(adapter, client):
 def test_names(adapter):
     from engine import Engine
 
-    with Engine(backend=adapter.name, name="mine") as engine:
+    with Engine(backend=adapter.backend(), name="mine") as engine:
         assert "mine" in repr(engine)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from harness import eventually
 
 from engine import BackendConfig, errors, get_replica_context
+from engine.testing.instruments import eventually
 
 
 class Configured:

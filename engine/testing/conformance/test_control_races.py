@@ -8,9 +8,9 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from harness import Footprint, eventually
 
 from engine import errors
+from engine.testing.instruments import Footprint, eventually
 
 
 def ok(request):

@@ -9,9 +9,9 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from harness import eventually, is_running
 
 from engine import errors
+from engine.testing.instruments import eventually, is_running
 
 pytestmark = pytest.mark.usefixtures("processes")
 

@@ -6,9 +6,9 @@ import asyncio
 import threading
 
 import pytest
-from harness import eventually
 
 from engine import errors
+from engine.testing.instruments import eventually
 
 
 class OwnError(Exception):

@@ -9,9 +9,9 @@ from collections import Counter
 
 import httpx
 import pytest
-from harness import eventually
 
 from engine import accept_batch, errors, get_replica_context
+from engine.testing.instruments import eventually
 
 
 class Counting:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from harness import eventually
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.responses import PlainTextResponse
+
+from engine.testing.instruments import eventually
 
 
 class Tag:

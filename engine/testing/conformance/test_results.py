@@ -10,7 +10,6 @@ import uuid
 import numpy
 import pydantic
 import pytest
-from harness import eventually, open_files
 from starlette.background import BackgroundTask
 from starlette.responses import (
     FileResponse,
@@ -23,6 +22,7 @@ from starlette.responses import (
 )
 
 from engine import errors
+from engine.testing.instruments import eventually, open_files
 
 
 @dataclasses.dataclass

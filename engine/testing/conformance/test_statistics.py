@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from harness import eventually
+from engine.testing.instruments import eventually
 
 
 def name_it(request: Any) -> str:

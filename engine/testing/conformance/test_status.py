@@ -7,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from fastapi import HTTPException as FastAPIHTTPException
-from harness import eventually
 from starlette.exceptions import HTTPException
+
+from engine.testing.instruments import eventually
 
 SECRET = "the secret of the backend"
 

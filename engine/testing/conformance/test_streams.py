@@ -6,8 +6,9 @@ import random
 
 import httpx
 import pytest
-from harness import eventually
 from starlette.responses import StreamingResponse
+
+from engine.testing.instruments import eventually
 
 
 def sync_generator(request):

@@ -8,9 +8,9 @@ import signal
 import threading
 
 import pytest
-from harness import eventually
 
 from engine import errors
+from engine.testing.instruments import eventually
 
 
 def double(request):

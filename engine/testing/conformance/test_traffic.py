@@ -6,9 +6,9 @@ import threading
 from collections import Counter
 
 import pytest
-from harness import eventually
 
 from engine import errors
+from engine.testing.instruments import eventually
 
 ROOMY = {"max_concurrent_queries": 1000}  # a shadow that is full gets no copy
 

@@ -1,0 +1,3 @@
+"""See `engine.testing.conformance.test_administration`."""
+
+from engine.testing.conformance.test_administration import *

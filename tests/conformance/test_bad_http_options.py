@@ -1,0 +1,3 @@
+"""See `engine.testing.conformance.test_bad_http_options`."""
+
+from engine.testing.conformance.test_bad_http_options import *

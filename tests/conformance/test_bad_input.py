@@ -1,0 +1,3 @@
+"""See `engine.testing.conformance.test_bad_input`."""
+
+from engine.testing.conformance.test_bad_input import *

@@ -1,0 +1,3 @@
+"""See `engine.testing.conformance.test_closing`."""
+
+from engine.testing.conformance.test_closing import *

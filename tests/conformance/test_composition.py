@@ -1,0 +1,3 @@
+"""See `engine.testing.conformance.test_composition`."""
+
+from engine.testing.conformance.test_composition import *

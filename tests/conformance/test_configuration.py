@@ -1,0 +1,3 @@
+"""See `engine.testing.conformance.test_configuration`."""
+
+from engine.testing.conformance.test_configuration import *

@@ -1,0 +1,3 @@
+"""See `engine.testing.conformance.test_deaths`."""
+
+from engine.testing.conformance.test_deaths import *

@@ -1,0 +1,3 @@
+"""See `engine.testing.conformance.test_failures`."""
+
+from engine.testing.conformance.test_failures import *

@@ -1,0 +1,3 @@
+"""See `engine.testing.conformance.test_limits`."""
+
+from engine.testing.conformance.test_limits import *

@@ -1,0 +1,3 @@
+"""See `engine.testing.conformance.test_methods`."""
+
+from engine.testing.conformance.test_methods import *

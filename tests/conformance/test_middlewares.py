@@ -1,0 +1,3 @@
+"""See `engine.testing.conformance.test_middlewares`."""
+
+from engine.testing.conformance.test_middlewares import *

@@ -1,0 +1,3 @@
+"""See `engine.testing.conformance.test_mounting`."""
+
+from engine.testing.conformance.test_mounting import *

@@ -1,0 +1,3 @@
+"""See `engine.testing.conformance.test_requests`."""
+
+from engine.testing.conformance.test_requests import *

@@ -1,0 +1,3 @@
+"""See `engine.testing.conformance.test_results`."""
+
+from engine.testing.conformance.test_results import *

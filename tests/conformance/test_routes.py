@@ -1,0 +1,3 @@
+"""See `engine.testing.conformance.test_routes`."""
+
+from engine.testing.conformance.test_routes import *

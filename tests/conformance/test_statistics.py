@@ -1,0 +1,3 @@
+"""See `engine.testing.conformance.test_statistics`."""
+
+from engine.testing.conformance.test_statistics import *

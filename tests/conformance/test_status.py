@@ -1,0 +1,3 @@
+"""See `engine.testing.conformance.test_status`."""
+
+from engine.testing.conformance.test_status import *

@@ -1,0 +1,3 @@
+"""See `engine.testing.conformance.test_streams`."""
+
+from engine.testing.conformance.test_streams import *

@@ -1,0 +1,3 @@
+"""See `engine.testing.conformance.test_sync_handles`."""
+
+from engine.testing.conformance.test_sync_handles import *

@@ -1,0 +1,3 @@
+"""See `engine.testing.conformance.test_traffic`."""
+
+from engine.testing.conformance.test_traffic import *
