@@ -21,7 +21,7 @@ nox.options.sessions = ["lint", "typecheck", "tests", "examples"]
 def tests(session: nox.Session) -> None:
     """Run the test suite; arguments after `--` go to pytest."""
     session.install("-e", ".[test]")
-    session.run("python", "-m", "pytest", *session.posargs)
+    session.run("python", "-m", "pytest", "-n", "auto", *session.posargs)
 
 
 @nox.session

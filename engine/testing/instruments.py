@@ -215,7 +215,13 @@ class Footprint:
     @classmethod
     def now(cls) -> Footprint:
         """That of this process, now."""
-        return cls(frozenset(descendants()), frozenset(threading.enumerate()), frozenset(open_files().items()))
+        threads = frozenset(
+            # A thread that Python did not start stays in its list once it has asked which thread it is.
+            thread
+            for thread in threading.enumerate()
+            if not isinstance(thread, threading._DummyThread)
+        )
+        return cls(frozenset(descendants()), threads, frozenset(open_files().items()))
 
     def leftovers(self) -> str:
         """What there is now that was not there at this moment, in words; empty if nothing is."""
