@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from engine.seam.channel import Channel, ChannelListener
-from engine_wire import WireConnector, connect
+from engine_wire import WireConnector
 
 __all__ = ["LocalConnector"]
 
@@ -19,7 +18,3 @@ class LocalConnector(WireConnector):
 
     def __reduce__(self) -> tuple[type[LocalConnector], tuple[str]]:
         return (LocalConnector, (self.control_address,))
-
-    def open_channel(self, address: str, listener: ChannelListener, *, on_loop: bool) -> Channel:
-        """See `engine.seam.connector.Connector.open_channel`."""
-        return connect(address, listener, on_loop=on_loop, poller=self._poller)

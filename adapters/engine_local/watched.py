@@ -15,10 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from engine.seam.channel import Channel, ChannelClosed
 from engine.seam.control_messages import LogLine
-from engine.seam.messages import Control, Message
-from engine_wire import LoopDriver, SocketChannel
+from engine_wire import ControlChannel
 
 from .launcher import Launcher
 from .life import Stage, describe_end
@@ -83,16 +81,14 @@ class WatchedWorker:
         self.descriptors = [theirs.detach(), pipes[0][1], pipes[1][1]]
         self._stdout = LineReader(pipes[0][0], lambda line: self._print(logging.INFO, "stdout", line), loop)
         self._stderr = LineReader(pipes[1][0], lambda line: self._print(logging.WARNING, "stderr", line), loop)
-        self._channel = SocketChannel(ours, self, LoopDriver(loop), greet=False)
-        self._channel.watch()
+        self._channel = ControlChannel(ours, lambda body: self._said(worker_id, body), self._lost, loop)
 
     def __repr__(self) -> str:
         return f"<WatchedWorker {self.worker_id} {self.stage.value} pid={self._pid} {self._channel}>"
 
     def tell(self, body: Any) -> None:
         """Send a control body; does nothing when the worker is gone."""
-        with contextlib.suppress(ChannelClosed):
-            self._channel.send(Control(body))
+        self._channel.tell(body)
 
     # -- its life ----------------------------------------------------------------------------------------------------
 
@@ -168,15 +164,8 @@ class WatchedWorker:
                 os.waitpid(self._pid, os.WNOHANG)  # it has become this process's child if that adopts orphans
         self._ended(self, reason)
 
-    # -- engine.seam.channel.ChannelListener -------------------------------------------------------------------------
-
-    def received(self, channel: Channel, message: Message) -> None:
-        """See `engine.seam.channel.ChannelListener.received`."""
-        if isinstance(message, Control):
-            self._said(self.worker_id, message.body)
-
-    def lost(self, channel: Channel, reason: str) -> None:
-        """See `engine.seam.channel.ChannelListener.lost`."""
+    def _lost(self, reason: str) -> None:
+        """Its control channel has ended."""
         if self.stage is Stage.ORPHANED:
             self._end()
         elif self.stage is not Stage.ENDED:  # else this is the rest of what it said

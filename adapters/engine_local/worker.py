@@ -1,7 +1,7 @@
 """A worker process, from the fork to its exit.
 
 Runs in the child of the fork server: takes on the engine's directories and environment, ties its standard streams and
-its logging to the engine, starts the control thread (`engine_local.host`) and calls the entry function on the main
+its logging to the engine, starts the control thread (`engine_wire.child`) and calls the entry function on the main
 thread. It leaves by `os._exit`, after running what user code registered with `atexit`.
 
 When the engine dies, the kernel kills this process along with the fork server (Linux), and the control thread ends it
@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, NoReturn
 from engine.errors import BackendStartError
 from engine.seam.control_messages import StartFailed
 from engine.seam.serialization import pack_exception
+from engine_wire import ChildHost
 from engine_wire.logs import LogToEngine
 
-from .host import LocalHost
+from .connector import LocalConnector
 from .process import flush_c_streams, name_process
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def run_worker(order: Spawn, descriptors: list[int]) -> NoReturn:
     control, stdout, stderr, *others = descriptors
     _redirect(stdout, stderr)
     payload = order.payload if order.payload is not None else _read_all(others.pop())
-    host = LocalHost(order.worker_id, control, others, order.address, order.control_address)
+    host = ChildHost(order.worker_id, control, others, order.address, LocalConnector(order.control_address))
     code = 1
     try:
         host.start()
@@ -69,7 +70,7 @@ def _read_all(descriptor: int) -> bytes:
         return file.read()
 
 
-def _settle(order: Spawn, host: LocalHost) -> None:
+def _settle(order: Spawn, host: ChildHost) -> None:
     import atexit
     import faulthandler
     import gc
@@ -116,7 +117,7 @@ def _limit_threads(threads: int) -> None:
         limits.threadpool_limits(threads)
 
 
-def _fail(host: LocalHost, error: BaseException) -> int:
+def _fail(host: ChildHost, error: BaseException) -> int:
     """Tell what ended the entry function; returns the exit code."""
     code = 1
     if isinstance(error, SystemExit):

@@ -3,6 +3,7 @@
 from .acceptor import Acceptor
 from .addresses import listen_tcp, listen_unix, notice_silence, tcp_address
 from .channel import Driver, SocketChannel
+from .child import ChildHost, ControlChannel
 from .connecting import connect
 from .connector import WireConnector
 from .drivers import LoopDriver, Poller, Undriven
@@ -13,6 +14,8 @@ __all__ = [
     "Acceptor",
     "AsyncServiceLoop",
     "BlockingServiceLoop",
+    "ChildHost",
+    "ControlChannel",
     "Driver",
     "LoopDriver",
     "Poller",

@@ -6,21 +6,30 @@ first of them.
 
 from __future__ import annotations
 
+from engine.seam.channel import Channel, ChannelListener
+
+from .connecting import connect
 from .drivers import Poller
 
 __all__ = ["WireConnector"]
 
 
 class WireConnector:
-    """The part of an `engine.seam.connector.Connector` that all socket-based adapters share.
+    """An `engine.seam.connector.Connector` of socket-based adapters: each gives it a name of its own.
 
     Args:
         control_address: Where the controller listens, if known.
     """
 
-    def __init__(self, control_address: str) -> None:
+    name: str
+
+    def __init__(self, control_address: str = "") -> None:
         self.control_address = control_address
         self._poller = Poller()
+
+    def open_channel(self, address: str, listener: ChannelListener, *, on_loop: bool) -> Channel:
+        """See `engine.seam.connector.Connector.open_channel`; asks for no proof of who is there."""
+        return connect(address, listener, on_loop=on_loop, poller=self._poller)
 
     def close(self) -> None:
         """See `engine.seam.connector.Connector.close`."""
