@@ -381,7 +381,7 @@ class Engine:
         """What runs, and what this process's callers counted and hold.
 
         Returns:
-            ``{"backends": {tag: {"replicas": {id: stage of its life}, "queued": calls, "in_flight": calls,
+            ``{"backends": {tag: {"replicas": {replica_tag: stage of its life}, "queued": calls, "in_flight": calls,
             "dropped_copies": calls}}, "endpoints": {name: {"calls": made so far}}, "ingresses": {id: {"node": address,
             "url": base URL}}}``. Calls over HTTP are those of the process that serves them, this one for
             `asgi` and inline.

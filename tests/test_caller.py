@@ -42,8 +42,8 @@ def submit(caller: Caller, call: Call, slot: Slot) -> None:
 class World:
     """A caller and everything around it."""
 
-    def __init__(self) -> None:
-        self.adapter = FakeAdapter()
+    def __init__(self, adapter: Any = None) -> None:
+        self.adapter = adapter or FakeAdapter()
         self.home = FakeHome()
         self.ruling = RoutingSnapshot(version=-1)
         self.caller = Caller(self.adapter, self.home, lambda: self.ruling)
@@ -609,9 +609,150 @@ def test_a_call_given_up_while_its_channel_is_opened(world: World) -> None:
     world.adapter.open_channel = open_channel  # type: ignore[method-assign]
     slots.append(FakeSlot())
     submit(world.caller, a_call("a"), slots[0])
-    world.reply("r1")
+    assert world.calls("r1") == []
     assert not slots[0].settled
     assert world.counted() == IDLE
+
+
+# -- opening and closing channels --------------------------------------------------------------------------------------
+
+
+class SlowAdapter(FakeAdapter):
+    """Opens a channel to r1 only when it is told to, as one would that has to ask a cluster first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.opening = threading.Semaphore(0)  # released when somebody begins to open one
+        self.go_on = threading.Event()
+
+    def open_channel(self, address: str, listener: Any, *, on_loop: bool) -> FakeChannel:
+        if address == "fake:r1":
+            self.opening.release()
+            assert self.go_on.wait(PATIENCE_S)
+        return super().open_channel(address, listener, on_loop=on_loop)
+
+
+@pytest.fixture
+def slow() -> Iterator[World]:
+    world = World(SlowAdapter())
+    world.show(backend_entry("b", ["r1"], limit=5))
+    yield world
+    world.adapter.go_on.set()
+
+
+def test_while_a_channel_is_opened_others_are_routed_and_counted(slow: World) -> None:
+    slow.show(
+        backend_entry("b", ["r1"], limit=5), backend_entry("c", ["r2"]), endpoints={"e": {"b": 1.0}, "f": {"c": 1.0}}
+    )
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(slow.submit, "a")
+        assert slow.adapter.opening.acquire(timeout=PATIENCE_S)
+        assert slow.counted("b")["in_flight"] == 1
+        queued = FakeSlot()
+        queued.endpoint, queued.call = "nothing", a_call()
+        slow.caller.submit(queued)
+        assert isinstance(queued.error, EndpointNotFound)
+        slow.caller.cancel(queued)
+        assert not first.done()
+        slow.adapter.go_on.set()
+        first.result(PATIENCE_S)
+    assert slow.names("r1") == ["a"]
+
+
+def test_many_calls_at_once_open_one_channel(slow: World) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        calls = [pool.submit(slow.submit, name) for name in "abcd"]
+        assert slow.adapter.opening.acquire(timeout=PATIENCE_S)
+        eventually(lambda: slow.counted()["in_flight"] == 4)
+        slow.adapter.go_on.set()
+        for call in calls:
+            call.result(PATIENCE_S)
+    assert len(slow.adapter.channels) == 1
+    assert sorted(slow.names("r1")) == ["a", "b", "c", "d"]
+
+
+@pytest.mark.parametrize("how", ["closed", "found dead"])
+def test_a_channel_that_is_opened_too_late_is_closed(slow: World, how: str) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        calling = pool.submit(slow.submit, "a")
+        assert slow.adapter.opening.acquire(timeout=PATIENCE_S)
+        if how == "closed":
+            slow.caller.close()
+        else:
+            slow.show(backend_entry("b", [], dead=["r1"]))
+        slow.adapter.go_on.set()
+        slot = calling.result(PATIENCE_S)
+    assert [channel.closed for channel in slow.adapter.channels] == [True]
+    if how == "closed":
+        assert (type(slot.error), slot.settled) == (EngineClosed, 1)
+    else:
+        assert not slot.settled  # another replica is on its way
+        slow.show(backend_entry("b", ["r2"]))
+        assert slow.names("r2") == ["a"]
+        assert slow.counted() == {**IDLE, "in_flight": 1}
+
+
+def test_an_adapter_that_calls_back_while_it_opens_a_channel(world: World) -> None:
+    inner: list[FakeSlot] = []
+    opened = world.adapter.open_channel
+
+    def open_channel(*args: Any, **options: Any) -> FakeChannel:
+        if not inner:
+            inner.append(FakeSlot())
+            submit(world.caller, a_call("inner"), inner[0])
+        return opened(*args, **options)
+
+    world.adapter.open_channel = open_channel  # type: ignore[method-assign]
+    world.show(backend_entry("b", ["r1"], limit=2))
+    world.submit("outer")
+    first, second = world.adapter.channels
+    assert (first.closed, second.closed) == (False, True)
+    assert [name_of(call) for call in first.of_type(Call)] == ["inner", "outer"]
+
+
+def test_a_channel_is_closed_where_nobody_waits_for_the_lock(world: World) -> None:
+    """Closing one takes system calls, and wakes threads."""
+    world.submit("a")
+    world.reply("r1")
+    free: list[bool] = []
+    channel = world.channel("r1")
+    close = channel.close
+
+    def close_slowly() -> None:
+        with ThreadPoolExecutor(1) as pool:
+            free.append(bool(pool.submit(world.caller.statistics).result(PATIENCE_S)))
+        close()
+
+    channel.close = close_slowly  # type: ignore[method-assign]
+    world.show(backend_entry("b", ["r2"]))
+    assert (free, channel.closed) == ([True], True)
+
+
+def test_a_call_that_was_given_up_before_it_is_submitted_goes_nowhere(world: World) -> None:
+    """A ref is given up while its arguments are still on their way."""
+    world.show(backend_entry("b", ["r1"]), backend_entry("shadow", ["s1"]), shadows=(("shadow", 1.0),))
+    slot = FakeSlot()
+    world.caller.cancel(slot)
+    submit(world.caller, a_call("a"), slot)
+    assert world.adapter.channels == []
+    assert (world.counted(), world.counted("shadow"), slot.settled) == (IDLE, IDLE, 0)
+    assert world.caller.statistics()["endpoints"]["e"]["calls"] == 0
+
+
+def test_a_call_that_is_given_up_lets_go_of_its_arguments(world: World) -> None:
+    slot = world.submit("x" * 1000)
+    world.caller.cancel(slot)
+    assert slot.call.payload == b""
+
+
+def test_a_call_whose_backend_is_gone_can_be_given_up(world: World) -> None:
+    """It has left its queue by then."""
+    world.submit("a")
+    slot = world.submit("b")
+    assert slot.queue is not None
+    world.caller.begin_close(EngineClosed("the engine was shut down"))
+    assert slot.queue is None
+    world.caller.cancel(slot)
 
 
 def test_a_call_given_up_before_it_is_sent(world: World) -> None:

@@ -1219,7 +1219,7 @@ def test_a_start_that_fails_ends_only_an_engine_that_ends_with_it(
     adapter: ClusterAdapter
     if detached:
         from engine_ray.controlling.detached import DetachedAdapter
-        from engine_ray.working.order import Surroundings
+        from engine_ray.link.surroundings import Surroundings
 
         adapter = DetachedAdapter("e", {}, Surroundings.here())
     else:

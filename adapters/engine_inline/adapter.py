@@ -107,7 +107,10 @@ class InlineAdapter(AdapterBase):
             raise ChannelClosed(f"nobody answers at {address}")
         return channel
 
-    # -- what the hosts say, on their threads ------------------------------------------------------------------------
+    def close(self) -> None:
+        """See `engine.seam.connector.Connector.close`: nothing to release."""
+
+    # -- what the workers say, on their threads ------------------------------------------------------------------------
 
     def _worker_said(self, host: InlineHost, body: Any) -> None:
         """Pass a worker's message to the controller."""

@@ -71,12 +71,14 @@ class Caller:
         """
         if self._router.snapshot is not self._current():
             self.apply(self._current())
-        call = slot.call
         copies: list[ReplicaSet] = []
         try:
             with self._lock:
                 if self._closed is not None:
                     raise self._closed
+                if slot.given_up:  # meanwhile: it must be neither queued nor copied
+                    return
+                call = slot.call
                 replica_set, endpoint = self._router.route(slot.endpoint, slot.shard_key)
                 if not again:
                     endpoint.calls += 1
@@ -254,6 +256,9 @@ class Caller:
         channel: Channel | None = None
         try:
             channel = target.channel or self._connect(target)
+            if slot.given_up:  # opening may take long
+                self._settle(target, None, refused=False)
+                return
             slot.send_on(channel, call_id, target)
             self._pending[call_id] = slot
             channel.send(_new(Call, (call_id, *call[1:])))
@@ -286,16 +291,19 @@ class Caller:
                 self._check_worth_opening(target)
                 if target.channel is not None:
                     return target.channel
-            channel = self._connector.open_channel(target.address, self, on_loop=self.home.on_loop)
+            opened = self._connector.open_channel(target.address, self, on_loop=self.home.on_loop)
+            wanted = False
             try:
                 with self._lock:
                     self._check_worth_opening(target)  # again: the engine may have been closed, or have found it dead
-                    target.channel = channel
-                    self._channels[channel] = target
-            except BaseException:
-                channel.close()
-                raise
-            return channel
+                    if target.channel is None:  # else opening it called back here, and made another call to it
+                        target.channel = opened
+                        self._channels[opened] = target
+                        wanted = True
+                    return target.channel
+            finally:
+                if not wanted:
+                    opened.close()
 
     def _check_worth_opening(self, target: Target) -> None:
         if self._closed is not None:

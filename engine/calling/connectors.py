@@ -14,7 +14,7 @@ _connectors: dict[str, tuple[int, Connector]] = {}
 
 
 def register_connector(engine_id: str, connector: Connector) -> None:
-    """Say which adapter opens this engine's channels in this process."""
+    """Say which connector opens this engine's channels in this process."""
     with _lock:
         _connectors[engine_id] = os.getpid(), connector
 

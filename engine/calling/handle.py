@@ -89,8 +89,6 @@ class _BaseHandle:
 
     __slots__ = ("_adapter_name", "_client", "_control_address", "_endpoint", "_engine_id", "_head", "_options")
 
-    _sync: bool
-
     def __init__(
         self, engine_id: str, adapter_name: str, control_address: str, endpoint: str, options: CallOptions
     ) -> None:

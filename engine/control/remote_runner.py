@@ -66,7 +66,7 @@ class RemoteRunner:
         self._controller.leave(ended=ended)
 
     def _run(self, operation: Operation[Any] | Stop) -> Any:
-        name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(operation).__name__).lower()  # as the user asked for it
+        name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(operation).__name__).lower()
         packed = dumps(operation, f"the arguments of {name}")
         while True:
             try:

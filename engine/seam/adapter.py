@@ -4,7 +4,8 @@ An adapter starts workers, says when and why they died, tells them things, kills
 It knows nothing of backends, endpoints or routing; the core knows nothing of processes, sockets or clusters. Only ids,
 bytes, frozen dataclasses and deadlines cross. What only some adapters can do are protocols of their own, which the core
 asks for by type: `WatchesNodes` and `FindsPlaces` here, `HasRefs` and `MayReturn` in `engine.seam.connector`,
-`Detachable` and `KeepsState` in `engine.seam.detached`.
+`Detachable` and `KeepsState` in `engine.seam.detached`. An adapter that passes on to another one does so by methods of
+its own: what only `__getattr__` finds counts as there or not depending on the version of Python.
 """
 
 from __future__ import annotations
@@ -79,12 +80,12 @@ class Adapter(Connector, Protocol):
     async def stop(self) -> None:
         """Kill what still runs, reap it and release everything `start` took (idempotent).
 
-        With a store, it is called after a failed `start`, too, and ends what a former controller of the engine left.
+        With a store (`KeepsState`), it is called after a failed `start`, too, and ends what a former controller left.
         """
 
 
 class AdapterBase:
-    """What most adapters would say, to build on: workers are processes of one node, and nothing is to be released."""
+    """What most adapters would say, to build on: workers are processes of their own, all on one node."""
 
     shares_process = False
     control_address = ""
@@ -92,9 +93,6 @@ class AdapterBase:
     def nodes(self) -> tuple[Node, ...]:
         """See `Adapter.nodes`: this machine."""
         return (Node("local", "127.0.0.1"),)
-
-    def close(self) -> None:
-        """See `Connector.close`: nothing to release."""
 
 
 @runtime_checkable

@@ -93,9 +93,8 @@ class Connector(Protocol):
 class HasRefs(Protocol):
     """A connector of a platform with refs of its own; where it is none, refs are the engine's."""
 
-    @property
-    def refs(self) -> PlatformRefs:
-        """The platform's own refs, valid wherever `Connector.open_channel` is."""
+    refs: PlatformRefs
+    """The platform's own refs, there from the constructor on, and valid wherever `Connector.open_channel` is."""
 
 
 @runtime_checkable
@@ -113,4 +112,4 @@ def refs_of(connector: Connector) -> PlatformRefs | None:
 
 def may_return(connector: Connector, control_address: str) -> bool:
     """Whether a controller that cannot be reached there will be again, at the same address."""
-    return isinstance(connector, MayReturn) and connector.returns(control_address)
+    return isinstance(connector, MayReturn) and bool(connector.returns(control_address))

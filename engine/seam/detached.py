@@ -66,7 +66,7 @@ class KeepsState(Protocol):
     """An adapter whose controller may be started again, and then goes on where the former one stopped."""
 
     store: StateStore
-    """Where the controller in this process keeps its state."""
+    """Where the controller in this process keeps its state. There from the constructor on."""
 
     async def adopt_worker(self, spec: WorkerSpec) -> None:
         """Watch a worker that a former controller of the engine started.
@@ -77,4 +77,4 @@ class KeepsState(Protocol):
 
 def store_of(adapter: object) -> StateStore | None:
     """Where the controller in this process is to keep its state; None if its engine ends with the process."""
-    return adapter.store if isinstance(adapter, KeepsState) else None
+    return getattr(adapter, "store", None) if isinstance(adapter, KeepsState) else None

@@ -16,7 +16,7 @@ class ReplicaEntry:
 
     Attributes:
         replica_tag: Unique within the engine, e.g. ``"model#3"``.
-        address: For `Adapter.open_channel`.
+        address: For `Connector.open_channel`.
     """
 
     replica_tag: str

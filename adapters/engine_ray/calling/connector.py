@@ -7,17 +7,12 @@ also finds where the controller of a detached engine is now.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from engine.seam.channel import Channel, ChannelClosed, ChannelListener
 from engine_wire import WireConnector, connect, notice_silence
 
 from ..link import connection
 from ..link.registry import Entry, Registry
 from .addresses import Address, cluster_of, engine_of, is_symbolic
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["RayConnector"]
 

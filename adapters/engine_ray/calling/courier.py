@@ -26,7 +26,7 @@ from engine.seam.messages import PYTHON, Call, Reply
 from engine.seam.serialization import dumps, pack_exception
 
 from ..link.actors import NAMESPACE, kill_actor
-from ..working.order import Surroundings, extend_path
+from ..link.surroundings import Surroundings, extend_path
 from .carried import CarriedError, Filled, carried, refuse_refs
 from .connector import RayConnector
 from .turns import Turns

@@ -18,8 +18,8 @@ from engine.config import LONGEST_S
 from engine.errors import CallError, DeadlineExceeded, ReplicaDied, RetryLater
 from engine.seam.may_block import running_asyncio_loop
 
-from ..controlling.places import check_connected
 from ..link.actors import NAMESPACE
+from ..link.connection import check_connected
 from .addresses import engine_of
 from .carried import Errand, Placeholder, refuse_refs
 from .connector import RayConnector

@@ -30,12 +30,15 @@ from ..calling.courier import end_courier
 from ..calling.refs import RayCaller
 from ..link import connection
 from ..link.actors import kill_actor
+from ..link.connection import check_connected
 from ..link.registry import Entry, Registry
+from ..link.sockets import listen_everywhere
+from ..link.surroundings import Surroundings
 from ..working.bodies import Hello
-from ..working.order import Order, Surroundings
+from ..working.order import Order
 from .leftovers import sweep_leftovers
 from .nodes import NodeWatch
-from .places import check_connected, listen_everywhere, options_of, shortage
+from .places import options_of, shortage
 from .public_ports import PublicPorts
 from .strangers import Newcomer, Strangers
 from .watched import WatchedWorker, described_death

@@ -28,10 +28,11 @@ from ..calling.addresses import symbolic
 from ..calling.courier import end_courier
 from ..link import connection
 from ..link.actors import NAMESPACE, actor_names, kill_actor, kill_named
+from ..link.connection import check_connected
 from ..link.registry import Entry, Registry
-from ..working.order import Surroundings
+from ..link.surroundings import Surroundings
 from .cluster import SECRET_BYTES, ClusterAdapter
-from .places import check_connected, trifle
+from .places import trifle
 
 __all__ = ["ControllerActor", "RayController", "create_controller", "find_controller"]
 

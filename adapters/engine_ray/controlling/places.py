@@ -1,19 +1,14 @@
-"""Where workers run and listen: options of actors, what is lacking, sockets of a node."""
+"""Where workers run: options of actors, and what is lacking."""
 
 from __future__ import annotations
 
-import os
-import socket
-import sys
 from collections.abc import Mapping
 from typing import Any
 
-from engine.errors import EngineClosed
 from engine.seam.resources import Resources
 from engine.seam.worker import WorkerSpec
-from engine_wire import listen_tcp, listen_unix, tcp_address
 
-__all__ = ["check_connected", "listen_everywhere", "options_of", "shortage", "trifle"]
+__all__ = ["options_of", "shortage", "trifle"]
 
 _OURS = frozenset(
     {
@@ -88,21 +83,6 @@ def _is_for_nodes(strategy: Any) -> bool:
     return strategy == "SPREAD" or _names(strategy)
 
 
-def check_connected() -> None:
-    """Refuse to ask anything of a Ray that this process has left: Ray would connect anew, to whatever it finds.
-
-    Raises:
-        engine.errors.EngineClosed: The process has left it.
-    """
-    import ray
-
-    if not ray.is_initialized():
-        raise EngineClosed(
-            "this process is not connected to Ray any more: ray.shutdown() was called, or the engine was shut down "
-            "that had connected it"
-        )
-
-
 def shortage(asked: Resources) -> str | None:
     """Say what a worker that has not started yet asked for and what the cluster has.
 
@@ -159,25 +139,3 @@ def _amount(name: str, amount: Any) -> str:
     if not isinstance(amount, (int, float)):
         return str(amount)
     return f"{amount / 2**30:.3g} GiB" if name == "memory" else f"{amount:g}"
-
-
-def listen_everywhere(name: str) -> tuple[list[socket.socket], tuple[str, ...]]:
-    """Open the sockets of a party: a Unix socket without a name on disk (Linux), and TCP on its node's address.
-
-    Args:
-        name: Distinguishes it from others on this node.
-
-    Returns:
-        The sockets, and their addresses for `engine_wire.connect`.
-    """
-    import ray
-
-    listening = []
-    addresses = []
-    if sys.platform == "linux":
-        path = f"@{name}-{os.urandom(4).hex()}"
-        listening.append(listen_unix(path))
-        addresses.append(f"unix:{path}")
-    listening.append(listen_tcp(ray.util.get_node_ip_address()))
-    addresses.append(tcp_address(listening[-1]))
-    return listening, tuple(addresses)

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterable
 from typing import Any
 
-from ..controlling.places import check_connected
+from .connection import check_connected
 
 __all__ = ["NAMESPACE", "actor_names", "kill_actor", "kill_named"]
 

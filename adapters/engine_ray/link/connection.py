@@ -14,11 +14,11 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from engine.errors import EngineError, InvalidArgument
+from engine.errors import EngineClosed, EngineError, InvalidArgument
 
 from .knocking import knock
 
-__all__ = ["cluster", "join", "leave", "started_here"]
+__all__ = ["check_connected", "cluster", "join", "leave", "started_here"]
 
 _log = logging.getLogger("engine.ray")
 
@@ -82,6 +82,21 @@ def cluster() -> str:
     import ray
 
     return str(ray.get_runtime_context().gcs_address)
+
+
+def check_connected() -> None:
+    """Refuse to ask anything of a Ray that this process has left: Ray would connect anew, to whatever it finds.
+
+    Raises:
+        engine.errors.EngineClosed: The process has left it.
+    """
+    import ray
+
+    if not ray.is_initialized():
+        raise EngineClosed(
+            "this process is not connected to Ray any more: ray.shutdown() was called, or the engine was shut down "
+            "that had connected it"
+        )
 
 
 def started_here() -> bool:

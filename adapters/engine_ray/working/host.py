@@ -24,7 +24,7 @@ from engine_wire.listening import bind_shared
 from ..calling.addresses import Address
 from ..calling.carried import refuse_refs
 from ..calling.refs import RayCaller
-from ..controlling.places import listen_everywhere
+from ..link.sockets import listen_everywhere
 from .bodies import Bound, Hello, Leaving
 from .order import Order
 

@@ -18,8 +18,9 @@ from engine.seam.control_messages import LogLine, StartFailed
 from engine.seam.serialization import pack_exception
 from engine_wire.logs import LogToEngine
 
+from ..link.surroundings import extend_path
 from .host import RayHost
-from .order import Order, extend_path
+from .order import Order
 from .output import LineWriter
 
 __all__ = ["RayWorker"]
