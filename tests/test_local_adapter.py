@@ -668,6 +668,24 @@ async def test_whoever_is_killed_early_in_an_import_that_never_ends_is_given_up_
     assert "is gone" in await recorder.exit("old")  # nobody else would tell, ever
 
 
+async def test_whoever_is_killed_while_its_fork_server_is_stuck_ends_when_that_is_known(
+    adapter: LocalAdapter, recorder: Recorder, modules: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await adapter.start_worker(spec("old", _workers.sleep))
+    pid = await recorder.answer("old")
+    mark = modules / "importing"
+    write_module(modules, "endless", f"open({str(mark)!r}, 'w')\nimport time\ntime.sleep(1000)")
+    monkeypatch.setattr(watched, "_STUCK_AFTER_S", 0.5)
+    monkeypatch.setattr(watched, "_EXIT_PATIENCE_S", 0.01)
+    await adapter.start_worker(spec("stuck", _workers.answer, 1, preload=("endless",)))
+    await within(PATIENCE_S, mark.exists)
+    adapter.kill_worker("old")  # which its fork server will never read
+    adapter.kill_worker("stuck")
+    assert "took too long" in await recorder.exit("stuck")
+    assert "is gone" in await recorder.exit("old")  # how it ended only the fork server could tell
+    await within(PATIENCE_S, lambda: not is_running(pid))
+
+
 @pytest.mark.parametrize("preload", ["torch", [1], [""]])
 def test_preload_must_be_module_names(preload: Any) -> None:
     with pytest.raises(InvalidArgument, match="preload must be a list of module names"):

@@ -131,6 +131,8 @@ class WatchedWorker:
         if self.stage is Stage.CUT_OFF:
             self.launcher.kill_worker(self.worker_id, self._pid)
             self._end()
+        elif self._doomed:  # the order to kill it was not read, and never will be
+            self.launcher.kill_worker(self.worker_id, self._pid)
 
     def _expect_within(self, patience_s: float, otherwise: Callable[[], None]) -> None:
         if self._timer is not None:
