@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import PurePath
+from typing import Any
 
 import pytest
 from ray_cluster import RayCluster, why_not
@@ -25,32 +27,39 @@ _CLUSTERS_OF_THEIR_OWN = frozenset(
 )
 
 
-def pytest_configure(config: pytest.Config) -> None:
+def pytest_configure() -> None:
     # A shell starts what it runs in the background with this signal ignored, and processes inherit that.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    if config.getoption("dist", "no") == "load":  # as -n says by itself
-        config.option.dist = "loadgroup"
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+def pytest_xdist_auto_num_workers() -> int:
     """What ``-n auto`` means: tests that start processes by the dozen gain nothing by more."""
     return min(len(os.sched_getaffinity(0)), _MOST_PROCESSES)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Keep what needs the session's Ray cluster in one process, so that there is one; and all others in another."""
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    for item in items:
-        module = item.path.stem
-        fixtures = set(getattr(item, "fixturenames", ()))
-        if module in _CLUSTERS_OF_THEIR_OWN:
-            item.add_marker(pytest.mark.xdist_group("clusters"))
-        elif module in _ON_RAY or "ray_cluster" in fixtures or ("adapter" in fixtures and "[ray" in item.name):
-            item.add_marker(pytest.mark.xdist_group("ray"))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return Scheduling(config, log)
+
+
+def group_of(nodeid: str) -> str:
+    """Tests of one group run in one process. Most are a group each."""
+    path, _, name = nodeid.partition("::")
+    module = PurePath(path).stem
+    if module in _CLUSTERS_OF_THEIR_OWN:
+        return "clusters"
+    if module in _ON_RAY or ("conformance/" in path and "[ray" in name):
+        return "the cluster"
+    return nodeid
 
 
 @pytest.fixture(scope="session")
