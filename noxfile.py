@@ -57,6 +57,15 @@ def examples(session: nox.Session) -> None:
 
 
 @nox.session
+def conformance(session: nox.Session) -> None:
+    """Run the conformance suite against the adapter of the examples, as another project would."""
+    session.install(".[conformance]")
+    suite = ["-m", "engine.testing.conformance", "--adapter", "subprocess_adapter:SubprocessAdapter"]
+    with session.chdir("examples"):
+        session.run("python", *suite, *session.posargs)
+
+
+@nox.session
 def coverage(session: nox.Session) -> None:
     """Measure branch coverage, worker processes included; fails below the limit in pyproject.toml."""
     session.install("-e", ".[test]")

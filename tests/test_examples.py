@@ -131,6 +131,15 @@ EXPECTED: dict[str, tuple[list[str], list[str]]] = {
             r"40 requests from 8 threads: 40 answered with 200",
         ],
     ),
+    "subprocess_adapter.py": (
+        [],
+        [
+            r"process \d+ makes an engine",
+            r"Hello, Ada! This is process \d+\.",
+            r"Hello, Grace! This is process \d+\.",
+            r"Hello, Alan! This is process \d+\.",
+        ],
+    ),
     "test_my_backend.py": ([], [r"12 passed in .*"]),
 }
 
