@@ -41,7 +41,7 @@ def with_refs() -> FakeAdapter:
         ("engine_inline:Something", "engine_inline has no 'Something'; name a module, and in it a callable"),
         (f"{__name__}:number", "that is 5, which cannot be called; name .* a callable without arguments"),
         (f"{__name__}:broken", "calling it raised LookupError: no cluster here; name .* a callable without arguments"),
-        ("engine_local.connector:LocalConnector", "calling it raised TypeError: .*control_address.*without arguments"),
+        ("engine_local.gpus:GpuTable", "calling it raised TypeError: .*devices.*without arguments"),
         ("builtins:dict", r"it returned \{\}, which is no adapter: it lacks bound, close, .*, tell$"),
     ],
 )
