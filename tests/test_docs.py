@@ -74,6 +74,7 @@ PRINTED: dict[tuple[str, str], list[list[str]]] = {
     ("docs/requests.md", "Work on request bodies"): [["""b'{"total":14}'"""]],
     ("docs/testing.md", "The class alone"): [["2 passed"]],
     ("docs/testing.md", "The inline and the local adapter"): [["4 passed"]],
+    ("docs/testing.md", "Holding calls back"): [["1 passed"]],
     ("docs/traffic.md", "Traffic"): [[]],
 }
 
