@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from engine.errors import EngineClosed, EngineError, InvalidArgument, RemoteError, ResourcesUnavailable
-from engine.seam.adapter import AdapterEvents, Node
+from engine.seam.adapter import AdapterBase, AdapterEvents
 from engine.seam.serialization import unpack_exception
 from engine.seam.worker import Listen, WorkerExit, WorkerSpec
 from engine_wire import Acceptor, listen_unix
@@ -43,7 +43,6 @@ from .watched import WatchedWorker
 __all__ = ["LocalAdapter"]
 
 _log = logging.getLogger("engine.local")
-_NODE = Node("local", "127.0.0.1")
 _MAX_INLINE_BYTES = 1 << 15
 """Larger payloads reach the worker as a file in memory: the fork server need not hold and copy them."""
 
@@ -59,7 +58,7 @@ class _Running(NamedTuple):
     listening: ListeningSockets
 
 
-class LocalAdapter(LocalConnector):
+class LocalAdapter(LocalConnector, AdapterBase):
     """Runs replicas as processes on this machine: ``Engine(backend="local")``.
 
     Args:
@@ -72,8 +71,6 @@ class LocalAdapter(LocalConnector):
     Raises:
         engine.errors.InvalidArgument: ``preload`` is not a sequence of module names, or ``gpus`` names one twice.
     """
-
-    shares_process = False
 
     def __init__(self, preload: Sequence[str] = (), gpus: Sequence[int | str] | None = None) -> None:
         super().__init__("")
@@ -138,8 +135,9 @@ class LocalAdapter(LocalConnector):
             raise EngineClosed("the local adapter is not running")
         if spec.worker_id in self._workers:
             raise InvalidArgument(f"there is a worker {spec.worker_id!r} already")
-        if spec.node_id not in (None, _NODE.node_id):
-            raise InvalidArgument(f"node_id must be {_NODE.node_id!r} here, not {spec.node_id!r}")
+        (node,) = self.nodes()
+        if spec.node_id not in (None, node.node_id):
+            raise InvalidArgument(f"node_id must be {node.node_id!r} here, not {spec.node_id!r}")
         self._mention_ignored(spec)
         gpus = running.gpus.take(spec.worker_id, spec.resources.num_gpus) if spec.resources.num_gpus else []
         try:
@@ -167,10 +165,6 @@ class LocalAdapter(LocalConnector):
         if self._running is None:
             raise KeyError(listen)
         return self._running.listening.bound(listen)
-
-    def nodes(self) -> tuple[Node, ...]:
-        """See `engine.seam.adapter.Adapter.nodes`."""
-        return (_NODE,)
 
     async def stop(self) -> None:
         """See `engine.seam.adapter.Adapter.stop`."""
