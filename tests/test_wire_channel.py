@@ -332,6 +332,33 @@ def test_one_thread_drives_for_all(setting: Setting) -> None:
 
 
 @POLLER
+def test_a_late_event_of_the_poller_leaves_no_call_unread(setting: Setting) -> None:
+    """The poller may come to read what a thread has disarmed meanwhile, and just then another thread calls."""
+    inside, go_on = threading.Event(), threading.Event()
+
+    class Listener(FakeListener):
+        def received(self, channel: Channel, message: Message) -> None:
+            super().received(channel, message)
+            inside.set()
+            assert go_on.wait(PATIENCE_S)
+
+    listener = Listener()
+    channel, peer = setting.open(listener)
+    channel.send(call(1))
+    peer.say(reply(1))
+    assert not channel.armed
+    late = setting.pool.submit(channel.on_readable)
+    assert inside.wait(PATIENCE_S)
+    channel.send(call(2))
+    assert not channel.drive(never, None)
+    channel.watch()  # somebody reads already
+    go_on.set()
+    late.result(PATIENCE_S)
+    peer.say(reply(2))
+    eventually(lambda: reply(2) in listener.heard)
+
+
+@POLLER
 def test_a_thread_takes_over_from_the_poller(setting: Setting) -> None:
     listener = FakeListener()
     channel, peer = setting.open(listener)

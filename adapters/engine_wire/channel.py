@@ -96,7 +96,9 @@ class SocketChannel:
         self._told = False
         self.armed = False  # whether the driver reads; only the driver's arm and disarm touch it
         self._poll_input: select.poll | None = None
-        self._open_calls = 0  # calls sent and not answered: somebody must read while there are any
+        # Somebody must read while there are calls without an answer. Two counts, since each has one writer at a time:
+        self._calls_sent = 0  # whoever holds the write lock
+        self._calls_answered = 0  # whoever holds the reader role
         if greet and opening is None:
             try:
                 sock.send(GREETING, _NOWAIT)
@@ -107,7 +109,8 @@ class SocketChannel:
         state = "closed" if self._closed else "driven" if self._reading.locked() else "armed" if self.armed else "idle"
         if self._opening is not None and not self._closed:
             state += " opening"
-        return f"<SocketChannel fd={self.fd} {state} open_calls={self._open_calls} unsent={len(self._unsent)}>"
+        open_calls = self._calls_sent - self._calls_answered
+        return f"<SocketChannel fd={self.fd} {state} open_calls={open_calls} unsent={len(self._unsent)}>"
 
     @property
     def closed(self) -> bool:
@@ -134,7 +137,7 @@ class SocketChannel:
             if self._closed:
                 raise ChannelClosed("the channel is closed")
             if type(message) is Call:
-                self._open_calls += 1
+                self._calls_sent += 1
             if self._unsent:
                 self._unsent.append(memoryview(data))
                 return
@@ -214,8 +217,6 @@ class SocketChannel:
             raise
         finally:
             self._leave_role()
-            if (self._open_calls or self._opening is not None) and not self._closed:
-                self._driver.arm(self)
         return True
 
     def _await_input(self, deadline: float | None) -> bool:
@@ -286,7 +287,7 @@ class SocketChannel:
         assert listener is not None
         for message in messages:
             if type(message) in _TERMINAL:
-                self._open_calls -= 1
+                self._calls_answered += 1
             listener.received(self, message)
 
     def _read_opening(self) -> None:
@@ -330,3 +331,6 @@ class SocketChannel:
         if self._closed:
             self.sock.close()
         self._reading.release()
+        # Only now: whoever sends a call and finds the role taken counts on its holder, who may have looked before.
+        if not (self.armed or self._closed) and (self._calls_sent != self._calls_answered or self._opening is not None):
+            self._driver.arm(self)
