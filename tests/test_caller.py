@@ -158,6 +158,24 @@ def test_a_thread_that_drives_need_not_be_watched_over(world: World) -> None:
     assert world.channel("r1").watched  # it waited in the queue, so nobody drives that channel for it
 
 
+@pytest.mark.parametrize("how", ["refused", "queued"])
+def test_a_call_that_moves_to_another_channel_is_watched_over(world: World, how: str) -> None:
+    """Its thread drives the channel that it was sent on first, or none."""
+
+    class Driving(FakeSlot):
+        drives = True
+
+    world.show(backend_entry("b", ["r1"], limit=1))
+    submit(world.caller, a_call("a"), Driving())
+    if how == "queued":
+        submit(world.caller, a_call("b"), Driving())
+    world.show(backend_entry("c", ["r2"]))
+    if how == "refused":
+        world.refuse("r1", kind=FailureKind.DRAINING)
+    assert world.names("r2") == ["a" if how == "refused" else "b"]
+    assert world.channel("r2").watched
+
+
 def test_a_caller_knows_where_it_lives(world: World) -> None:
     loop = World()
     loop.home.on_loop = True

@@ -92,7 +92,7 @@ class Caller:
             slot.fail(error)
             return
         if target is not None:
-            self._send(slot, target, watch=not slot.drives)
+            self._send(slot, target, watch=again or not slot.drives)  # again: its thread drives another channel
         for copy in copies:
             self._submit_copy(call, copy)
 
