@@ -35,7 +35,7 @@ from .control.operations import (
 )
 from .control.runner import Runner
 from .errors import EndpointNotFound, EngineClosed, InvalidArgument
-from .seam.adapter import Adapter
+from .seam.adapter import Adapter, lacking
 from .seam.detached import Detachable, RemoteController
 from .seam.may_block import check_may_block
 from .seam.plugins import load_adapter
@@ -478,6 +478,8 @@ def _adapter_of(backend: Any) -> Adapter:
         raise InvalidArgument(f"backend must be an instance, not the class {adapter.__name__}: {adapter.__name__}(...)")
     if not hasattr(adapter, "start_worker"):
         raise InvalidArgument(f"backend must be the name of an adapter or an adapter instance, not {backend!r}")
+    if missing := lacking(adapter):
+        raise InvalidArgument(f"backend={backend!r} is no adapter: it lacks {', '.join(missing)}")
     return adapter
 
 

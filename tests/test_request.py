@@ -49,6 +49,13 @@ def scope(**changes: Any) -> dict[str, Any]:
     }
 
 
+def test_what_reads_data_over_http_is_told_what_to_read_instead() -> None:
+    request = build_http_request(pickle.dumps(trim_scope(scope())), b"")
+    with pytest.raises(AttributeError, match=r"exists for calls by handle only: read await request\.json\(\)"):
+        _ = request.data
+    assert not hasattr(request, "data")
+
+
 def foreign(body: bytes | None = b"", **changes: Any) -> Request:
     messages = [{"type": "http.request", "body": body or b"", "more_body": False}]
 

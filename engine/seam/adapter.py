@@ -17,7 +17,7 @@ from .channel import Channel, ChannelListener
 from .connector import Connector
 from .worker import Listen, WorkerExit, WorkerSpec
 
-__all__ = ["Adapter", "AdapterBase", "AdapterEvents", "FindsPlaces", "Node", "WatchesNodes"]
+__all__ = ["Adapter", "AdapterBase", "AdapterEvents", "FindsPlaces", "Node", "WatchesNodes", "lacking"]
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,17 @@ class AdapterBase:
     def nodes(self) -> tuple[Node, ...]:
         """See `Adapter.nodes`: this machine."""
         return (Node("local", "127.0.0.1"),)
+
+
+def lacking(adapter: Any) -> list[str]:
+    """What an object lacks of an `Adapter`: names of attributes and methods, sorted; nothing if it is one."""
+    members = {
+        name
+        for seam in (Connector, Adapter)
+        for name in (*seam.__annotations__, *vars(seam))
+        if not name.startswith("_")
+    }
+    return sorted(member for member in members if not hasattr(adapter, member))
 
 
 @runtime_checkable

@@ -39,6 +39,14 @@ class BufferedRequest(Request):
         """The body, without awaiting."""
         return self._body
 
+    @property
+    def data(self) -> Any:
+        """What only calls by handle have; a backend that asks for it over HTTP is told what to read instead."""
+        raise AttributeError(
+            "a request over HTTP has no .data, which exists for calls by handle only: read await request.json(), "
+            "await request.body() or request.query_params, which both kinds of requests have"
+        )
+
     def disconnect(self) -> None:
         """Say that the client is gone. To be called on the loop that runs the backend."""
         self._is_disconnected = True

@@ -24,7 +24,7 @@ def load_plugin(group: str, name: str, field: str) -> Any:
     """Import what is installed under a name in an entry-point group.
 
     Raises:
-        errors.InvalidArgument: Nothing is, or it cannot be imported.
+        errors.InvalidArgument: Nothing is, or it cannot be imported; the message says from which package it is.
     """
     from importlib.metadata import entry_points
 
@@ -33,7 +33,10 @@ def load_plugin(group: str, name: str, field: str) -> Any:
         if entry.name == name:
             try:
                 return entry.load()
-            except ImportError as error:
-                raise InvalidArgument(f"{field}={name!r} is installed but cannot be imported: {error}") from error
+            except (ImportError, AttributeError) as error:  # no such module, or nothing of that name in it
+                package = entry.dist.name if entry.dist is not None else "an unknown package"
+                raise InvalidArgument(
+                    f"{field}={name!r} is installed, by {package}, but {entry.value!r} cannot be imported: {error}"
+                ) from error
     known = ", ".join(sorted(repr(entry.name) for entry in found)) or "none"
     raise InvalidArgument(f"{field}={name!r} is not the name of an installed plug-in; there are: {known}")

@@ -167,6 +167,16 @@ def descendants(pid: int | None = None) -> set[int]:
     return found
 
 
+def _command_of(pid: int) -> str:
+    try:
+        return (
+            Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+            or "a zombie"
+        )
+    except OSError:
+        return "gone meanwhile"
+
+
 def is_running(pid: int) -> bool:
     """Whether a process exists and is not a zombie."""
     try:
@@ -227,7 +237,7 @@ class Footprint:
         """What there is now that was not there at this moment, in words; empty if nothing is."""
         now = Footprint.now()
         return "\n".join(
-            [f"child {pid}" for pid in now.children - self.children]
+            [f"child {pid}: {_command_of(pid)}" for pid in now.children - self.children]
             + [
                 f"thread {thread}"
                 for thread in now.threads - self.threads

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ... import Engine
-from ...seam.adapter import Adapter
-from ...seam.connector import Connector, refs_of
+from ...seam.adapter import lacking
+from ...seam.connector import refs_of
 
 __all__ = ["HTTP", "AdapterFactory", "NoAdapter", "describe"]
 
@@ -61,8 +61,6 @@ def describe(name: str, make: Callable[[], Any]) -> AdapterFactory:
         NoAdapter: What it returns is none; the message says what it lacks.
     """
     adapter = make()
-    members = {name for seam in (Connector, Adapter) for name in (*seam.__annotations__, *vars(seam)) if name[0] != "_"}
-    missing = sorted(member for member in members if not hasattr(adapter, member))
-    if missing:
+    if missing := lacking(adapter):
         raise NoAdapter(f"it returned {adapter!r}, which is no adapter: it lacks {', '.join(missing)}")
     return AdapterFactory(name, make, processes=not adapter.shares_process, own_refs=refs_of(adapter) is None)

@@ -18,9 +18,10 @@ __all__ = ["factories_of", "load_factory", "pytest_addoption", "pytest_sessionst
 
 _FACTORIES = pytest.StashKey[list[AdapterFactory]]()
 _NONE_GIVEN = (
-    "the conformance suite needs an adapter to run against: give -p engine.testing.conformance.plugin and "
-    "--adapter PACKAGE:FACTORY, say --adapter engine_local:LocalAdapter"
+    "the conformance suite needs an adapter to run against: give --adapter PACKAGE:FACTORY, say "
+    "--adapter engine_local:LocalAdapter"
 )
+_NOT_LOADED = f"{_NONE_GIVEN}; pytest knows that option with -p engine.testing.conformance.plugin"
 _CURE = "name a module, and in it a callable without arguments that returns an adapter, such as the adapter's class"
 
 
@@ -52,7 +53,7 @@ def factories_of(config: pytest.Config) -> list[AdapterFactory]:
     try:
         return config.stash[_FACTORIES]
     except KeyError:
-        raise pytest.UsageError(_NONE_GIVEN) from None
+        raise pytest.UsageError(_NOT_LOADED) from None
 
 
 def load_factory(given: str) -> AdapterFactory:
@@ -82,8 +83,8 @@ def _factory(given: str) -> Any:
         found: Any = importlib.import_module(module)
     except Exception as error:
         raise pytest.UsageError(
-            f"{module!r} cannot be imported ({type(error).__name__}: {error}); install it, or use python -m pytest in "
-            "the directory that it is in"
+            f"{module!r} cannot be imported ({type(error).__name__}: {error}); install it, or run this in the "
+            "directory that it is in"
         ) from error
     for name in path.split("."):
         if not hasattr(found, name):
