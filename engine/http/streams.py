@@ -38,15 +38,11 @@ class Streamed:
     def _iterate(self) -> Generator[Part, None, None]:
         source: Iterator[Any] = self._source
         try:
-            head = b""
+            first = True
             for item in source:
-                chunk, content_type = _chunk(item)
-                if not head:
-                    head = stream_head(content_type)
-                    yield head, chunk
-                else:
-                    yield b"", chunk
-            if not head:
+                yield _part(item, first=first)
+                first = False
+            if first:
                 yield EMPTY_HEAD, b""
         finally:
             _close(source)
@@ -110,15 +106,11 @@ class Streamed:
     async def _of_async_iterator(self) -> AsyncGenerator[Part, None]:
         source: AsyncIterator[Any] = self._source
         try:
-            head = b""
+            first = True
             async for item in source:
-                chunk, content_type = _chunk(item)
-                if not head:
-                    head = stream_head(content_type)
-                    yield head, chunk
-                else:
-                    yield b"", chunk
-            if not head:
+                yield _part(item, first=first)
+                first = False
+            if first:
                 yield EMPTY_HEAD, b""
         finally:
             if hasattr(source, "aclose"):
@@ -192,6 +184,11 @@ class _Handover:
     def taken(self) -> None:
         if self._taken is not None and not self._taken.done():
             self._taken.set_result(None)
+
+
+def _part(item: Any, *, first: bool) -> Part:
+    chunk, content_type = _chunk(item)
+    return stream_head(content_type) if first else b"", chunk
 
 
 def _chunk(item: Any) -> tuple[bytes, str]:
