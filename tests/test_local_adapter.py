@@ -624,6 +624,14 @@ async def test_a_bad_preload_fails_the_start(recorder: Recorder, modules: Path, 
         await adapter.start_worker(spec("w", _workers.answer, 1))
 
 
+async def start_stuck(adapter: LocalAdapter, modules: Path) -> Path:
+    """Order a worker whose fork server imports for ever; returns the file that tells that it has begun to."""
+    mark = modules / "importing"
+    write_module(modules, "endless", f"open({str(mark)!r}, 'w')\nimport time\ntime.sleep(1000)")
+    await adapter.start_worker(spec("stuck", _workers.answer, 1, preload=("endless",)))
+    return mark
+
+
 async def test_an_import_that_never_ends_does_not_stop_the_others(
     adapter: LocalAdapter, recorder: Recorder, modules: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -632,9 +640,7 @@ async def test_an_import_that_never_ends_does_not_stop_the_others(
     pids = [await recorder.answer(name) for name in ("old", "older")]
     assert f"pid={pids[0]}" in repr(adapter._workers["old"])
     monkeypatch.setattr(watched, "_STUCK_AFTER_S", -1.0)
-    mark = modules / "importing"
-    write_module(modules, "endless", f"open({str(mark)!r}, 'w')\nimport time\ntime.sleep(1000)")
-    await adapter.start_worker(spec("stuck", _workers.answer, 1, preload=("endless",)))
+    mark = await start_stuck(adapter, modules)
     await within(PATIENCE_S, mark.exists)
     adapter.kill_worker("stuck")
     assert "took too long" in await recorder.exit("stuck")
@@ -655,11 +661,9 @@ async def test_whoever_is_killed_early_in_an_import_that_never_ends_is_given_up_
 ) -> None:
     await adapter.start_worker(spec("old", _workers.sleep))
     pid = await recorder.answer("old")
-    mark = modules / "importing"
-    write_module(modules, "endless", f"open({str(mark)!r}, 'w')\nimport time\ntime.sleep(1000)")
     monkeypatch.setattr(watched, "_STUCK_AFTER_S", 0.5)
     monkeypatch.setattr(watched, "_EXIT_PATIENCE_S", 0.01)
-    await adapter.start_worker(spec("stuck", _workers.answer, 1, preload=("endless",)))
+    mark = await start_stuck(adapter, modules)
     adapter.kill_worker("stuck")
     await within(PATIENCE_S, mark.exists)
     os.kill(pid, signal.SIGKILL)
@@ -673,11 +677,9 @@ async def test_whoever_is_killed_while_its_fork_server_is_stuck_ends_when_that_i
 ) -> None:
     await adapter.start_worker(spec("old", _workers.sleep))
     pid = await recorder.answer("old")
-    mark = modules / "importing"
-    write_module(modules, "endless", f"open({str(mark)!r}, 'w')\nimport time\ntime.sleep(1000)")
     monkeypatch.setattr(watched, "_STUCK_AFTER_S", 0.5)
     monkeypatch.setattr(watched, "_EXIT_PATIENCE_S", 0.01)
-    await adapter.start_worker(spec("stuck", _workers.answer, 1, preload=("endless",)))
+    mark = await start_stuck(adapter, modules)
     await within(PATIENCE_S, mark.exists)
     adapter.kill_worker("old")  # which its fork server will never read
     adapter.kill_worker("stuck")

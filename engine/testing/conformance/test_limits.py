@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from engine import accept_batch, errors, get_replica_context
+from engine.testing.conformance.load import Load
 from engine.testing.instruments import eventually
 
 
@@ -184,30 +185,12 @@ def test_scaling_down_finishes_what_runs(serve, engine, gate):
 @pytest.mark.parametrize("way", ["handle", "http"])
 def test_scaling_under_load_loses_nothing(serve, engine, way):
     served = serve(replica_tag)
-    stop = threading.Event()
-    answers, failures = [], []
-
-    def load():
-        while not stop.is_set():
-            try:
-                answers.append(served.call() if way == "handle" else served.http_text())
-            except BaseException as failure:
-                failures.append(failure)
-                return
-
-    threads = [threading.Thread(target=load) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    try:
+    with Load(served.call if way == "handle" else served.http_text) as load:
         for replicas in (3, 1, 2, 1):
             engine.update_backend_config(served.tag, {"num_replicas": replicas})
-            seen = len(answers)
-            eventually(lambda seen=seen: len(set(answers[seen:])) >= replicas or failures)  # noqa: B023
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
-    assert failures == []
+            seen = len(load.answers)
+            eventually(lambda seen=seen: len(set(load.answers[seen:])) >= replicas or load.failures)  # noqa: B023
+    assert load.failures == []
 
 
 @pytest.mark.parametrize("kind", ["sync", "async", "batched", "batched async"])

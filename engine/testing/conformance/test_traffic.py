@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 
 import pytest
 
 from engine import errors
+from engine.testing.conformance.load import Load
 from engine.testing.instruments import eventually
 
 ROOMY = {"max_concurrent_queries": 1000}  # a shadow that is full gets no copy
@@ -100,63 +100,28 @@ def test_listed(split, engine):
 
 @pytest.mark.parametrize("way", ["handle", "http"])
 def test_switching_under_load_loses_nothing(split, way):
-    stop = threading.Event()
-    answers: Counter[str] = Counter()
-    failures = []
-
-    def load():
-        while not stop.is_set():
-            try:
-                answers[split.call() if way == "handle" else split.http_text()] += 1
-            except BaseException as failure:
-                failures.append(failure)
-                return
-
-    threads = [threading.Thread(target=load) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    try:
+    with Load(split.call if way == "handle" else split.http_text) as load:
         for _ in range(10):
             for weights, expected in (((0, 1), "second"), ((1, 0), "first")):
                 split.weights(*weights)
-                seen = answers[expected]
-                eventually(lambda seen=seen, expected=expected: answers[expected] > seen + 3 or failures)
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
-    assert failures == []
-    assert set(answers) == {"first", "second"}
+                enough = load.answers.count(expected) + 3
+                eventually(
+                    lambda enough=enough, expected=expected: load.answers.count(expected) > enough or load.failures
+                )
+    assert load.failures == []
+    assert set(load.answers) == {"first", "second"}
 
 
 def test_replacing_a_backend_under_load_loses_nothing(split, engine):
     """Blue and green: traffic moves over, the old backend goes, and no caller notices."""
-    stop = threading.Event()
-    answers, failures = [], []
-
-    def load():
-        while not stop.is_set():
-            try:
-                answers.append(split.call())
-            except BaseException as failure:
-                failures.append(failure)
-                return
-
-    threads = [threading.Thread(target=load) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    try:
-        eventually(lambda: len(answers) > 10)
+    with Load(split.call) as load:
+        eventually(lambda: len(load.answers) > 10)
         engine.set_traffic(split.name, {split.other.tag: 1.0})
         engine.delete_backend(split.tag)
-        seen = len(answers)
-        eventually(lambda: len(answers) > seen + 10 or failures)
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
-    assert failures == []
-    assert (answers[0], answers[-1]) == ("first", "second")
+        seen = len(load.answers)
+        eventually(lambda: len(load.answers) > seen + 10 or load.failures)
+    assert load.failures == []
+    assert (load.answers[0], load.answers[-1]) == ("first", "second")
 
 
 @pytest.fixture
