@@ -388,6 +388,14 @@ def test_a_stream_goes_on_as_far_as_there_is_credit(worlds: Any) -> None:
     assert events == ["closed"]
 
 
+def test_each_step_of_a_stream_is_user_code(worlds: Any) -> None:
+    world = worlds(lambda request: iter(["a", "b"]))
+    world.loop.script = [lambda: None] * 2
+    world.ask(http_call(1))
+    # the call, two items, the end, and closing it
+    assert world.loop.steps == ["out", "in"] * 5
+
+
 def test_a_stream_that_nobody_reads_is_closed(worlds: Any) -> None:
     events: list[str] = []
     world = worlds(Streaming, events)

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from ..seam.jsonable import to_json
 from .heads import BYTES, EMPTY_HEAD, JSON_LINES, TEXT, encode_head, stream_head
 
-__all__ = ["Background", "Streamed"]
+__all__ = ["Background", "Part", "Streamed"]
 
 Background: TypeAlias = Callable[[], Awaitable[Any]]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 from ..config import BackendConfig
@@ -17,6 +17,8 @@ from .user_callable import Method
 
 if TYPE_CHECKING:
     import asyncio
+
+    from ..http.streams import Part
 
 __all__ = ["BlockingReplica"]
 
@@ -157,8 +159,37 @@ class BlockingReplica(Replica):
         except BaseException as error:  # the end of a stream, say, that raised while it was closed
             self._fail(job, error)
 
+    async def _outside(self, step: Awaitable[Any]) -> Any:
+        loop = self._service_loop
+        assert loop is not None
+        loop.step_out()
+        try:
+            return await step
+        finally:
+            loop.step_in()
+
+    async def _next_part(self, job: Job, parts: AsyncGenerator[Part, None]) -> Part | None:
+        import asyncio
+
+        job.task = asyncio.current_task()
+        try:
+            return await self._outside(anext(parts, None))  # type: ignore[no-any-return]
+        finally:
+            job.task = None
+
+    def _cancel(self, job: Job) -> None:
+        job.cancelled = True
+        if job.task is not None and self._loop is not None:
+            self._loop.call_soon_threadsafe(_interrupt, job)
+
     async def _between_items(self, job: Job) -> None:
         assert self._service_loop is not None
         self._service_loop.poll(0.0)
         while job.credit <= 0 and not job.cancelled:
             self._service_loop.poll(None)
+
+
+def _interrupt(job: Job) -> None:
+    # Seen by the loop's thread alone: closing the stream, which may have begun meanwhile, is not to be interrupted.
+    if job.task is not None:
+        job.task.cancel()

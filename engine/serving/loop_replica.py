@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import inspect
 import pickle
-from collections.abc import Coroutine
-from typing import Any
+from collections.abc import AsyncGenerator, Awaitable, Coroutine
+from typing import TYPE_CHECKING, Any
 
 from ..config import BackendConfig
 from ..seam.control_messages import Reconfigure, Reconfigured
@@ -15,6 +15,9 @@ from ..seam.messages import End, Failure, Reply
 from ..seam.serialization import pack_exception
 from ..seam.service import ServiceLoop
 from .replica import FAREWELL_S, Job, Replica
+
+if TYPE_CHECKING:
+    from ..http.streams import Part
 
 __all__ = ["LoopReplica"]
 
@@ -153,6 +156,12 @@ class LoopReplica(Replica):
         except BaseException as failure:
             error = pack_exception(failure)
         self._tell(Reconfigured(chore.token, error))
+
+    def _outside(self, step: Awaitable[Any]) -> Awaitable[Any]:
+        return step
+
+    def _next_part(self, job: Job, parts: AsyncGenerator[Part, None]) -> Awaitable[Part | None]:
+        return anext(parts, None)
 
     async def _between_items(self, job: Job) -> None:
         while job.credit <= 0 and not job.cancelled:

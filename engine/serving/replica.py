@@ -13,7 +13,7 @@ import logging
 import pickle
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 from ..config import BackendConfig
@@ -36,6 +36,8 @@ from .user_callable import Method, UserCallable
 
 if TYPE_CHECKING:
     import asyncio
+
+    from ..http.streams import Part
 
 __all__ = ["FAREWELL_S", "Job", "Replica", "awaited"]
 
@@ -260,7 +262,7 @@ class Replica:
 
     async def _background(self, task: Any, job: Job) -> None:
         try:
-            await task()
+            await self._outside(task())
         except Exception:
             _logger.exception("the background task of %s failed", self._name(job))
 
@@ -269,7 +271,8 @@ class Replica:
         parts = streamed.parts(pickle.loads(call.head), on_loop=self.on_loop)
         started = failed = False
         try:
-            async for head, chunk in parts:
+            while (part := await self._next_part(job, parts)) is not None:
+                head, chunk = part
                 await self._between_items(job)
                 if job.cancelled:
                     break
@@ -283,10 +286,18 @@ class Replica:
                 return
             _logger.exception("%s failed in the middle of its stream, request %s", self._name(job), call.request_id)
         finally:
-            await parts.aclose()
+            await self._outside(parts.aclose())
             self._finish(job, End(call.id, 0, failed or job.cancelled))
             if streamed.background is not None:
                 await self._background(streamed.background, job)
+
+    def _outside(self, step: Awaitable[Any]) -> Awaitable[Any]:
+        """A step of user code, to be awaited; other calls are refused and cancelled meanwhile."""
+        raise NotImplementedError
+
+    def _next_part(self, job: Job, parts: AsyncGenerator[Part, None]) -> Awaitable[Part | None]:
+        """As `_outside`: the next part of a job's stream, or None; cancelling the job interrupts it where it awaits."""
+        raise NotImplementedError
 
     async def _between_items(self, job: Job) -> None:
         """Return once there is credit, or the job is cancelled."""

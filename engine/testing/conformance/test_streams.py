@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
+import threading
 
 import httpx
 import pytest
-from starlette.responses import StreamingResponse
+from starlette.background import BackgroundTask
+from starlette.responses import PlainTextResponse, StreamingResponse
 
-from engine.testing.instruments import eventually
+from engine import errors
+from engine.testing.instruments import PATIENCE_S, eventually
 
 
 def sync_generator(request):
@@ -159,3 +163,71 @@ def test_a_stream_that_fails_to_end_harms_nobody_else(serve, client, engine, kin
     with client.stream("GET", f"{served.url}?stream=1") as response:
         next(response.iter_bytes())
     assert served.http_text() == before, "the replica is another one"
+
+
+@pytest.mark.parametrize("kind", ["stream", "async stream", "background task"])
+def test_a_plain_backend_hears_while_it_streams(serve, client, gate, kind):
+    """Or while it runs what is left to do after an answer: a full replica refuses at once."""
+
+    def sync_stream():
+        yield "first"
+        gate.pass_through()
+
+    async def async_stream():
+        yield "first"
+        await gate.apass_through()
+
+    def backend(request):
+        if "hold" not in request.query_params:
+            return "ok"
+        if kind == "background task":
+            return PlainTextResponse("first", background=BackgroundTask(gate.pass_through))
+        return sync_stream() if kind == "stream" else async_stream()
+
+    def ask(call):
+        try:
+            answers.append(call())
+        except errors.Overloaded:
+            answers.append("refused")
+
+    def ask_http():
+        response = served.http()
+        return "refused" if response.status_code == 503 else response.text
+
+    served = serve(backend, config={"max_concurrent_queries": 1, "max_queued_requests": 0})
+    answers = []
+    with client.stream("GET", served.url, params={"hold": 1}) as response:
+        parts = response.iter_text()
+        assert next(parts) == "first"
+        gate.wait_for_arrivals(1)
+        # Two callers that know nothing of each other: at most one of them finds room.
+        threads = [threading.Thread(target=ask, args=(call,)) for call in (served.call, ask_http)]
+        for thread in threads:
+            thread.start()
+        eventually(lambda: "refused" in answers, timeout_s=PATIENCE_S / 2)  # before the gate gives up
+        gate.open()
+        assert list(parts) == []
+        for thread in threads:
+            thread.join()
+    assert set(answers) <= {"ok", "refused"}
+
+
+def test_an_async_stream_of_a_plain_backend_ends_when_its_client_leaves(serve, client, journal):
+    """Also while it waits for something that never comes."""
+
+    async def endless():
+        try:
+            yield "first"
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0)  # what ends it must not interrupt how it ends
+            journal.add("closed")
+
+    def backend(request):
+        return endless() if "stream" in request.query_params else "ok"
+
+    served = serve(backend)
+    with client.stream("GET", served.url, params={"stream": 1}) as response:
+        assert next(response.iter_text()) == "first"
+    eventually(lambda: journal.lines() == ["closed"])
+    assert served.http_text() == "ok"
