@@ -6,13 +6,16 @@ Every message names the field, the value and what is allowed. Nothing here reads
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from .errors import InvalidArgument
 
 __all__ = ["LONGEST_S", "BackendConfig", "HTTPOptions"]
+
+C = TypeVar("C")
 
 _MAX_ASYNC_QUERIES = 1_000_000
 _BLOCKING_QUERIES = 8
@@ -20,9 +23,33 @@ LONGEST_S = 366 * 86400.0
 """Longest time to wait for anything, in seconds. What the system's calls take overflows not far above it."""
 
 
-@dataclass(frozen=True)
+def _remembers_what_is_set(cls: type[C]) -> type[C]:
+    """Have instances of a dataclass hold only what they were given; a field that was not is read from the class.
+
+    So the fields that were set are those in ``vars(instance)``, also after pickling and copying.
+    """
+    generated: Callable[..., None] = cls.__init__
+
+    @functools.wraps(generated)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        generated(self, *args, **kwargs)
+        names = [field.name for field in dataclasses.fields(self)]
+        for name in names[len(args) :]:
+            if name not in kwargs:
+                delattr(self, name)
+
+    cls.__init__ = __init__  # type: ignore[method-assign]
+    return cls
+
+
+@_remembers_what_is_set
+@dataclass(unsafe_hash=True)
 class BackendConfig:
     """How a backend is run.
+
+    It may be filled in after construction (``config.num_replicas = 2``). It remembers which fields were set, whatever
+    they were set to: an update by it changes those and no other. Whether they were does not matter to ``==``.
+    (`dataclasses.replace` sets all of them, as it passes all to the constructor; `updated` does not.)
 
     Attributes:
         num_replicas: Copies to run, at least 1.
@@ -37,7 +64,8 @@ class BackendConfig:
         start_timeout_s: Seconds a replica may take to become ready.
 
     Raises:
-        errors.InvalidArgument: A field has the wrong type or value.
+        errors.InvalidArgument: A field has the wrong type or value, at construction or when it is set; or there is no
+            field of that name.
     """
 
     num_replicas: int = 1
@@ -49,26 +77,25 @@ class BackendConfig:
     graceful_shutdown_timeout_s: float = 20.0
     start_timeout_s: float = 120.0
 
-    def __post_init__(self) -> None:
-        _integer(self, "num_replicas", 1)
-        _integer(self, "max_concurrent_queries", 1, optional=True)
-        _integer(self, "max_queued_requests", 0, optional=True)
-        _integer(self, "max_batch_size", 1, optional=True)
-        _seconds(self, "batch_wait_timeout")
-        _seconds(self, "graceful_shutdown_timeout_s")
-        _seconds(self, "start_timeout_s")
+    def __setattr__(self, name: str, value: Any) -> None:
+        _known_fields(type(self), "config", {name: value})
+        if name in _COUNTS:
+            least, optional = _COUNTS[name]
+            _check_integer("config", name, value, least, optional=optional)
+        elif name != "user_config":
+            _check_seconds("config", name, value)
+        super().__setattr__(name, value)
 
     @classmethod
     def of(cls, value: BackendConfig | Mapping[str, Any] | None) -> BackendConfig:
-        """Turn what a user passed as ``config`` into a `BackendConfig`."""
+        """Turn what a user passed as ``config`` into a `BackendConfig` of our own, which the user cannot change."""
         return cls().updated({} if value is None else value)
 
     def updated(self, changes: BackendConfig | Mapping[str, Any]) -> BackendConfig:
-        """Return a copy with these fields changed, validated anew."""
-        if isinstance(changes, BackendConfig):
-            return changes
-        _known_fields(type(self), "config", changes)
-        return dataclasses.replace(self, **dict(changes))
+        """Return a copy with these fields changed, or with those that were set in a `BackendConfig`; validated anew."""
+        given = vars(changes) if isinstance(changes, BackendConfig) else changes
+        _known_fields(type(self), "config", given)
+        return type(self)(**{**vars(self), **given})
 
     def concurrency(self, *, on_loop: bool) -> int:
         """``max_concurrent_queries`` with its default filled in for a sync or an async callable."""
@@ -77,6 +104,15 @@ class BackendConfig:
         if on_loop:
             return _MAX_ASYNC_QUERIES
         return 2 * self.max_batch_size if self.max_batch_size is not None else _BLOCKING_QUERIES
+
+
+_COUNTS = {
+    "num_replicas": (1, False),
+    "max_concurrent_queries": (1, True),
+    "max_queued_requests": (0, True),
+    "max_batch_size": (1, True),
+}
+"""Fields of `BackendConfig` that are integers: the least value, and whether they may be None."""
 
 
 @dataclass(frozen=True)
@@ -117,11 +153,11 @@ class HTTPOptions:
             raise InvalidArgument(f"http_options: location must be {allowed}, not {self.location!r}")
         if not isinstance(self.host, str) or not self.host:
             raise InvalidArgument(f"http_options: host must be an address or host name, not {self.host!r}")
-        _integer(self, "port", 0, most=65535)
-        _integer(self, "workers", 1)
-        _integer(self, "max_body_bytes", 0)
+        _check_integer("http_options", "port", self.port, 0, most=65535)
+        _check_integer("http_options", "workers", self.workers, 1)
+        _check_integer("http_options", "max_body_bytes", self.max_body_bytes, 0)
         if self.request_timeout_s is not None:
-            _seconds(self, "request_timeout_s")
+            _check_seconds("http_options", "request_timeout_s", self.request_timeout_s)
         if not isinstance(self.debug, bool):
             raise InvalidArgument(f"http_options: debug must be True or False, not {self.debug!r}")
         if isinstance(self.middlewares, (str, bytes)) or not isinstance(self.middlewares, Sequence):
@@ -155,25 +191,21 @@ class HTTPOptions:
         return cls(**given, server_options=server)
 
 
-def _prefix(options: object) -> str:
-    return "config" if isinstance(options, BackendConfig) else "http_options"
-
-
-def _integer(options: object, name: str, least: int, *, most: int | None = None, optional: bool = False) -> None:
-    value = getattr(options, name)
+def _check_integer(
+    where: str, name: str, value: object, least: int, *, most: int | None = None, optional: bool = False
+) -> None:
     if optional and value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
         bound = f"of at least {least}" if most is None else f"from {least} to {most}"
         alternative = " or None" if optional else ""
-        raise InvalidArgument(f"{_prefix(options)}: {name} must be an integer {bound}{alternative}, not {value!r}")
+        raise InvalidArgument(f"{where}: {name} must be an integer {bound}{alternative}, not {value!r}")
 
 
-def _seconds(options: object, name: str) -> None:
-    value = getattr(options, name)
+def _check_seconds(where: str, name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= LONGEST_S:
         raise InvalidArgument(
-            f"{_prefix(options)}: {name} must be a number of seconds of at least 0 (and at most a year), not {value!r}"
+            f"{where}: {name} must be a number of seconds of at least 0 (and at most a year), not {value!r}"
         )
 
 

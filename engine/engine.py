@@ -16,7 +16,7 @@ from .calling.ref import get as get_results
 from .calling.ref import wait as wait_for
 from .calling.traffic import validate_proportion, validate_weights
 from .config import BackendConfig, HTTPOptions
-from .control.backend_plan import BackendPlan, pack_definition
+from .control.backend_plan import BackendPlan, pack_definition, private_copy
 from .control.operations import (
     CreateBackend,
     CreateEndpoint,
@@ -191,7 +191,7 @@ class Engine:
         plan = BackendPlan(
             tag=tag,
             definition=pack_definition(tag, func_or_class, init_args, init_kwargs),
-            config=BackendConfig.of(config),
+            config=private_copy(tag, {} if config is None else config),
             resources=resources_of(ray_actor_options),
             on_loop=runs_on_loop(func_or_class),
             batches=accepts_batches(func_or_class),
@@ -203,6 +203,8 @@ class Engine:
     def update_backend_config(self, tag: str, config: BackendConfig | Mapping[str, Any]) -> None:
         """Change fields of a backend's configuration; returns when every replica has taken the change.
 
+        A `BackendConfig` changes the fields that were set in it, and leaves the others as they are.
+
         If it raises, the former configuration rules; but if it was a new replica that did not start, all of the change
         does except the number of replicas.
 
@@ -210,7 +212,8 @@ class Engine:
             errors.InvalidArgument: The backend is unknown, or a field is wrong.
             BaseException: What ``reconfigure`` or a new replica's constructor raised.
         """
-        self._control(UpdateBackendConfig(tag, config))
+        self._check_open()
+        self._control(UpdateBackendConfig(tag, private_copy(tag, config)))
 
     def get_backend_config(self, tag: str) -> BackendConfig:
         """A backend's configuration as it rules now.
@@ -218,11 +221,11 @@ class Engine:
         Raises:
             errors.InvalidArgument: The backend is unknown.
         """
-        return self._control(GetBackendConfig(tag))
+        return private_copy(tag, self._control(GetBackendConfig(tag)))
 
     def list_backends(self) -> dict[str, BackendConfig]:
         """The configurations of all backends by tag."""
-        return self._control(ListBackends())
+        return {tag: private_copy(tag, config) for tag, config in self._control(ListBackends()).items()}
 
     def delete_backend(self, tag: str, force: bool = False) -> None:
         """End a backend that no endpoint uses; its replicas finish what they hold first.

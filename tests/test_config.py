@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import inspect
 import pickle
 from typing import Any
 
@@ -66,7 +69,8 @@ def test_a_backend_refuses(field: str, value: Any, allowed: str) -> None:
 def test_a_backends_config_is_a_dict_or_an_object_or_nothing() -> None:
     config = BackendConfig(num_replicas=3)
     assert BackendConfig.of({"num_replicas": 3}) == config
-    assert BackendConfig.of(config) is config
+    assert BackendConfig.of(config) == config
+    assert BackendConfig.of(config) is not config, "what the user may change later is not what rules"
     assert BackendConfig.of(None) == BackendConfig()
     with pytest.raises(InvalidArgument, match=r"^config must be a dict or BackendConfig, not 3$"):
         BackendConfig.of(3)  # type: ignore[arg-type]
@@ -80,6 +84,60 @@ def test_an_update_changes_what_it_names_and_nothing_else() -> None:
     assert config.user_config == "a"
     with pytest.raises(InvalidArgument, match="num_replicas"):
         config.updated({"num_replicas": 0})
+
+
+def set_in(config: BackendConfig) -> dict[str, Any]:
+    """The fields that were set, as an update by this configuration shows them."""
+    marked = {field: 77 for field in BackendConfig.__dataclass_fields__}
+    updated = BackendConfig(**marked).updated(config)
+    return {field: value for field, value in dataclasses.asdict(updated).items() if value != 77}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (BackendConfig(), {}),
+        (BackendConfig(user_config=2), {"user_config": 2}),
+        (BackendConfig(num_replicas=1), {"num_replicas": 1}),  # as it is by default, but said
+        (BackendConfig(2, None), {"num_replicas": 2, "max_concurrent_queries": None}),
+        (pickle.loads(pickle.dumps(BackendConfig(user_config=[1]))), {"user_config": [1]}),
+        (copy.deepcopy(BackendConfig(num_replicas=3)), {"num_replicas": 3}),
+        (BackendConfig.of({"max_batch_size": 4}), {"max_batch_size": 4}),
+        (BackendConfig(user_config=1).updated({"num_replicas": 2}), {"user_config": 1, "num_replicas": 2}),
+        (BackendConfig(user_config=1).updated(BackendConfig(user_config=2)), {"user_config": 2}),
+    ],
+)
+def test_an_update_by_an_object_changes_what_was_set_in_it(config: BackendConfig, expected: dict[str, Any]) -> None:
+    assert set_in(config) == expected
+
+
+def test_it_can_be_filled_in_after_construction() -> None:
+    config = BackendConfig()
+    config.num_replicas = 2
+    config.user_config = "a"
+    assert config == BackendConfig(num_replicas=2, user_config="a")
+    assert set_in(config) == {"num_replicas": 2, "user_config": "a"}
+    with pytest.raises(InvalidArgument, match=r"^config: num_replicas must be an integer of at least 1, not 0$"):
+        config.num_replicas = 0
+    with pytest.raises(InvalidArgument, match=r"^config: unknown field 'num_replica'; the fields are num_replicas, "):
+        config.num_replica = 2
+    assert config.num_replicas == 2
+
+
+def test_what_was_slipped_in_is_found_when_it_is_used() -> None:
+    config = BackendConfig()
+    vars(config)["num_replicas"] = "2"
+    with pytest.raises(InvalidArgument, match="num_replicas"):
+        BackendConfig.of(config)
+
+
+def test_it_is_a_dataclass_to_whoever_looks() -> None:
+    config = BackendConfig(num_replicas=2)
+    assert dataclasses.asdict(config) == {**dataclasses.asdict(BackendConfig()), "num_replicas": 2}
+    assert dataclasses.replace(config, num_replicas=3) == BackendConfig(num_replicas=3)
+    assert repr(config).startswith("BackendConfig(num_replicas=2, max_concurrent_queries=None, ")
+    assert hash(config) == hash(BackendConfig(num_replicas=2, max_batch_size=None))
+    assert list(inspect.signature(BackendConfig).parameters) == [field.name for field in dataclasses.fields(config)]
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,7 @@ class BackendReplicas:
             started = await self._start(plan, after.num_replicas - len(self.running))
         except BaseException as error:
             failure = error
-            plan = replace(plan, config=replace(after, num_replicas=before.config.num_replicas))
+            plan = replace(plan, config=after.updated({"num_replicas": before.config.num_replicas}))
         running = self.running
         self.plan, self.running = plan, (running + started)[: plan.config.num_replicas]
         try:

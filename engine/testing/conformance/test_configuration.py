@@ -116,8 +116,26 @@ def test_updates_add_up(serve, engine):
     engine.update_backend_config(served.tag, {"max_concurrent_queries": 3})
     expected = BackendConfig(max_queued_requests=7, max_concurrent_queries=3)
     assert engine.get_backend_config(served.tag) == expected
+    engine.update_backend_config(served.tag, BackendConfig(max_queued_requests=8))
+    assert engine.get_backend_config(served.tag) == BackendConfig(max_queued_requests=8, max_concurrent_queries=3)
     engine.update_backend_config(served.tag, BackendConfig())
-    assert engine.get_backend_config(served.tag) == BackendConfig()
+    assert engine.get_backend_config(served.tag) == BackendConfig(max_queued_requests=8, max_concurrent_queries=3)
+
+
+def test_a_config_object_can_be_filled_in_and_stays_the_users(serve, engine):
+    config = BackendConfig()
+    config.user_config = {"n": 1}
+    served = serve(Configured, route=None, config=config)
+    config.max_queued_requests = 7  # not said to the engine
+    config.user_config["n"] = 2
+    assert engine.get_backend_config(served.tag) == BackendConfig(user_config={"n": 1})
+    assert engine.list_backends()[served.tag] == BackendConfig(user_config={"n": 1})
+
+    read = engine.get_backend_config(served.tag)
+    read.user_config["n"] = 3
+    assert engine.get_backend_config(served.tag).user_config == {"n": 1}
+    engine.update_backend_config(served.tag, read)
+    assert served.call() == [{"n": 1}, {"n": 3}]
 
 
 def test_a_bad_update_changes_nothing(serve, engine):
