@@ -6,7 +6,7 @@ Starlette is imported when a request is first asked for something that only Star
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Generator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
@@ -15,11 +15,52 @@ from .errors import InvalidArgument
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from starlette.datastructures import URL, FormData, Headers, QueryParams, State
+    from starlette.datastructures import URL, FormData, Headers, State
     from starlette.requests import Request
 
 
-__all__ = ["ServeRequest"]
+__all__ = ["QueryParameters", "ServeRequest"]
+
+
+class QueryParameters(Mapping[str, Any]):
+    """The keyword arguments of a call by handle, read like Starlette's ``query_params``, but with the objects passed.
+
+    Over HTTP all values are strings; here they are what the caller passed. A list or tuple stands for a name that is
+    given several times: `getlist` and `multi_items` give its items one by one, and ``params[name]`` all of it.
+    ``str(params)`` is the query as a URL would have it.
+    """
+
+    __slots__ = ("_values",)
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self._values = values
+
+    def __getitem__(self, name: str) -> Any:
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        return f"QueryParameters({self._values!r})"
+
+    def __str__(self) -> str:
+        return urlencode([(name, str(value)) for name, value in self.multi_items()])
+
+    def getlist(self, name: str) -> list[Any]:
+        """All values of a name: the items of a list or tuple, otherwise the one value; none without such a name."""
+        return _several(self._values[name]) if name in self._values else []
+
+    def multi_items(self) -> list[tuple[str, Any]]:
+        """Pairs of name and value, one for each item of a list or tuple."""
+        return [(name, one) for name, value in self._values.items() for one in _several(value)]
+
+
+def _several(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 class ServeRequest:
@@ -27,26 +68,26 @@ class ServeRequest:
 
     It is not an instance of it, so that a backend can tell its callers apart where it wants to.
 
-    ===================== ================================== =========================================
+    ===================== ================================== ===========================================
     HTTP client           handle                             backend reads
-    ===================== ================================== =========================================
+    ===================== ================================== ===========================================
     ``headers={...}``     ``.options(http_headers={...})``   ``request.headers`` (case-insensitive)
     method POST           ``.options(http_method="POST")``   ``request.method``
     ``json={...}``        ``.remote({...})``                 ``await request.json()``
     ``form={...}``        ``.remote({...})``                 ``await request.form()``
-    ``params={"a": "b"}`` ``.remote(a="b")``                 ``request.query_params``
+    ``params={"a": "b"}`` ``.remote(a="b")``                 ``request.query_params`` (here any objects)
     ``data="long str"``   ``.remote("long str")``            ``await request.body()`` (bytes in both)
     (nothing)             ``.remote(python_object)``         ``request.data`` (the very object)
-    ===================== ================================== =========================================
+    ===================== ================================== ===========================================
 
     Args:
         data: What the caller passed to ``remote()``.
-        kwargs: The query parameters; their values are turned into strings, lists and tuples into repeated ones.
+        kwargs: The query parameters.
         method: The HTTP verb to report.
         headers: Pairs of name and value.
     """
 
-    __slots__ = ("_headers", "_kwargs", "_request", "data", "method")
+    __slots__ = ("_headers", "_kwargs", "_params", "_request", "data", "method")
 
     data: Any
     """The very object that the caller passed."""
@@ -60,6 +101,7 @@ class ServeRequest:
         self.method = method
         self._kwargs = kwargs
         self._headers = headers
+        self._params: QueryParameters | None = None
         self._request: Request | None = None
 
     def __repr__(self) -> str:
@@ -74,9 +116,11 @@ class ServeRequest:
         return self._mirror.headers
 
     @property
-    def query_params(self) -> QueryParams:
-        """The keyword arguments of the call, as strings."""
-        return self._mirror.query_params
+    def query_params(self) -> QueryParameters:
+        """The keyword arguments of the call, the very objects; over HTTP they are strings."""
+        if self._params is None:
+            self._params = QueryParameters(self._kwargs)
+        return self._params
 
     @property
     def cookies(self) -> dict[str, str]:
@@ -85,8 +129,8 @@ class ServeRequest:
 
     @property
     def url(self) -> URL:
-        """The path ``/`` and the query: a call by handle has no address."""
-        return self._mirror.url
+        """The path ``/`` and the query, all of it as text: a call by handle has no address."""
+        return self._mirror_with_query.url
 
     @property
     def base_url(self) -> URL:
@@ -111,7 +155,7 @@ class ServeRequest:
     @property
     def scope(self) -> dict[str, Any]:
         """The call as an ASGI scope."""
-        return self._mirror.scope  # type: ignore[return-value]
+        return self._mirror_with_query.scope  # type: ignore[return-value]
 
     async def body(self) -> bytes:
         """The data as bytes: a string in UTF-8, bytes as they are, None as no bytes, everything else as JSON.
@@ -171,10 +215,6 @@ class ServeRequest:
         if self._request is None:
             from .seam.buffered_request import BufferedRequest
 
-            pairs: list[tuple[str, str]] = []
-            for name, value in self._kwargs.items():
-                values = value if isinstance(value, (list, tuple)) else (value,)
-                pairs.extend((name, str(one)) for one in values)
             scope: dict[str, Any] = {
                 "type": "http",
                 "http_version": "1.1",
@@ -183,7 +223,7 @@ class ServeRequest:
                 "path": "/",
                 "raw_path": b"/",
                 "root_path": "",
-                "query_string": urlencode(pairs).encode("ascii"),
+                "query_string": b"",
                 "headers": [(str(name).lower().encode("latin-1"), _latin(value)) for name, value in self._headers],
                 "client": None,
                 "server": None,
@@ -191,6 +231,14 @@ class ServeRequest:
             }
             self._request = BufferedRequest(scope, b"")
         return self._request
+
+    @property
+    def _mirror_with_query(self) -> Request:
+        """Apart, as the text of what was passed may be long, and is of use to few."""
+        mirror = self._mirror
+        if self._kwargs and not mirror.scope["query_string"]:
+            mirror.scope["query_string"] = str(self.query_params).encode("ascii")
+        return mirror
 
 
 def _rebuild(data: Any, kwargs: dict[str, Any], method: str, headers: Sequence[tuple[str, str]]) -> ServeRequest:
@@ -237,7 +285,7 @@ class _Form:
             )
         fields: list[tuple[str, str | UploadFile]] = []
         for name, value in data.items():
-            for one in value if isinstance(value, (list, tuple)) else (value,):
+            for one in _several(value):
                 if isinstance(one, bytes):
                     one = one.decode("utf-8")
                 fields.append((str(name), one if isinstance(one, (str, UploadFile)) else str(one)))

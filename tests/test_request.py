@@ -75,8 +75,8 @@ def test_reads_like_a_request() -> None:
     assert request.method == "PUT"
     assert request.headers["x-name"] == request.headers["X-NAME"] == "v"
     assert request.query_params["a"] == "b"
-    assert request.query_params["n"] == "3"
-    assert request.query_params.getlist("many") == ["1", "2"]
+    assert request.query_params["n"] == 3
+    assert request.query_params["many"] == [1, 2]
     assert request.cookies == {"k": "w"}
     assert request.path_params == {}
     assert request.client is None
@@ -88,6 +88,33 @@ def test_reads_like_a_request() -> None:
     assert not isinstance(request, Request)
     assert not is_starlette_request(request)
     assert "PUT" in repr(request)
+
+
+def test_query_parameters_are_the_very_objects_and_read_like_starlettes() -> None:
+    array = object()
+    params = ServeRequest(None, kwargs={"x": array, "many": (1, "b"), "none": None, "empty": []}).query_params
+    assert params["x"] is params.get("x") is array
+    assert [params.getlist(name) for name in ("x", "many", "none", "empty", "absent")] == (
+        [[array], [1, "b"], [None], [], []]
+    )
+    assert params.multi_items() == [("x", array), ("many", 1), ("many", "b"), ("none", None)]
+    assert dict(params) == dict(**params) == {"x": array, "many": (1, "b"), "none": None, "empty": []}
+    assert "many" in params and "absent" not in params and params.get("absent", 5) == 5
+    with pytest.raises(KeyError, match="absent"):
+        params["absent"]
+    assert str(ServeRequest(None, kwargs={"a": "b c", "n": [1, 2]}).query_params) == "a=b+c&n=1&n=2"
+
+
+def test_only_what_needs_the_query_as_text_makes_it() -> None:
+    class Unprintable:
+        def __str__(self) -> str:
+            raise AssertionError("made into text")
+
+    request = ServeRequest(None, kwargs={"x": Unprintable()}, headers=[("Cookie", "a=b")])
+    assert request.headers["cookie"] == "a=b" and request.cookies == {"a": "b"} and request.base_url.path == "/"
+    assert list(request.query_params) == ["x"] and request.query_params is request.query_params
+    with pytest.raises(AssertionError, match="made into text"):
+        _ = request.url
 
 
 def test_data_is_the_very_object() -> None:

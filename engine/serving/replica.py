@@ -207,8 +207,10 @@ class Replica:
                 break
         if not method.takes_request:
             return args, kwargs
-        http_method, headers = loads(call.head) if call.head else ("GET", ())
         data = args[0] if args else None
+        if type(data) is ServeRequest:  # passed on
+            return (data,), {}
+        http_method, headers = loads(call.head) if call.head else ("GET", ())
         return (ServeRequest(data, kwargs=kwargs, method=http_method, headers=headers),), {}
 
     @staticmethod

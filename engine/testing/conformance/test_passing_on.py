@@ -54,13 +54,16 @@ def test_a_backend_passes_its_request_on(serve, front):
     assert served.http_json("POST", **SENT) == EXPECTED
 
 
-def test_a_serve_request_arrives_as_one(serve):
-    async def forward(request):
+@pytest.mark.parametrize("front", [SyncFront, AsyncFront])
+def test_a_request_of_a_handle_is_passed_on_as_well(serve, front):
+    async def describe(request):
         assert not isinstance(request, Request)
-        return request.method
+        return request.method, request.headers["x-token"], request.query_params["x"], request.data
 
-    served = serve(forward, route=None)
-    assert served.call(http_method="PUT") == "PUT"
+    back = serve(describe, route=None)
+    served = serve(front, back.handle if front is SyncFront else back.ahandle, route=None)
+    handle = served.handle.options(http_method="PUT", http_headers={"X-Token": "abc"})
+    assert handle.call({1, 2}, x=3) == ("PUT", "abc", 3, {1, 2})
 
 
 @pytest.mark.anyio

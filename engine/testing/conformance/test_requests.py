@@ -38,6 +38,14 @@ async def read_query(request: Any) -> Any:
     return dict(request.query_params)
 
 
+async def read_number(request: Any) -> Any:
+    return {"n": int(request.query_params["n"])}
+
+
+async def read_list(request: Any) -> Any:
+    return {"n": request.query_params.getlist("n")}
+
+
 async def read_body(request: Any) -> Any:
     body = await request.body()
     return [type(body).__name__, body.decode()]
@@ -85,7 +93,8 @@ ROWS = [
         data=({"a": "1", "b": "ÿ &="},)),
     Row("query", read_query, {"a": "b", "c": "ÿ &="}, http={"params": {"a": "b", "c": "ÿ &="}},
         query={"a": "b", "c": "ÿ &="}),
-    Row("query-number", read_query, {"n": "5"}, http={"params": {"n": 5}}, query={"n": 5}),
+    Row("query-number", read_number, {"n": 5}, http={"params": {"n": 5}}, query={"n": 5}),
+    Row("query-list", read_list, {"n": ["a", "b"]}, http={"params": {"n": ["a", "b"]}}, query={"n": ["a", "b"]}),
     Row("query-and-data", read_query, {"a": "b"}, verb="POST", http={"params": {"a": "b"}, "json": [1]}, data=([1],),
         query={"a": "b"}),
     Row("body-text", read_body, ["bytes", LONG_TEXT], verb="POST", http={"content": LONG_TEXT}, data=(LONG_TEXT,)),
@@ -148,6 +157,39 @@ def test_data_is_the_python_object(serve, data):
     name, returned = serve(give_back, route=None).call(data)
     assert name == type(data).__name__
     assert repr(returned) == repr(data)
+
+
+def test_query_parameters_are_the_python_objects(serve):
+    def give_back(request):
+        again = dict(request.query_params)  # as often as wanted
+        return request.query_params["x"], request.query_params.get("array"), again
+
+    class Local:
+        value = 5
+
+    served = serve(give_back, route=None)
+    x, array, again = served.handle.call(x=333, array=numpy.ones(2000), many=[1, None], of=Local())
+    assert (x, array.sum()) == (333, 2000.0)
+    assert sorted(again) == ["array", "many", "of", "x"]
+    assert (again["x"], again["many"], again["of"].value) == (333, [1, None], 5)
+
+
+def test_a_named_method_that_takes_a_request_reads_them_too(serve):
+    class Backend:
+        def other(self, request):
+            return request.data, request.query_params["x"]
+
+    assert serve(Backend, route=None).handle.options(method_name="other").call("data", x={1}) == ("data", {1})
+
+
+@pytest.mark.anyio
+async def test_query_parameters_of_an_async_handle(serve):
+    async def give_back(request):
+        return request.query_params["x"]
+
+    served = serve(give_back, route=None)
+    assert await served.ahandle.call(x=1j) == 1j
+    assert await (await served.ahandle.remote(x=range(3))) == range(3)
 
 
 def test_data_may_be_an_array(serve):
