@@ -62,6 +62,8 @@ class BackendConfig:
         user_config: Passed to the backend's ``reconfigure`` at construction and whenever it changes.
         graceful_shutdown_timeout_s: Seconds a replica that is to leave may take to finish what it holds.
         start_timeout_s: Seconds a replica may take to become ready.
+        reconfigure_timeout_s: Seconds a replica may take to take a new ``user_config``, what it runs just then
+            included. One that takes longer is replaced.
 
     Raises:
         errors.InvalidArgument: A field has the wrong type or value, at construction or when it is set; or there is no
@@ -76,6 +78,7 @@ class BackendConfig:
     user_config: Any = None
     graceful_shutdown_timeout_s: float = 20.0
     start_timeout_s: float = 120.0
+    reconfigure_timeout_s: float = 30.0
 
     def __setattr__(self, name: str, value: Any) -> None:
         _known_fields(type(self), "config", {name: value})
@@ -96,6 +99,11 @@ class BackendConfig:
         given = vars(changes) if isinstance(changes, BackendConfig) else changes
         _known_fields(type(self), "config", given)
         return type(self)(**{**vars(self), **given})
+
+    @property
+    def limits(self) -> tuple[Any, ...]:
+        """What a replica must know of it beside ``user_config``; the rest is for the controller and callers."""
+        return self.max_concurrent_queries, self.max_batch_size, self.batch_wait_timeout
 
     def concurrency(self, *, on_loop: bool) -> int:
         """``max_concurrent_queries`` with its default filled in for a sync or an async callable."""

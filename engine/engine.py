@@ -206,7 +206,8 @@ class Engine:
         A `BackendConfig` changes the fields that were set in it, and leaves the others as they are.
 
         If it raises, the former configuration rules; but if it was a new replica that did not start, all of the change
-        does except the number of replicas.
+        does except the number of replicas. A replica that takes longer than ``reconfigure_timeout_s`` is replaced: it
+        finishes what it holds within ``graceful_shutdown_timeout_s`` while another one takes its place.
 
         Raises:
             errors.InvalidArgument: The backend is unknown, or a field is wrong.
@@ -230,9 +231,11 @@ class Engine:
     def delete_backend(self, tag: str, force: bool = False) -> None:
         """End a backend that no endpoint uses; its replicas finish what they hold first.
 
+        If that is being done already, for another thread or for a call that was interrupted, this waits for it.
+
         Args:
             tag: The backend.
-            force: End the replicas at once instead.
+            force: End the replicas at once instead, and break off any other control call that waits for them.
 
         Raises:
             errors.InvalidArgument: The backend is unknown, or an endpoint uses it.

@@ -471,12 +471,21 @@ def test_a_configuration_that_fails_changes_nothing(worlds: Any) -> None:
     assert repr(world.replica) == "<BlockingReplica b open held=0/8>"
 
 
+def test_a_configuration_that_took_long_does_not_undo_a_later_one(worlds: Any) -> None:
+    world = worlds(Configured)
+    world.replica.control(reconfigure(1, user_config="new", max_concurrent_queries=3))
+    world.replica.control(reconfigure(2, changed=False, max_concurrent_queries=4))
+    world.run()
+    assert world.told == [Reconfigured(2, None), Reconfigured(1, None)]
+    assert repr(world.replica) == "<BlockingReplica b open held=0/4>"
+
+
 def test_user_code_is_only_asked_when_its_configuration_changed(worlds: Any) -> None:
     world = worlds(double)  # has no reconfigure
     world.replica.control(reconfigure(1, changed=False, max_concurrent_queries=3))
+    assert world.told == [Reconfigured(1, None)]  # at once: it does not wait for what runs
     world.replica.control(reconfigure(2, changed=True, user_config=1))
     world.run()
-    assert world.told[0] == Reconfigured(1, None)
     assert isinstance(unpack_exception(world.told[1].error), MethodNotFound)
     assert repr(world.replica) == "<BlockingReplica b open held=0/3>"
 

@@ -240,7 +240,7 @@ async def furnished(platform: Platform) -> Incarnation:
     """A controller with something of everything."""
     one = await platform.controller().started()
     await one.controller.create_backend(plan("a", num_replicas=2))
-    await one.controller.create_backend(plan("b", max_queued_requests=5))
+    await one.controller.create_backend(plan("b", max_queued_requests=5, max_concurrent_queries=5))
     await one.controller.create_endpoint(endpoint("e", "a", "/e"))
     await one.controller.set_traffic("e", {"a": 0.25, "b": 0.75})
     await one.controller.shadow_traffic("e", "b", 0.5)
@@ -520,9 +520,9 @@ async def test_replicas_return_to_the_configuration_that_is_kept(platform: Platf
     one = await furnished(platform)
     platform.store.away = ("picture",)
     with pytest.raises(ConnectionError):
-        await one.controller.update_backend_config("b", {"max_queued_requests": 9, "num_replicas": 2})
+        await one.controller.update_backend_config("b", {"max_concurrent_queries": 9, "num_replicas": 2})
     told = [(worker, loads(body.config)) for worker, body in one.adapter.told if isinstance(body, Reconfigure)]
-    assert [(worker, config.max_queued_requests) for worker, config in told] == [("b#1", 9), ("b#1", 5)]
+    assert [(worker, config.max_concurrent_queries) for worker, config in told] == [("b#1", 9), ("b#1", 5)]
     assert "b#2" in one.adapter.killed
     assert one.replicas("b") == ["b#1"]
 
@@ -531,13 +531,14 @@ async def test_replicas_return_to_the_configuration_that_is_kept(platform: Platf
 async def test_a_replica_that_does_not_return_to_it_is_replaced(platform: Platform) -> None:
     one = await furnished(platform)
     platform.store.away = ("picture",)
-    one.refusal = lambda config: pack_exception(ValueError("never again")) if config.max_queued_requests == 5 else None
+    never = pack_exception(ValueError("never again"))
+    one.refusal = lambda config: never if config.max_concurrent_queries == 5 else None
     with pytest.raises(ConnectionError):
-        await one.controller.update_backend_config("b", {"max_queued_requests": 9})
-    assert ("b#1", Drain(20.0)) in one.adapter.told
+        await one.controller.update_backend_config("b", {"max_concurrent_queries": 9})
+    await until(lambda: ("b#1", Drain(20.0)) in one.adapter.told)
     await until(lambda: one.replicas("b") == ["b#2"])
     (spec,) = [spec for spec in one.adapter.started if spec.worker_id == "b#2"]
-    assert loads(spec.payload).config.max_queued_requests == 5
+    assert loads(spec.payload).config.max_concurrent_queries == 5
 
 
 @on_loop
@@ -547,7 +548,7 @@ async def test_a_backend_whose_deletion_is_not_kept_is_looked_after(platform: Pl
     await one.controller.create_backend(plan("spare", num_replicas=2))
     tell, asked = one.adapter.on_tell, dict[str, Any]()
     one.adapter.on_tell = asked.__setitem__
-    configuring = asyncio.ensure_future(one.controller.update_backend_config("spare", {"max_queued_requests": 9}))
+    configuring = asyncio.ensure_future(one.controller.update_backend_config("spare", {"max_concurrent_queries": 9}))
     await until(lambda: len(asked) == 2)
     platform.store.away = ("picture",)
     one.die("spare#1", "was killed by SIGKILL")
@@ -611,24 +612,24 @@ def test_a_configuration_that_not_all_took_is_nobodys(how: str) -> None:
         tell = one.adapter.on_tell
         if how == "given up":
             one.adapter.on_tell = None
-        configuring = asyncio.ensure_future(one.controller.update_backend_config("a", {"max_queued_requests": 9}))
+        configuring = asyncio.ensure_future(one.controller.update_backend_config("a", {"max_concurrent_queries": 9}))
         await until(lambda: len(configured(one)) >= 2)
         if how == "given up":
             one.adapter.on_tell = tell
             configuring.cancel()
         with pytest.raises((ValueError, asyncio.CancelledError)):
             await configuring
-        back = [("a#2", 1000)] if how == "refused" else [("a#1", 1000), ("a#2", 1000)]
+        back = [("a#2", None)] if how == "refused" else [("a#1", None), ("a#2", None)]
         assert configured(one) == [("a#1", 9), ("a#2", 9), *back]
-        assert (await one.controller.get_backend_config("a")).max_queued_requests == 1000
+        assert (await one.controller.get_backend_config("a")).max_concurrent_queries is None
 
     asyncio.run(asyncio.wait_for(configure(Platform()), 20))
 
 
 def configured(one: Incarnation) -> list[tuple[str, int | None]]:
-    """What replicas were told to have as ``max_queued_requests``, in order."""
+    """What replicas were told to have as ``max_concurrent_queries``, in order."""
     told = [(worker, loads(body.config)) for worker, body in one.adapter.told if isinstance(body, Reconfigure)]
-    return [(worker, config.max_queued_requests) for worker, config in told]
+    return [(worker, config.max_concurrent_queries) for worker, config in told]
 
 
 @on_loop
@@ -636,7 +637,7 @@ async def test_a_backend_about_to_go_is_not_said_to_be_there(platform: Platform)
     one = await furnished(platform)
     await one.controller.create_backend(plan("spare"))
     one.adapter.on_tell = None
-    configuring = asyncio.ensure_future(one.controller.update_backend_config("spare", {"max_queued_requests": 9}))
+    configuring = asyncio.ensure_future(one.controller.update_backend_config("spare", {"max_concurrent_queries": 9}))
     await until(lambda: configured(one))
     deleting = asyncio.ensure_future(one.controller.delete_backend("spare", force=True))
     await asyncio.sleep(0)

@@ -134,6 +134,36 @@ def test_cycles_leave_nothing(backend, client):
     before.check_unchanged()
 
 
+class Named:
+    def reconfigure(self, name):
+        self.name = name
+
+    def __call__(self, request):
+        return self.name, os.getpid()
+
+
+@pytest.mark.parametrize("how", ["update", "update a limit", "delete", "delete by force", "shutdown"])
+def test_a_stopped_replica_holds_nobody_up(how, client):
+    """It hears nothing and says nothing, until it is killed in the end."""
+    config = {"user_config": "old", "reconfigure_timeout_s": 0.1, "graceful_shutdown_timeout_s": 0.1}
+    with Engine(backend="local", http_options={"location": None}) as engine:
+        engine.create_backend("b", Named, config=config)
+        engine.create_endpoint("b", backend="b")
+        handle = engine.get_handle("b")
+        name, pid = handle.call()
+        os.kill(pid, signal.SIGSTOP)
+        if how == "update":
+            engine.update_backend_config("b", {"user_config": "new"})
+            assert handle.call()[0] == "new"
+        elif how == "update a limit":
+            engine.update_backend_config("b", {"max_concurrent_queries": 3})
+            assert handle.call()[0] == name
+        elif how.startswith("delete"):
+            engine.delete_endpoint("b")
+            engine.delete_backend("b", force="force" in how)
+    assert not is_running(pid)
+
+
 def test_an_engine_outlives_the_thread_that_made_it():
     """The kernel ties "die with your parent" to the parent's thread, so it must be one that stays."""
     made = []

@@ -375,6 +375,33 @@ async def test_a_configuration_that_fails_changes_nothing() -> None:
 
 
 @on_loop
+async def test_configurations_are_taken_one_after_the_other() -> None:
+    """The last one rules, also if an earlier one takes longer."""
+    began, leave = asyncio.Event(), asyncio.Event()
+    taken = []
+
+    class Slow(Configured):
+        async def reconfigure(self, user_config: Any) -> None:
+            if user_config == "first":
+                began.set()
+                await leave.wait()
+            taken.append(user_config)
+
+    world = World(Slow)
+    world.replica.control(reconfigure(1, user_config="first", max_concurrent_queries=3))
+    world.replica.control(reconfigure(2, user_config="second", max_concurrent_queries=4))
+    await began.wait()
+    world.replica.control(reconfigure(3, changed=False, max_concurrent_queries=5))
+    assert world.told == [Reconfigured(3, None)]  # a limit waits for nobody
+    assert taken == []
+    leave.set()
+    await until(lambda: len(world.told) == 3)
+    assert taken == ["first", "second"]
+    assert world.told[1:] == [Reconfigured(1, None), Reconfigured(2, None)]
+    assert world.held == "0/5"
+
+
+@on_loop
 async def test_user_code_is_only_asked_when_its_configuration_changed() -> None:
     world = World(Methods)
     world.replica.control(reconfigure(1, changed=False, max_concurrent_queries=3))

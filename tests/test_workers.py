@@ -248,8 +248,17 @@ async def test_a_configuration_is_taken(world: World) -> None:
     worker = await world.ready()
     world.adapter.on_tell = lambda worker_id, body: world.say(Reconfigured(body.token, None), Reconfigured(99, None))
     for token in (1, 2):
-        await world.workers.reconfigure(worker, b"config", user_config_changed=True)
+        await world.workers.reconfigure(worker, b"config", LONG_S, user_config_changed=True)
         assert world.adapter.told[-1] == ("w#1", Reconfigure(token, b"config", True))
+    assert not worker.replies
+    world.say(Reconfigured(1, None))  # nobody waits for it any more
+    await world.workers.kill(worker)
+
+
+@on_loop
+async def test_a_configuration_is_not_taken_in_time(world: World) -> None:
+    worker = await world.ready()
+    assert not await world.workers.reconfigure(worker, b"config", NOW, user_config_changed=True)
     assert not worker.replies
     world.say(Reconfigured(1, None))  # nobody waits for it any more
     await world.workers.kill(worker)
@@ -263,7 +272,7 @@ async def test_a_configuration_is_refused(world: World) -> None:
         Reconfigured(body.token, error), Reconfigured(body.token, None)
     )
     with pytest.raises(ValueError, match="no such model"):
-        await world.workers.reconfigure(worker, b"config", user_config_changed=False)
+        await world.workers.reconfigure(worker, b"config", LONG_S, user_config_changed=False)
     await world.workers.kill(worker)
 
 
@@ -272,10 +281,10 @@ async def test_a_worker_that_dies_takes_no_configuration(world: World) -> None:
     worker = await world.ready()
     world.adapter.on_tell = lambda worker_id, body: world.exit("was killed by SIGKILL")
     with pytest.raises(EngineError, match=r"^replica.w.1 was killed by SIGKILL$"):
-        await world.workers.reconfigure(worker, b"config", user_config_changed=False)
+        await world.workers.reconfigure(worker, b"config", LONG_S, user_config_changed=False)
     world.adapter.on_tell = None
     with pytest.raises(EngineError, match=r"^replica.w.1 was killed by SIGKILL$"):  # nor does one that is dead
-        await world.workers.reconfigure(worker, b"config", user_config_changed=False)
+        await world.workers.reconfigure(worker, b"config", LONG_S, user_config_changed=False)
 
 
 @on_loop
@@ -287,7 +296,7 @@ async def test_an_answer_and_a_death_at_once(world: World) -> None:
         world.workers.worker_exited(WorkerExit(worker_id, "left"))
 
     world.adapter.on_tell = answer_and_die
-    await world.workers.reconfigure(worker, b"config", user_config_changed=False)
+    await world.workers.reconfigure(worker, b"config", LONG_S, user_config_changed=False)
     assert world.exits == [worker]
 
 

@@ -9,11 +9,12 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Container
+from collections.abc import Callable, Collection, Container
 from dataclasses import replace
 from typing import Any
 
 from ..config import BackendConfig
+from ..errors import InvalidArgument
 from ..seam.adapter import Adapter
 from ..seam.serialization import dumps
 from ..seam.snapshot import BackendEntry, ReplicaEntry
@@ -77,6 +78,9 @@ class BackendReplicas:
         self._started = 0  # numbers the replicas
         self._failures = 0  # replicas in a row that did not start, or died soon
         self._dead: deque[str] = deque(maxlen=_KEPT_DEAD)  # ids of the last ones
+        self._starting: set[str] = set()  # ids of those that are not ready yet
+        self._leaving: set[Worker] = set()  # out of service, and not gone yet
+        self._dismissals: set[asyncio.Task[None]] = set()  # the loop itself holds tasks weakly
         self.plan = plan
         self.lock = asyncio.Lock()
         self.running: list[Worker] = []
@@ -139,7 +143,8 @@ class BackendReplicas:
 
         If ``reconfigure`` raises in some replicas, the others return to the former configuration, which rules. If a new
         replica does not start, all of the change rules but the number of replicas. If the store does not keep the
-        change, nothing of it rules. A replica that refuses to return is replaced.
+        change, nothing of it rules. A replica that refuses to return is replaced, and so is one that takes longer than
+        ``reconfigure_timeout_s``. If the one in its place does not start, nothing of the change rules.
 
         Returns:
             The replicas that are too many now. They are out of service, and the caller's to end.
@@ -152,9 +157,8 @@ class BackendReplicas:
         before = self.plan
         after = before.config.updated(changes)
         before.check(after)
-        packed = self._packed(after)
         try:
-            refused = await self._reconfigure(before.config, after, packed)
+            refused, late = await self._reconfigure(before.config, after)
         except BaseException:  # it was given up
             await self._return_from(after)
             raise
@@ -167,6 +171,9 @@ class BackendReplicas:
         try:
             started = await self._start(plan, after.num_replicas - len(self.running))
         except BaseException as error:
+            if late:  # perhaps nobody can take this configuration: the next replicas are to start with the former one
+                await self._return_from(after)
+                raise
             failure = error
             plan = replace(plan, config=after.updated({"num_replicas": before.config.num_replicas}))
         running = self.running
@@ -184,35 +191,41 @@ class BackendReplicas:
 
     async def _return_from(self, taken: BackendConfig, but: Container[Worker] = ()) -> None:
         """Have the replicas, but for some, return from a configuration that does not rule to the one that does."""
-        refused = await self._reconfigure(taken, self.config, self._packed(self.config), but)
-        if refused:
-            for worker, error in refused.items():
-                _logger.error("%s does not return to its former configuration: %r; ending it", worker.spec.name, error)
-            self.running = [worker for worker in self.running if worker not in refused]
-            self._announce()
-            await self.end(list(refused))
-
-    def _packed(self, config: BackendConfig) -> bytes:
-        return dumps(config, f"config: user_config of backend {self.plan.tag!r}")
+        refused, _ = await self._reconfigure(taken, self.config, but)
+        for worker, error in refused.items():
+            _logger.error("%s does not return to its former configuration: %r; ending it", worker.spec.name, error)
+        self._dismiss(refused)
 
     async def _reconfigure(
-        self, before: BackendConfig, after: BackendConfig, packed: bytes, but: Container[Worker] = ()
-    ) -> dict[Worker, BaseException]:
+        self, before: BackendConfig, after: BackendConfig, but: Container[Worker] = ()
+    ) -> tuple[dict[Worker, BaseException], list[Worker]]:
         """Have the replicas, but for some, go from one configuration to another, if it is another for them.
 
         Returns:
-            Once all have answered, those that did not take it, and why: what the backend's ``reconfigure`` raised.
+            Once all have answered or run out of time, those that did not take it, and why: what the backend's
+            ``reconfigure`` raised; and those that took too long. The latter are out of service now.
         """
         changed = not _equal(after.user_config, before.user_config)
-        if not changed and replace(after, num_replicas=before.num_replicas, user_config=before.user_config) == before:
-            return {}
+        if not changed and after.limits == before.limits:
+            return {}, []
+        told = after if changed else after.updated({"user_config": None})
+        packed = dumps(told, f"config: user_config of backend {self.plan.tag!r}")
+        timeout_s = after.reconfigure_timeout_s
         replicas = [worker for worker in self.running if worker.life is Life.READY and worker not in but]
         outcomes = await asyncio.gather(
-            *[self._workers.reconfigure(worker, packed, user_config_changed=changed) for worker in replicas],
+            *[self._workers.reconfigure(worker, packed, timeout_s, user_config_changed=changed) for worker in replicas],
             return_exceptions=True,  # the next operation may only begin when all have answered
         )
-        pairs = zip(replicas, outcomes, strict=True)
-        return {worker: outcome for worker, outcome in pairs if isinstance(outcome, BaseException)}
+        pairs = list(zip(replicas, outcomes, strict=True))
+        late = [worker for worker, outcome in pairs if outcome is False]
+        for worker in late:
+            _logger.warning(
+                "%s has not taken its new configuration within reconfigure_timeout_s=%g; replacing it",
+                worker.spec.name,
+                timeout_s,
+            )
+        self._dismiss(late)
+        return {worker: outcome for worker, outcome in pairs if isinstance(outcome, BaseException)}, late
 
     # -- starting and ending them --------------------------------------------------------------------------------------
 
@@ -252,6 +265,8 @@ class BackendReplicas:
         return ready
 
     async def _start_one(self, plan: BackendPlan) -> Worker:
+        if self.deleted:
+            raise self._deleted_error()
         self._started += 1
         replica_tag = f"{plan.tag}#{self._started}"
         spec = ReplicaSpec(
@@ -265,16 +280,42 @@ class BackendReplicas:
             debug=self._debug,
             shares_process=self._adapter.shares_process,
         )
-        return await self._workers.start(
-            WorkerSpec(
-                worker_id=replica_tag,
-                name=f"replica.{plan.tag}.{self._started}",
-                entry=_ENTRY,
-                payload=dumps(spec, f"config: user_config of backend {plan.tag!r}"),
-                resources=plan.resources,
-            ),
-            plan.config.start_timeout_s,
+        worker_spec = WorkerSpec(
+            worker_id=replica_tag,
+            name=f"replica.{plan.tag}.{self._started}",
+            entry=_ENTRY,
+            payload=dumps(spec, f"config: user_config of backend {plan.tag!r}"),
+            resources=plan.resources,
         )
+        self._starting.add(replica_tag)
+        try:
+            return await self._workers.start(worker_spec, plan.config.start_timeout_s)
+        finally:
+            self._starting.discard(replica_tag)
+
+    def _deleted_error(self) -> InvalidArgument:
+        return InvalidArgument(f"backend {self.plan.tag!r} was deleted meanwhile")
+
+    def _dismiss(self, leaving: Collection[Worker]) -> None:
+        """Take replicas out of service, come what may, and end them without making anybody wait for that."""
+        if leaving:
+            self.running = [worker for worker in self.running if worker not in leaving]
+            self._announce()
+            task = asyncio.get_running_loop().create_task(self.end(list(leaving)))
+            self._dismissals.add(task)
+            task.add_done_callback(self._dismissals.discard)
+
+    async def kill_all(self) -> None:
+        """End every replica at once, whatever stage it is in: whoever waits for one of them hears that it is gone."""
+        starting = [worker for worker in map(self._workers.get, self._starting) if worker is not None]
+        for worker in starting:
+            worker.error = worker.error or self._deleted_error()
+        doomed = {*[worker for worker in starting if worker.watched], *self.running, *self._leaving}
+        await asyncio.gather(*[self._workers.kill(worker) for worker in doomed])
+
+    def all_ready(self) -> list[Worker]:
+        """The replicas that have been ready and are not gone: in service, or about to leave."""
+        return [*self.running, *self._leaving.difference(self.running)]
 
     async def end(self, leaving: list[Worker], *, at_once: bool = False, grace_s: float | None = None) -> None:
         """End replicas that are out of service: when they have finished what they hold, or ``at_once``.
@@ -284,12 +325,13 @@ class BackendReplicas:
             at_once: Let them finish nothing.
             grace_s: Seconds that they get at most, if less than the configuration grants.
         """
-        if at_once:
-            await asyncio.gather(*[self._workers.kill(worker) for worker in leaving])
-            return
         granted_s = self.config.graceful_shutdown_timeout_s
-        timeout_s = granted_s if grace_s is None else min(grace_s, granted_s)
-        await asyncio.gather(*[self._workers.drain(worker, timeout_s) for worker in leaving])
+        timeout_s = 0.0 if at_once else granted_s if grace_s is None else min(grace_s, granted_s)
+        self._leaving.update(leaving)
+        try:
+            await asyncio.gather(*[self._workers.drain(worker, timeout_s) for worker in leaving])
+        finally:
+            self._leaving.difference_update(leaving)
 
     # -- while they run ------------------------------------------------------------------------------------------------
 
@@ -316,6 +358,8 @@ class BackendReplicas:
                     ready = await self._start(self.plan, 1)
                     self.running += ready
                 except Exception as error:
+                    if self.deleted:
+                        return
                     self._failures += 1
                     _logger.error("backend %r: a replica could not be replaced: %r", self.plan.tag, error)
                 self._announce()

@@ -11,11 +11,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Coroutine
+from contextlib import nullcontext
 from typing import Any
 
 from ..calling.client import Client
 from ..config import BackendConfig, HTTPOptions
-from ..errors import InvalidArgument
+from ..errors import EngineError, InvalidArgument
 from ..seam.adapter import Adapter
 from ..seam.channel import Channel, ChannelListener
 from ..seam.detached import store_of
@@ -38,6 +39,9 @@ _APPLIED_TIMEOUT_S = 5.0
 _LEFT_ALONE_TIMEOUT_S = 1.0
 """For callers to learn that a replica leaves. What comes later is refused there, and placed elsewhere."""
 
+_LEAST_GRACE_S = 1.5
+"""For replicas to leave by themselves at a shutdown, when the ingresses have used up what calls in flight get."""
+
 
 class Controller:
     """Holds the desired and the actual state of one engine.
@@ -55,7 +59,7 @@ class Controller:
         self._client = client
         self._http = http
         self._backends: dict[str, BackendReplicas] = {}
-        self._leaving: set[str] = set()  # tags of deleted backends with replicas that have yet to end
+        self._leaving: dict[str, BackendReplicas] = {}  # deleted, by tag, with replicas that have yet to end
         self._endpoints = EndpointTable({})
         self._workers = Workers(adapter, self._replace_worker)
         self._publisher = Publisher(client, silent=store_of(adapter) is not None)
@@ -121,6 +125,7 @@ class Controller:
 
     async def shutdown(self, grace_s: float) -> None:
         """Stop taking calls, give those in flight ``grace_s`` seconds, end every worker."""
+        deadline = asyncio.get_running_loop().time() + grace_s
         self._closing = True
         self._keeper.close()
         for task in self._background:
@@ -129,7 +134,10 @@ class Controller:
         await self._ingresses.stop(grace_s)
         self._client.begin_close()
         self._publisher.publish({}, {})
-        await asyncio.gather(*[one.end(list(one.running), grace_s=grace_s) for one in self._backends.values()])
+        backends = [*self._backends.values(), *self._leaving.values()]
+        # Whatever the ingresses took of it: who is idle gets the time to leave by himself.
+        left_s = max(deadline - asyncio.get_running_loop().time(), min(grace_s, _LEAST_GRACE_S))
+        await asyncio.gather(*[one.end(one.all_ready(), grace_s=left_s) for one in backends])
         self._client.close()
         await self._adapter.stop()
         self._adapter.close()
@@ -169,28 +177,34 @@ class Controller:
             self._backend(tag)  # it may have been deleted meanwhile
             try:
                 leaving = await backend.update(changes)
+            except EngineError as error:
+                if tag not in self._backends:
+                    raise InvalidArgument(f"backend {tag!r} was deleted meanwhile") from error
+                raise
             finally:
                 self._refill(backend)
             await self._see_through(self._end_replicas(backend, leaving))
 
     async def delete_backend(self, tag: str, *, force: bool) -> None:
-        """End a backend that no endpoint uses.
+        """End a backend that no endpoint uses; if that goes on already, wait for it, or end it at once by ``force``.
 
         Raises:
             InvalidArgument: It is unknown, or in use.
             BaseException: Why the store does not keep that. Then the backend goes on.
         """
-        backend = self._backend(tag)
-        self._endpoints.check_unused(tag)
-        backend.deleted = True  # nobody begins anything with it any more
+        backend = self._being_deleted(tag)
+        if backend is None:
+            backend = self._backend(tag)
+            self._endpoints.check_unused(tag)
+            backend.deleted = True  # nobody begins anything with it any more
         try:
-            async with backend.lock:
-                del self._backends[tag]
-                self._publish()
+            # By force it is not waited for whoever holds the lock: he may wait for a replica that is stuck.
+            async with nullcontext() if force else backend.lock:
+                self._remove(backend)
         except BaseException:
-            self._backends[tag] = backend
-            backend.deleted = False
-            self._refill(backend)
+            if self._backends.get(tag) is backend:
+                backend.deleted = False
+                self._refill(backend)
             raise
         await self._see_through(self._end_backend(backend, at_once=force))
 
@@ -306,6 +320,24 @@ class Controller:
             raise InvalidArgument(f"there is no backend {tag!r}; the backends are: {known}")
         return backend
 
+    def _being_deleted(self, tag: str) -> BackendReplicas | None:
+        backend = self._leaving.get(tag) or self._backends.get(tag)
+        return backend if backend is not None and backend.live and backend.deleted else None
+
+    def _remove(self, backend: BackendReplicas) -> None:
+        """Take a backend out of what there is, unless somebody else was faster."""
+        tag = backend.plan.tag
+        if self._backends.get(tag) is not backend:
+            return
+        backend.deleted = True
+        del self._backends[tag]
+        try:
+            self._publish()
+        except BaseException:
+            self._backends[tag] = backend
+            raise
+        self._leaving[tag] = backend
+
     def _existing(self) -> dict[str, BackendReplicas]:
         return {tag: backend for tag, backend in self._backends.items() if backend.live and not backend.deleted}
 
@@ -352,11 +384,12 @@ class Controller:
 
     async def _end_backend(self, backend: BackendReplicas, *, at_once: bool) -> None:
         tag = backend.plan.tag
-        self._leaving.add(tag)
-        try:
-            await self._end_replicas(backend, backend.running, at_once=at_once)
-        finally:
-            self._leaving.discard(tag)
+        if at_once:
+            await backend.kill_all()
+        async with backend.lock:  # who held it has ended what he had started
+            await self._end_replicas(backend, backend.all_ready(), at_once=at_once)
+        if self._leaving.get(tag) is backend:
+            del self._leaving[tag]
 
     async def _end_replicas(self, backend: BackendReplicas, leaving: list[Worker], *, at_once: bool = False) -> None:
         """End replicas that were published to be out of service."""

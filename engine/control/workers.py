@@ -101,6 +101,10 @@ class Workers:
     def __len__(self) -> int:
         return len(self._by_id)
 
+    def get(self, worker_id: str) -> Worker | None:
+        """A worker that has not exited."""
+        return self._by_id.get(worker_id)
+
     async def start(self, spec: WorkerSpec, timeout_s: float) -> Worker:
         """Start a worker and wait until it is ready. If it does not become ready, nothing of it is left.
 
@@ -118,9 +122,9 @@ class Workers:
             del self._by_id[spec.worker_id]
             raise
         worker.watched = True
-        if self._closed:
+        if self._closed or worker.error is not None:  # meanwhile
             await self.kill(worker)
-            raise _closed_error()
+            raise worker.error or _closed_error()
         try:
             await asyncio.wait_for(worker.ready.wait(), timeout_s)
         except (asyncio.TimeoutError, TimeoutError):
@@ -184,8 +188,11 @@ class Workers:
             self._adapter.kill_worker(worker.spec.worker_id)
             await worker.gone.wait()
 
-    async def reconfigure(self, worker: Worker, config: bytes, *, user_config_changed: bool) -> None:
+    async def reconfigure(self, worker: Worker, config: bytes, timeout_s: float, *, user_config_changed: bool) -> bool:
         """Pass a configuration to a replica and wait until it has taken it.
+
+        Returns:
+            Whether it has, within ``timeout_s`` seconds.
 
         Raises:
             BaseException: What the backend's ``reconfigure`` raised.
@@ -197,11 +204,14 @@ class Workers:
         reply = worker.replies[token] = asyncio.get_running_loop().create_future()
         self._adapter.tell(worker.spec.worker_id, Reconfigure(token, config, user_config_changed))
         try:
-            answer = await reply
+            answer = await asyncio.wait_for(reply, timeout_s)
+        except (asyncio.TimeoutError, TimeoutError):
+            return False
         finally:
             worker.replies.pop(token, None)
         if answer.error is not None:
             raise unpack_exception(answer.error)
+        return True
 
     # -- what the adapter says ---------------------------------------------------------------------------------------
 

@@ -66,7 +66,10 @@ class Pong(NamedTuple):
 
 
 class Reconfigure(NamedTuple):
-    """Controller: take this configuration. ``config`` is a pickled `BackendConfig`; ``user_config`` changed or not."""
+    """Controller: take this configuration. ``config`` is a pickled `BackendConfig`.
+
+    It lacks the ``user_config`` unless that changed: to take a limit, a replica need not unpickle what is the user's.
+    """
 
     token: int
     config: bytes

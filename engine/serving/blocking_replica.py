@@ -50,7 +50,7 @@ class BlockingReplica(Replica):
     def run_next(self) -> float | None:
         """See `engine.seam.service.Service.run_next`."""
         while self._chores:
-            self._reconfigure(self._chores.popleft())
+            self._reconfigure(*self._chores.popleft())
         queue = self._queue
         while queue and (queue[0].cancelled or queue[0].expired):
             self._drop(queue.popleft())
@@ -125,13 +125,12 @@ class BlockingReplica(Replica):
         for job, rest in self._spread(jobs, results):
             self._complete_rest(job, rest)
 
-    def _reconfigure(self, chore: Reconfigure) -> None:
+    def _reconfigure(self, number: int, chore: Reconfigure) -> None:
         error = None
         try:
             config: BackendConfig = pickle.loads(chore.config)
-            if chore.user_config_changed:
-                self._run_user_code(self._user.reconfigure, config.user_config)
-            self._take(config)
+            self._run_user_code(self._user.reconfigure, config.user_config)
+            self._take(number, config)
         except BaseException as failure:
             error = pack_exception(failure)
         self._tell(Reconfigured(chore.token, error))

@@ -33,6 +33,7 @@ class LoopReplica(Replica):
         self._batches: dict[str, list[Job]] = {}
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._tasks: set[asyncio.Task[None]] = set()  # the loop itself holds tasks weakly
+        self._configuring: asyncio.Task[None] | None = None  # does the chores, one after the other
 
     def attach(self, loop: ServiceLoop) -> None:
         """See `engine.seam.service.Service.attach`."""
@@ -59,8 +60,8 @@ class LoopReplica(Replica):
                 pass  # the loop is closed: the replica is leaving already
 
     def _on_wake(self) -> None:
-        while self._chores:
-            self._spawn(self._reconfigure(self._chores.popleft()))
+        if self._chores and (self._configuring is None or self._configuring.done()):
+            self._configuring = self._spawn(self._configure())
         if self._drain_until is not None:
             assert self._service_loop is not None
             self._loop.call_later(FAREWELL_S + 0.01, self._service_loop.wake)
@@ -144,15 +145,18 @@ class LoopReplica(Replica):
             except BaseException as error:
                 self._fail(job, error)
 
-    async def _reconfigure(self, chore: Reconfigure) -> None:
+    async def _configure(self) -> None:
+        while self._chores:
+            await self._reconfigure(*self._chores.popleft())
+
+    async def _reconfigure(self, number: int, chore: Reconfigure) -> None:
         error = None
         try:
             config: BackendConfig = pickle.loads(chore.config)
-            if chore.user_config_changed:
-                outcome = self._user.reconfigure(config.user_config)
-                if inspect.isawaitable(outcome):
-                    await outcome
-            self._take(config)
+            outcome = self._user.reconfigure(config.user_config)
+            if inspect.isawaitable(outcome):
+                await outcome
+            self._take(number, config)
         except BaseException as failure:
             error = pack_exception(failure)
         self._tell(Reconfigured(chore.token, error))

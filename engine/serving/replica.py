@@ -4,13 +4,15 @@ It owns the slots (at most ``limit`` calls held, queued and running), arguments 
 Every call gets exactly one terminal answer, given up or not, so that callers can count.
 
 How calls are run is the subclass's affair: `blocking_replica` and `loop_replica`. `Replica.control` is
-called by the worker's control thread and only notes what is to be done; user code runs on one thread.
+called by the worker's control thread and only notes what is to be done; user code runs on one thread. Configurations
+are taken one at a time, in the order in which they came.
 """
 
 from __future__ import annotations
 
 import logging
 import pickle
+import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
@@ -27,7 +29,7 @@ from ..errors import (
 )
 from ..request import ServeRequest
 from ..seam.channel import Channel, ChannelClosed
-from ..seam.control_messages import Drain, Ping, Pong, Reconfigure
+from ..seam.control_messages import Drain, Ping, Pong, Reconfigure, Reconfigured
 from ..seam.http_request import RequestEnvelope, build_http_request
 from ..seam.messages import HTTP, INITIAL_CREDIT, Call, Cancel, Credit, End, Failure, FailureKind, Item, Message, Reply
 from ..seam.serialization import dumps, loads, pack_exception
@@ -90,20 +92,27 @@ class Replica:
         self._debug = debug
         self._held = 0
         self._jobs: dict[tuple[Channel, int], Job] = {}
-        self._chores: deque[Reconfigure] = deque()
+        self._chores: deque[tuple[int, Reconfigure]] = deque()
+        self._config_lock = threading.Lock()  # guards the next two, and what `_take` sets
+        self._asked = 0  # numbers the configurations, in the order in which they came
+        self._taken = 0  # the newest one taken
         self._drain_until: float | None = None
         self._drained_since: float | None = None
         self._service_loop: ServiceLoop | None = None
-        self._take(config)
+        self._take(0, config)
 
     def __repr__(self) -> str:
         state = "draining" if self._drain_until is not None else "open"
         return f"<{type(self).__name__} {self._tag} {state} held={self._held}/{self._limit}>"
 
-    def _take(self, config: BackendConfig) -> None:
-        self._config = config
-        self._limit = config.concurrency(on_loop=self.on_loop)
-        self._batch_size = config.max_batch_size or 1
+    def _take(self, number: int, config: BackendConfig) -> None:
+        """Keep to these limits from now on (any thread), unless newer ones were taken meanwhile."""
+        with self._config_lock:
+            if number >= self._taken:
+                self._taken = number
+                self._config = config
+                self._limit = config.concurrency(on_loop=self.on_loop)
+                self._batch_size = config.max_batch_size or 1
 
     # -- the control thread ----------------------------------------------------------------------------------------
 
@@ -112,7 +121,12 @@ class Replica:
         if isinstance(body, Ping):
             self._tell(Pong(body.token, self._held))
         elif isinstance(body, Reconfigure):
-            self._chores.append(body)
+            self._asked += 1
+            if body.user_config_changed:
+                self._chores.append((self._asked, body))
+            else:  # limits need not wait for user code that takes long
+                self._take(self._asked, pickle.loads(body.config))
+                self._tell(Reconfigured(body.token, None))
             self._wake()
         elif isinstance(body, Drain):
             self._drain_until = time.monotonic() + body.timeout_s

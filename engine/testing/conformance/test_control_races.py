@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from engine import errors
+from engine import errors, get_replica_context
 from engine.testing.instruments import Footprint, eventually
 
 
@@ -273,6 +273,99 @@ def test_a_reconfigure_that_gives_up_is_heard(engine, serve, kind):
     with pytest.raises(errors.RemoteError, match="CancelledError"):
         engine.update_backend_config(served.tag, {"user_config": 1})
     assert served.call() == "ok"
+
+
+class StuckOnce:
+    """Whoever is the first to be configured anew stays in it until the gate opens; the others do as ``then`` says."""
+
+    def __init__(self, stuck, gate, then=None):
+        self.stuck, self.gate, self.then, self.config = stuck, gate, then, None
+
+    def first(self, config):
+        if config == "old":
+            return False
+        try:
+            self.stuck.mkdir()
+        except FileExistsError:
+            if self.then is not None:
+                raise ValueError(self.then) from None
+            return False
+        return True
+
+    def reconfigure(self, config):
+        if self.first(config):
+            self.gate.pass_through()
+        self.config = config
+
+    def __call__(self, request):
+        return get_replica_context().replica_tag, self.config
+
+
+class AsyncStuckOnce(StuckOnce):
+    async def reconfigure(self, config):
+        if self.first(config):
+            await self.gate.apass_through()
+        self.config = config
+
+    async def __call__(self, request):
+        return get_replica_context().replica_tag, self.config
+
+
+STUCK = {"user_config": "old", "reconfigure_timeout_s": 0.1, "graceful_shutdown_timeout_s": 0.1}
+
+
+@pytest.mark.parametrize("kind", [StuckOnce, AsyncStuckOnce])
+def test_a_replica_that_is_late_to_take_its_configuration_is_replaced(engine, serve, gate, tmp_path, kind):
+    served = serve(kind, tmp_path / "stuck", gate, config=STUCK, route=None)
+    engine.update_backend_config(served.tag, {"user_config": "new"})
+    assert served.call() == (f"{served.tag}#2", "new")
+    assert engine.get_backend_config(served.tag).user_config == "new"
+    assert not gate.is_open()
+
+
+def test_a_configuration_that_no_replica_takes_does_not_rule(engine, serve, gate, tmp_path):
+    served = serve(StuckOnce, tmp_path / "stuck", gate, "no such model", config=STUCK, route=None)
+    with pytest.raises(ValueError, match="no such model"):
+        engine.update_backend_config(served.tag, {"user_config": "new"})
+    assert engine.get_backend_config(served.tag).user_config == "old"
+    assert served.call() == (f"{served.tag}#3", "old")
+
+
+def test_a_deletion_by_force_waits_for_nobody(engine, serve, gate, pool, tmp_path):
+    """Neither for a replica that is stuck, nor for who waits for that: a change, and an orderly deletion behind it."""
+    served = serve(StuckOnce, tmp_path / "stuck", gate, config={"user_config": "old"}, route=None)
+    engine.delete_endpoint(served.name)
+    configuring = pool.submit(outcome, engine.update_backend_config, served.tag, {"user_config": "new"})
+    gate.wait_for_arrivals(1)
+    deleting = pool.submit(outcome, engine.delete_backend, served.tag)
+    eventually(lambda: served.tag not in engine.list_backends())
+    engine.delete_backend(served.tag, force=True)
+    error = configuring.result(20)
+    assert isinstance(error, errors.InvalidArgument), error
+    assert "was deleted meanwhile" in str(error)
+    assert deleting.result(20) is None
+    assert not gate.is_open()
+    engine.create_backend(served.tag, ok)  # nothing is left of it
+    engine.delete_backend(served.tag)
+
+
+def test_what_replicas_need_not_know_waits_for_no_call(engine, serve, gate):
+    """Nor do their limits, which they take at once."""
+
+    def held(request):
+        gate.pass_through()
+        return "held"
+
+    served = serve(held, config={"max_concurrent_queries": 2}, route=None)
+    refs = [served.handle.remote() for _ in range(2)]
+    gate.wait_for_arrivals(1)
+    engine.update_backend_config(served.tag, {"max_queued_requests": 3, "graceful_shutdown_timeout_s": 1.0})
+    engine.update_backend_config(served.tag, {"max_concurrent_queries": 3})
+    refs.append(served.handle.remote())
+    eventually(lambda: engine.statistics()["backends"][served.tag]["in_flight"] == 3)
+    assert not gate.is_open()
+    gate.open()
+    assert engine.get(refs, timeout=20) == ["held"] * 3
 
 
 def test_a_config_that_cannot_be_compared(engine, serve):
