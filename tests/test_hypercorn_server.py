@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import h2.connection
+import h2.events
 import httpx
 import pytest
 import trustme
@@ -21,6 +23,7 @@ from engine.config import HTTPOptions
 from engine.errors import InvalidArgument
 from engine.seam.ingress_server import StreamBroken
 from engine_http import HypercornServer
+from engine_http import connection as connection_module
 from engine_http import server as server_module
 from engine_http.connection import Connection
 from engine_http.plain import PlainLane
@@ -43,6 +46,7 @@ class App:
     may_answer: asyncio.Event = field(default_factory=asyncio.Event)
     left: asyncio.Queue[str] = field(default_factory=asyncio.Queue)
     scopes: list[Any] = field(default_factory=list)
+    sent: int = 0
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         self.scopes.append(scope)
@@ -83,9 +87,23 @@ class App:
                 await self.may_answer.wait()
             await send({"type": "http.response.body", "body": b""})
             return
+        elif path == "/endless":
+            await self._endless(receive, send)
+            return
         elif path == "/large":
             body = b"x" * 10_000_000
         await self._answer(send, body or b"hello")
+
+    async def _endless(self, receive: Any, send: Any) -> None:
+        """Stream until the client is gone, and notice it as the ingress does: beside sending."""
+        await self._start(send)
+        leaving = asyncio.ensure_future(receive())
+        while not leaving.done():
+            await send({"type": "http.response.body", "body": b"x" * 50_000, "more_body": True})
+            self.sent += 50_000
+            await asyncio.sleep(0)
+        assert leaving.result()["type"] == "http.disconnect"
+        self.left.put_nowait("/endless")
 
     async def _start(self, send: Any, status: int = 200, headers: Any = ()) -> None:
         await send({"type": "http.response.start", "status": status, "headers": [*headers]})
@@ -312,9 +330,6 @@ async def test_http_1_0() -> None:
 
 
 async def test_upgrade_to_http_2() -> None:
-    import h2.connection
-    import h2.events
-
     async with serving() as server:
         reader, writer = await server.connect()
         connection = h2.connection.H2Connection()
@@ -372,6 +387,136 @@ async def test_tls(authority: trustme.CA, certificate: dict[str, str], http2: bo
         response = await client.post(f"https://127.0.0.1:{server.port}/a", content=b"x" * 200_000)
         assert (response.http_version, response.content) == (version, b"x" * 200_000)
     assert server.app.scopes[0]["scheme"] == "https"
+
+
+# -- clients that leave --------------------------------------------------------------------------------------------
+
+
+class Http2:
+    """A client of HTTP/2 that has asked for something endless, and takes of it what the test says."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connection = h2.connection.H2Connection()
+        self.reader, self.writer = reader, writer
+
+    @classmethod
+    async def ask(cls, server: Running, how: str, context: ssl.SSLContext | None = None) -> Http2:
+        reader, writer = await asyncio.open_connection(
+            "127.0.0.1", server.port, ssl=context, server_hostname="localhost" if context else None
+        )
+        client = cls(reader, writer)
+        if how == "upgrade":
+            settings = client.connection.initiate_upgrade_connection()
+            assert settings is not None
+            writer.write(
+                b"GET /endless HTTP/1.1\r\nhost: x\r\nconnection: upgrade, http2-settings\r\nupgrade: h2c\r\n"
+                b"http2-settings: " + settings + b"\r\n\r\n"
+            )
+            assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 101")
+        else:
+            client.connection.initiate_connection()
+            client.get(1, "/endless")
+        client.flush()
+        return client
+
+    def get(self, stream_id: int, path: str) -> None:
+        pseudo = [(":method", "GET"), (":path", path), (":scheme", "http"), (":authority", "x")]
+        self.connection.send_headers(stream_id, pseudo, end_stream=True)
+        self.flush()
+
+    def flush(self) -> None:
+        self.writer.write(self.connection.data_to_send())
+
+    async def take(self, amount: int, *, window: bool, stream_id: int = 1) -> None:
+        """Take so many bytes of a stream; with ``window``, make room for more each time."""
+        while amount > 0:
+            for event in self.connection.receive_data(await self.reader.read(65536)):
+                if isinstance(event, h2.events.DataReceived) and event.stream_id == stream_id:
+                    amount -= len(event.data or b"")
+                    if window:
+                        self.connection.acknowledge_received_data(event.flow_controlled_length or 0, stream_id)
+            self.flush()
+
+    async def leave(self, how: str) -> None:
+        if how == "reset":
+            self.connection.reset_stream(1)
+            self.flush()
+        elif how == "goaway":
+            self.connection.close_connection()
+            self.flush()
+        elif how == "half-close":
+            self.writer.write_eof()
+        else:
+            self.writer.transport.abort()
+
+
+@pytest.mark.parametrize("leaving", ["reset", "goaway", "half-close", "abort"])
+@pytest.mark.parametrize("taken", [1, 65_535, 3_000_000])
+@pytest.mark.parametrize("how", ["prior knowledge", "upgrade", "tls"])
+async def test_who_waits_to_send_over_http_2_is_let_go_when_the_client_leaves(
+    how: str, taken: int, leaving: str, authority: trustme.CA, certificate: dict[str, str]
+) -> None:
+    context = None
+    if how == "tls":
+        if leaving == "half-close":
+            pytest.skip("TLS has none")
+        context = ssl.create_default_context()
+        context.set_alpn_protocols(["h2"])
+        authority.configure_trust(context)
+    async with serving(**(certificate if context else {})) as server:
+        before = asyncio.all_tasks()
+        client = await Http2.ask(server, how, context)
+        # 65,535 is the window that a client gives first: the stream's stays used up, and there is nothing to send
+        await client.take(taken, window=taken > 65_535)
+        await client.leave(leaving)
+        assert await asyncio.wait_for(server.app.left.get(), PATIENCE_S) == "/endless"
+        if leaving == "reset":
+            client.connection.increment_flow_control_window(100_000)  # of the connection
+            client.get(3, "/a")
+            await client.take(len(b"hello"), window=False, stream_id=3)
+            client.writer.close()
+        await only_left(before)
+        client.writer.close()
+
+
+@pytest.mark.parametrize("window", [True, False])
+async def test_a_client_of_http_2_that_takes_nothing_is_broken_off(window: bool) -> None:
+    async with serving() as server:
+        client = await Http2.ask(server, "prior knowledge")
+        if window:  # a window, but nobody who reads
+            client.connection.increment_flow_control_window(2**30)
+            client.connection.increment_flow_control_window(2**30, 1)
+            client.flush()
+        await client.take(1, window=False)
+        server.stop.set()
+        await asyncio.sleep(0)
+        assert not server.task.done()
+        server.task.cancel()
+        await server.ended()
+        assert server.task.cancelled()
+        client.writer.close()
+
+
+@pytest.mark.parametrize("path", ["/endless", "/large"])
+async def test_who_stops_sending_has_left_even_if_it_takes_nothing(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    monkeypatch.setattr(connection_module, "_LOOK_AFTER_S", 0.001)
+    async with serving() as server:
+        before = asyncio.all_tasks()
+        with socket.create_connection(("127.0.0.1", server.port)) as client:
+            client.sendall(b"GET %b HTTP/1.1\r\nhost: x\r\n\r\n" % path.encode())
+            await server.app.started.get()
+            client.shutdown(socket.SHUT_WR)
+            if path == "/endless":
+                assert await asyncio.wait_for(server.app.left.get(), PATIENCE_S) == path
+            await only_left(before)
+            server.stop.set()
+            await server.ended()  # without having it broken off
+
+
+async def only_left(tasks: set[asyncio.Task[Any]]) -> None:
+    """Wait until all other tasks have ended."""
+    while more := asyncio.all_tasks() - tasks:
+        await asyncio.wait_for(asyncio.wait(more), PATIENCE_S)
 
 
 # -- stopping ------------------------------------------------------------------------------------------------------

@@ -506,6 +506,21 @@ async def test_a_client_that_leaves_a_stream_cancels_it() -> None:
     await exchange.task
 
 
+async def test_a_call_is_given_up_while_its_answer_waits_to_be_sent() -> None:
+    client, app = make()
+    exchange = Exchange(app).says()
+    call = await client.calls.get()
+    call.item(b"a", encode_head(200, []))
+    await exchange.until_sent(2)
+    exchange.writable.clear()
+    call.item(b"b")
+    exchange.leaves()
+    await call.until_cancelled()
+    assert not exchange.task.done()  # this server lets it wait
+    exchange.writable.set()
+    await exchange.task
+
+
 # -- its own routes, draining, other scopes ------------------------------------------------------------------------
 
 

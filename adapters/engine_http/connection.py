@@ -27,6 +27,11 @@ __all__ = ["Connection", "Owner"]
 
 log = logging.getLogger("engine.http")
 
+_LOOK_AFTER_S = 1.0
+"""A connection that is closed and empty by then only waits for its client to say goodbye in TLS."""
+_STALLED_LOOKS = 120
+"""Looks at a closed connection without its client having taken anything. A slow one takes a buffer at a time."""
+
 
 class Owner(Protocol):
     """What keeps the connections of a server and makes their lanes: `engine_http.connections.Connections`."""
@@ -64,7 +69,7 @@ class Connection(asyncio.Protocol):
     server: tuple[str, int] | None
     _transport: asyncio.Transport
     _lane: Lane
-    _idle_timer: asyncio.TimerHandle
+    _timer: asyncio.TimerHandle  # of an idle connection, then of one that is to be gone
 
     def __init__(self, context: ServerContext, owner: Owner) -> None:
         self.context = context
@@ -93,7 +98,7 @@ class Connection(asyncio.Protocol):
         self.server = _address(family, transport.get_extra_info("sockname"))
         self.tls = transport.get_extra_info("ssl_object")
         self._idle_since = self.loop.time()
-        self._idle_timer = self.loop.call_later(self.context.config.keep_alive_timeout, self._check_idle)
+        self._timer = self.loop.call_later(self.context.config.keep_alive_timeout, self._check_idle)
         if self.tls is not None and self.tls.selected_alpn_protocol() == "h2":
             self.take_full_lane(b"", http2=True)
         else:
@@ -105,14 +110,14 @@ class Connection(asyncio.Protocol):
             self._lane.data(data)
 
     def eof_received(self) -> None:
-        """Treat a client that stops sending as one that left, as HTTP servers do; the transport closes itself."""
+        """Treat a client that stops sending as one that left, as HTTP servers do."""
+        self.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Note that the client is gone."""
-        self.lost = self.closing = True
-        self._idle_timer.cancel()
-        self.resume_writing()
-        self._lane.lost()
+        self.lost = True
+        self._timer.cancel()
+        self._end()
         if not self._tasks:
             self._owner.discard(self)
 
@@ -184,20 +189,37 @@ class Connection(asyncio.Protocol):
             await asyncio.shield(self._writable)
 
     def close(self) -> None:
-        """Close once everything written is sent (idempotent)."""
+        """Close once everything written is sent (idempotent). From now on nobody waits to write."""
         if not self.closing:
             self._lane.flush()
-            self.closing = True
+            self._end()
+            self._timer.cancel()
             self._transport.close()
+            self._timer = self.loop.call_later(_LOOK_AFTER_S, self._check_gone, 0, 0)
 
     def break_off(self) -> None:
         """End at once, whatever is going on."""
-        self.closing = True
+        self._end()
         self._transport.abort()
         for task in self._tasks:
             task.cancel()
 
     # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _end(self) -> None:
+        if not self.closing:
+            self.closing = True
+            self.resume_writing()
+            self._lane.ended()
+
+    def _check_gone(self, size: int, looks: int) -> None:
+        # A client that takes nothing more would keep its connection, and what is buffered for it, for good.
+        left = self._transport.get_write_buffer_size()
+        looks = looks + 1 if left == size else 1
+        if not left or looks > _STALLED_LOOKS:
+            self._transport.abort()
+        else:
+            self._timer = self.loop.call_later(_LOOK_AFTER_S, self._check_gone, left, looks)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
@@ -216,7 +238,7 @@ class Connection(asyncio.Protocol):
             if left_s <= 0:
                 self.close()
                 return
-        self._idle_timer = self.loop.call_later(left_s, self._check_idle)
+        self._timer = self.loop.call_later(left_s, self._check_idle)
 
 
 def _address(family: int, name: Any) -> tuple[str, int] | None:

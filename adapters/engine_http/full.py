@@ -80,8 +80,8 @@ class FullLane:
             self._connection.pause_reading()
         self._wake()
 
-    def lost(self) -> None:
-        """See `engine_http.lane.Lane.lost`."""
+    def ended(self) -> None:
+        """See `engine_http.lane.Lane.ended`."""
         self._outbox.clear()
         # whatever hypercorn waits for in the middle of an event, it waits in vain
         if self._task is not None:
@@ -106,17 +106,17 @@ class FullLane:
             if connection.context.stopping:
                 await connection.context.hypercorn.terminated.set()
             await self._protocol.initiate()
-            while not connection.lost:
-                while self._inbox and not connection.closing:
+            while not connection.closing:
+                if self._inbox:
                     data = self._inbox.popleft()
                     self._inbox_bytes -= len(data)
                     await self._handle(data)
-                connection.resume_reading()
-                if not connection.lost:
+                else:
+                    connection.resume_reading()
                     self._waiter = connection.loop.create_future()
                     await self._waiter
         except asyncio.CancelledError:
-            if not connection.lost:
+            if not connection.closing:
                 raise
         finally:
             await self._protocol.handle(Closed())
@@ -262,13 +262,23 @@ class _H1(H11Protocol):
 
 
 class _H2(H2Protocol):
-    """Hypercorn's HTTP/2, which resets a stream that broke off and survives a body that nobody reads."""
+    """Hypercorn's HTTP/2, which resets a stream that broke off and survives a body that nobody reads.
+
+    An application that waits until a stream's client has taken more is let go when the client leaves, which hypercorn's
+    own forgets: when the connection ends, and when a stream is reset whose flow-control window is used up.
+    """
+
+    async def handle(self, event: Event) -> None:
+        await super().handle(event)
+        if isinstance(event, Closed):
+            for buffer in list(self.stream_buffers.values()):
+                await buffer.close()
 
     async def stream_send(self, event: StreamEvent) -> None:
         if isinstance(event, StreamClosed):
             buffer = self.stream_buffers.get(event.stream_id)
             if buffer is not None and not buffer._complete:
-                await buffer.close()
+                await self._discard(event.stream_id)
                 try:
                     self.connection.reset_stream(event.stream_id, h2.errors.ErrorCodes.INTERNAL_ERROR)
                 except h2.exceptions.ProtocolError:
@@ -283,4 +293,14 @@ class _H2(H2Protocol):
                 self.connection.acknowledge_received_data(event.flow_controlled_length or 0, event.stream_id or 0)
                 await self._flush()
             else:
+                if isinstance(event, h2.events.StreamReset):
+                    await self._discard(event.stream_id)
                 await super()._handle_events([event])
+
+    async def _discard(self, stream_id: int) -> None:
+        """Drop what was still to be sent on a stream; the sending task then finds it complete, and forgets it."""
+        buffer = self.stream_buffers.get(stream_id)
+        if buffer is not None:
+            await buffer.close()
+            self.priority.unblock(stream_id)
+            await self.has_data.set()

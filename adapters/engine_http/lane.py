@@ -20,8 +20,8 @@ class Lane(Protocol):
     def data(self, data: bytes) -> None:
         """Take what the client sent."""
 
-    def lost(self) -> None:
-        """The client is gone."""
+    def ended(self) -> None:
+        """The client is gone, or nothing more is to be sent to it: nobody may wait for it any longer. Called once."""
 
     def flush(self) -> None:
         """Write what was held back."""

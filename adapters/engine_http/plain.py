@@ -77,8 +77,8 @@ class PlainLane:
             if len(self._waiting) > READ_AHEAD:
                 self._connection.pause_reading()
 
-    def lost(self) -> None:
-        """See `engine_http.lane.Lane.lost`."""
+    def ended(self) -> None:
+        """See `engine_http.lane.Lane.ended`."""
         if self._cycle is not None:
             self._cycle.leave()
 

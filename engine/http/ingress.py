@@ -213,7 +213,7 @@ class Ingress:
             return
         loop = asyncio.get_running_loop()
         slot = StreamSlot(loop, endpoint_name, call, shard_key)
-        watch = Watch(slot, receive, call.deadline)
+        watch = Watch(slot, caller, receive, call.deadline)
         timer = loop.call_later(watch.after_s, watch.start)
         over = False
         try:

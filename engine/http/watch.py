@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from ..calling.answers import StreamSlot
+from ..calling.slot import Submitter
 from ..errors import DeadlineExceeded
 
 __all__ = ["Watch"]
@@ -16,12 +17,16 @@ _WATCH_AFTER_S = 0.05
 
 
 class Watch:
-    """Looks out for the client leaving and for the deadline passing, once a request takes longer than most."""
+    """Looks out for the client leaving and for the deadline passing, once a request takes longer than most.
 
-    __slots__ = ("_alarm", "_deadline", "_receive", "_slot", "_task", "after_s")
+    A call whose client left is given up at once, also while the request waits in a server that lets nobody go.
+    """
 
-    def __init__(self, slot: StreamSlot, receive: Any, deadline: float | None) -> None:
+    __slots__ = ("_alarm", "_caller", "_deadline", "_receive", "_slot", "_task", "after_s")
+
+    def __init__(self, slot: StreamSlot, caller: Submitter, receive: Any, deadline: float | None) -> None:
         self._slot = slot
+        self._caller = caller
         self._receive = receive
         self._deadline = deadline
         self._task: asyncio.Task[None] | None = None
@@ -55,6 +60,7 @@ class Watch:
         while True:
             message = await self._receive()
             if message["type"] == "http.disconnect":
+                self._caller.cancel(self._slot)
                 self._slot.deliver(None)
                 return
 

@@ -102,6 +102,34 @@ def test_a_stream_ends_when_its_client_leaves(serve, client, journal, kind):
         eventually(lambda number=number: journal.lines() == ["closed"] * (number + 1))
 
 
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_a_stream_ends_when_a_client_of_http_2_leaves(serve, journal, kind):
+    """Its server waits for room in the client's window; the replica, however, must not."""
+
+    def sync_stream(request):
+        try:
+            while True:
+                yield b"x" * 50_000
+        finally:
+            journal.add("closed")
+
+    async def async_stream(request):
+        try:
+            while True:
+                yield b"x" * 50_000
+        finally:
+            journal.add("closed")
+
+    served = serve({"sync": sync_stream, "async": async_stream}[kind], config={"max_concurrent_queries": 1})
+    for number, wanted in enumerate((1, 3_000_000)):
+        with httpx.Client(http1=False, http2=True) as client, client.stream("GET", served.url) as response:
+            assert response.http_version == "HTTP/2"
+            parts = response.iter_bytes()
+            while wanted > 0:
+                wanted -= len(next(parts))
+        eventually(lambda number=number: journal.lines() == ["closed"] * (number + 1))
+
+
 def test_a_slow_client_holds_the_stream_back(serve, client, journal):
     """What nobody reads is not produced: memory stays bounded by the credit and the sockets' buffers."""
 
