@@ -16,7 +16,8 @@ from .calling.ref import get as get_results
 from .calling.ref import wait as wait_for
 from .calling.traffic import validate_proportion, validate_weights
 from .config import BackendConfig, HTTPOptions
-from .control.backend_plan import BackendPlan, pack_definition, private_copy
+from .control.arguments import also_named, check_init_options, private_copy
+from .control.backend_plan import BackendPlan, pack_definition
 from .control.operations import (
     CreateBackend,
     CreateEndpoint,
@@ -156,6 +157,28 @@ class Engine:
 
     # -- backends ------------------------------------------------------------------------------------------------------
 
+    @overload
+    def create_backend(
+        self,
+        tag: str,
+        func_or_class: Callable[..., Any],
+        *init_args: Any,
+        config: BackendConfig | Mapping[str, Any] | None = None,
+        ray_actor_options: Mapping[str, Any] | None = None,
+        **init_kwargs: Any,
+    ) -> None: ...
+    @overload
+    def create_backend(
+        self,
+        *,
+        backend_tag: str,
+        func_or_class: Callable[..., Any],
+        config: BackendConfig | Mapping[str, Any] | None = None,
+        ray_actor_options: Mapping[str, Any] | None = None,
+        **init_kwargs: Any,
+    ) -> None: ...
+
+    @also_named(tag="backend_tag")
     def create_backend(
         self,
         tag: str,
@@ -186,6 +209,7 @@ class Engine:
         _check_name(tag, "tag")
         if not callable(func_or_class):
             raise InvalidArgument(f"func_or_class must be a function or a class, not {func_or_class!r}")
+        check_init_options(tag, func_or_class, init_kwargs)
         if (init_args or init_kwargs) and not isinstance(func_or_class, type):
             raise InvalidArgument(f"backend {tag!r} is a function: only a class takes init arguments")
         plan = BackendPlan(
@@ -200,6 +224,14 @@ class Engine:
         plan.check(plan.config)
         self._control(CreateBackend(plan))
 
+    @overload
+    def update_backend_config(self, tag: str, config: BackendConfig | Mapping[str, Any]) -> None: ...
+    @overload
+    def update_backend_config(self, tag: str, *, config_options: BackendConfig | Mapping[str, Any]) -> None: ...
+    @overload
+    def update_backend_config(self, *, backend_tag: str, config_options: BackendConfig | Mapping[str, Any]) -> None: ...
+
+    @also_named(tag="backend_tag", config="config_options")
     def update_backend_config(self, tag: str, config: BackendConfig | Mapping[str, Any]) -> None:
         """Change fields of a backend's configuration; returns when every replica has taken the change.
 
@@ -216,6 +248,12 @@ class Engine:
         self._check_open()
         self._control(UpdateBackendConfig(tag, private_copy(tag, config)))
 
+    @overload
+    def get_backend_config(self, tag: str) -> BackendConfig: ...
+    @overload
+    def get_backend_config(self, *, backend_tag: str) -> BackendConfig: ...
+
+    @also_named(tag="backend_tag")
     def get_backend_config(self, tag: str) -> BackendConfig:
         """A backend's configuration as it rules now.
 
@@ -228,6 +266,12 @@ class Engine:
         """The configurations of all backends by tag."""
         return {tag: private_copy(tag, config) for tag, config in self._control(ListBackends()).items()}
 
+    @overload
+    def delete_backend(self, tag: str, force: bool = False) -> None: ...
+    @overload
+    def delete_backend(self, *, backend_tag: str, force: bool = False) -> None: ...
+
+    @also_named(tag="backend_tag")
     def delete_backend(self, tag: str, force: bool = False) -> None:
         """End a backend that no endpoint uses; its replicas finish what they hold first.
 
@@ -244,6 +288,16 @@ class Engine:
 
     # -- endpoints -----------------------------------------------------------------------------------------------------
 
+    @overload
+    def create_endpoint(
+        self, name: str, *, backend: str, route: str | None = None, methods: Sequence[str] = ("GET",)
+    ) -> None: ...
+    @overload
+    def create_endpoint(
+        self, *, endpoint_name: str, backend: str, route: str | None = None, methods: Sequence[str] = ("GET",)
+    ) -> None: ...
+
+    @also_named(name="endpoint_name")
     def create_endpoint(
         self, name: str, *, backend: str, route: str | None = None, methods: Sequence[str] = ("GET",)
     ) -> None:
@@ -270,6 +324,12 @@ class Engine:
         entry = EndpointEntry(name, route, _checked_methods(methods), ((backend, 1.0),))
         self._control(CreateEndpoint(entry))
 
+    @overload
+    def delete_endpoint(self, name: str) -> None: ...
+    @overload
+    def delete_endpoint(self, *, endpoint: str) -> None: ...
+
+    @also_named(name="endpoint")
     def delete_endpoint(self, name: str) -> None:
         """Remove an endpoint and its route; calls in flight finish.
 
@@ -291,6 +351,14 @@ class Engine:
             for name, entry in entries.items()
         }
 
+    @overload
+    def set_traffic(self, name: str, weights: Mapping[str, float]) -> None: ...
+    @overload
+    def set_traffic(self, name: str, *, traffic_policy_dictionary: Mapping[str, float]) -> None: ...
+    @overload
+    def set_traffic(self, *, endpoint_name: str, traffic_policy_dictionary: Mapping[str, float]) -> None: ...
+
+    @also_named(name="endpoint_name", weights="traffic_policy_dictionary")
     def set_traffic(self, name: str, weights: Mapping[str, float]) -> None:
         """Split an endpoint's calls over backends; every call made after this returns follows the new split.
 
@@ -304,6 +372,14 @@ class Engine:
         self._check_open()
         self._control(SetTraffic(name, validate_weights(weights)))
 
+    @overload
+    def shadow_traffic(self, name: str, tag: str, proportion: float) -> None: ...
+    @overload
+    def shadow_traffic(self, name: str, *, backend_tag: str, proportion: float) -> None: ...
+    @overload
+    def shadow_traffic(self, *, endpoint_name: str, backend_tag: str, proportion: float) -> None: ...
+
+    @also_named(name="endpoint_name", tag="backend_tag")
     def shadow_traffic(self, name: str, tag: str, proportion: float) -> None:
         """Send copies of an endpoint's calls to a backend, off the callers' path; 0 ends it.
 
@@ -321,18 +397,32 @@ class Engine:
     # -- calls ---------------------------------------------------------------------------------------------------------
 
     @overload
-    def get_handle(self, name: str, sync: Literal[True] = True) -> Handle: ...
+    def get_handle(self, name: str, sync: Literal[True] = True, *, missing_ok: bool = False) -> Handle: ...
     @overload
-    def get_handle(self, name: str, sync: Literal[False]) -> AsyncHandle: ...
+    def get_handle(self, name: str, sync: Literal[False], *, missing_ok: bool = False) -> AsyncHandle: ...
+    @overload
+    def get_handle(self, name: str, sync: bool, *, missing_ok: bool = False) -> Handle | AsyncHandle: ...
+    @overload
+    def get_handle(self, *, endpoint_name: str, sync: Literal[True] = True, missing_ok: bool = False) -> Handle: ...
+    @overload
+    def get_handle(self, *, endpoint_name: str, sync: Literal[False], missing_ok: bool = False) -> AsyncHandle: ...
 
-    def get_handle(self, name: str, sync: bool = True) -> Handle | AsyncHandle:
+    @also_named(name="endpoint_name")
+    def get_handle(self, name: str, sync: bool = True, *, missing_ok: bool = False) -> Handle | AsyncHandle:
         """A handle to an endpoint: for blocking code, or with ``sync=False`` for coroutines.
+
+        Args:
+            name: The endpoint.
+            sync: Whether the handle is for blocking code.
+            missing_ok: The endpoint need not be there yet. A call that is made before it is fails with
+                `errors.EndpointNotFound`.
 
         Raises:
             errors.EndpointNotFound: There is no such endpoint.
         """
         self._check_open()
-        if name not in self._client.snapshot.endpoints:
+        _check_name(name, "name")
+        if not missing_ok and name not in self._client.snapshot.endpoints:
             names = ", ".join(map(repr, self._client.snapshot.endpoints)) or "none"
             raise EndpointNotFound(f"there is no endpoint {name!r}; the endpoints are: {names}")
         handle = make_handle(self._id, self._adapter.name, self._adapter.control_address, name, sync=sync)

@@ -77,8 +77,11 @@ class InvalidArgument(CallError, ValueError):
     """An argument or option is wrong; the message names the field, the value and what is allowed."""
 
 
-class EndpointNotFound(CallError, LookupError):
-    """No endpoint has this name."""
+class EndpointNotFound(CallError, KeyError):
+    """No endpoint has this name (HTTP: 404)."""
+
+    def __str__(self) -> str:
+        return Exception.__str__(self)  # that of KeyError would show the message in quotation marks
 
 
 class MethodNotFound(CallError, AttributeError):

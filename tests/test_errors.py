@@ -28,7 +28,7 @@ FAMILIES = {
 BUILT_IN = {
     "DeadlineExceeded": TimeoutError,
     "InvalidArgument": ValueError,
-    "EndpointNotFound": LookupError,
+    "EndpointNotFound": KeyError,
     "MethodNotFound": AttributeError,
     "NotSerializable": TypeError,
     "WouldBlock": RuntimeError,
@@ -59,6 +59,11 @@ def test_it_pickles(kind: type[Exception]) -> None:
         assert copy.args == error.args
         assert vars(copy) == vars(error)
         assert str(copy) == str(error)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in EVERY if kind is not RemoteError])
+def test_its_text_is_its_message(kind: type[Exception]) -> None:
+    assert str(make(kind)).endswith("what happened")  # without the quotation marks of a KeyError
 
 
 @pytest.mark.parametrize("kind", EVERY)

@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ..config import BackendConfig
 from ..errors import InvalidArgument, NotSerializable
 from ..seam.resources import Resources
-from ..seam.serialization import dumps, dumps_by_value, loads
+from ..seam.serialization import dumps, dumps_by_value
 
-__all__ = ["BackendPlan", "pack_definition", "private_copy"]
-
-
-def private_copy(tag: str, config: BackendConfig | Mapping[str, Any]) -> BackendConfig:
-    """A configuration that shares nothing with the one given, so that changing either leaves the other as it is.
-
-    Raises:
-        InvalidArgument: A field is wrong.
-        NotSerializable: ``user_config`` cannot be pickled.
-    """
-    copy = BackendConfig().updated(config)
-    if copy.user_config is not None:
-        copy.user_config = loads(dumps(copy.user_config, f"config: user_config of backend {tag!r}"))
-    return copy
+__all__ = ["BackendPlan", "pack_definition"]
 
 
 def pack_definition(tag: str, func_or_class: Any, init_args: tuple[Any, ...], init_kwargs: dict[str, Any]) -> bytes:

@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..config import BackendConfig
 from ..errors import InvalidArgument
 
-__all__ = ["Resources", "resources_of"]
+__all__ = ["ACTOR_OPTIONS", "Resources", "resources_of"]
 
 
-_ACTOR_OPTIONS = (
+ACTOR_OPTIONS = (
     "num_cpus",
     "num_gpus",
     "runtime_env",
@@ -91,9 +92,11 @@ def resources_of(options: Mapping[str, Any] | None) -> Resources:
         raise InvalidArgument(f"ray_actor_options must be a dict, not {options!r}")
     other = {str(key): value for key, value in options.items()}
     for name in other:
-        if name not in _ACTOR_OPTIONS:
-            near = get_close_matches(name, _ACTOR_OPTIONS, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; the options are {', '.join(_ACTOR_OPTIONS)}"
+        if name in BackendConfig.__dataclass_fields__:
+            raise InvalidArgument(f"ray_actor_options: {name} is none of them, but belongs in config={{{name!r}: ...}}")
+        if name not in ACTOR_OPTIONS:
+            near = get_close_matches(name, ACTOR_OPTIONS, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; the options are {', '.join(ACTOR_OPTIONS)}"
             raise InvalidArgument(f"ray_actor_options: unknown option {name!r}{hint}")
     num_cpus = _amount(other.pop("num_cpus", None), "num_cpus")
     num_gpus = _amount(other.pop("num_gpus", None), "num_gpus")

@@ -60,6 +60,46 @@ def test_deleting_an_endpoint(serve, engine):
     assert served.handle.call() == "ok", "a handle is a name: it works again with its endpoint"
 
 
+class TakesATag:
+    def __init__(self, backend_tag=None):
+        self.tag = backend_tag
+
+    def __call__(self, request):
+        return self.tag
+
+
+def test_the_names_of_arguments_in_ray_serve(engine):
+    engine.create_backend(backend_tag="former", func_or_class=TakesATag, config={"max_queued_requests": 5})
+    engine.create_backend("twin", TakesATag, backend_tag="the constructor's own")
+    engine.update_backend_config(backend_tag="former", config_options={"max_queued_requests": 6})
+    assert engine.get_backend_config(backend_tag="former").max_queued_requests == 6
+    engine.create_endpoint(endpoint_name="former", backend="former")
+    assert engine.get_handle(endpoint_name="former", sync=True).call() is None
+    engine.shadow_traffic(endpoint_name="former", backend_tag="twin", proportion=0.5)
+    engine.shadow_traffic("former", backend_tag="twin", proportion=0)
+    engine.set_traffic("former", traffic_policy_dictionary={"twin": 1})
+    assert engine.get_handle("former").call() == "the constructor's own"
+    with pytest.raises(TypeError, match=r"got 'weights' twice: 'traffic_policy_dictionary' is another name of it"):
+        engine.set_traffic("former", {"former": 1}, traffic_policy_dictionary={"twin": 1})
+    with pytest.raises(TypeError, match=r"missing 1 required positional argument: 'weights'"):
+        engine.set_traffic(endpoint_name="former")
+    assert engine.list_endpoints()["former"]["traffic"] == {"twin": 1.0}
+    engine.delete_endpoint(endpoint="former")
+    engine.delete_backend(backend_tag="former", force=True)
+    engine.delete_backend(backend_tag="twin")
+
+
+def test_a_handle_to_an_endpoint_to_come(serve, engine):
+    handle = engine.get_handle("to-come", missing_ok=True)
+    with pytest.raises(KeyError) as caught:
+        handle.call()
+    assert isinstance(caught.value, errors.EndpointNotFound)
+    assert str(caught.value).startswith("there is no endpoint 'to-come'")
+    engine.create_endpoint("to-come", backend=serve(answer, route=None).tag)
+    assert handle.call() == "ok"
+    engine.delete_endpoint("to-come")
+
+
 def test_deleting_a_backend_ends_its_replicas(serve, engine, adapter):
     served = serve(process_id, route=None, config={"num_replicas": 2})
     pid = served.call()

@@ -144,6 +144,35 @@ BAD_CALLS = {
     "actor options are no dict": (
         lambda e, s: e.create_backend("new", ok, ray_actor_options=5), ValueError, "ray_actor_options.*5",
     ),
+    "field of the config as an init argument of a function": (
+        lambda e, s: e.create_backend("new", ok, num_replicas=2), ValueError, r"config=\{{'num_replicas': 2\}}",
+    ),
+    "field of the config as an init argument of a class": (
+        lambda e, s: e.create_backend("new", Backend, max_batch_size=2),
+        ValueError, r"config=\{{'max_batch_size': 2\}}",
+    ),
+    "actor option as an init argument": (
+        lambda e, s: e.create_backend("new", Backend, num_gpus=1), ValueError, r"ray_actor_options=\{{'num_gpus': 1\}}",
+    ),
+    "route as an init argument": (
+        lambda e, s: e.create_backend("new", ok, route="/new"), ValueError, r"create_endpoint\(\.\.\., route='/new'\)",
+    ),
+    "tag twice": (
+        lambda e, s: e.create_backend("new", ok, backend_tag="other"), ValueError, "function: only a class takes init",
+    ),
+    "actor option in the config": (
+        lambda e, s: e.create_backend("new", ok, config={"num_cpus": 1}),
+        ValueError, r"ray_actor_options=\{{'num_cpus': 1\}}",
+    ),
+    "actor option in an update": (
+        lambda e, s: e.update_backend_config(s.tag, {"num_cpus": 1}),
+        ValueError, r"ray_actor_options=\{{'num_cpus': 1\}}",
+    ),
+    "field of the config among the actor options": (
+        lambda e, s: e.create_backend("new", ok, ray_actor_options={"num_replicas": 2}),
+        ValueError, r"config=\{{'num_replicas': \.\.\.\}}",
+    ),
+    "handle to no name": (lambda e, s: e.get_handle(5, missing_ok=True), ValueError, "name.*5"),
     "negative cpus": (
         lambda e, s: e.create_backend("new", ok, ray_actor_options={"num_cpus": -1}), ValueError, "num_cpus.*-1",
     ),
