@@ -11,7 +11,7 @@ import pytest
 from fakes import backend_entry
 
 from engine.calling import replica_set
-from engine.calling.replica_set import ReplicaSet, Target
+from engine.calling.replica_set import RETRY_S, UNREACHABLE_S, ReplicaSet, Target
 from engine.errors import NoReplica, Overloaded
 from engine.seam.snapshot import ReplicaEntry
 from engine.testing.fakes import FakeSlot
@@ -35,6 +35,22 @@ def placed(known: ReplicaSet, now: float = NOW) -> list[tuple[str, str]]:
     return [(slot.name, target.replica_tag) for slot, target in placements if isinstance(slot, FakeSlot)]
 
 
+def hold(known: ReplicaSet, key: str, count: int) -> None:
+    """Let a replica hold so many calls of this caller, whatever others hold there."""
+    target = known.targets[key]
+    while target.in_flight > count:
+        known.answered(target, target.in_flight - 1, NOW)
+    target.in_flight = count
+    known._file(target)
+
+
+def others(known: ReplicaSet, key: str, count: int, now: float = NOW) -> None:
+    """Let a replica say how many calls of others it holds, as it answers a call."""
+    target = known.targets[key]
+    target.in_flight += 1
+    known.answered(target, target.in_flight - 1 + count, now)
+
+
 # -- choosing --------------------------------------------------------------------------------------------------------
 
 
@@ -47,7 +63,8 @@ def test_the_only_replica_takes_calls_until_it_is_full() -> None:
 @pytest.mark.parametrize("busy", ["r1", "r2"])
 def test_of_two_replicas_the_less_busy_one_is_chosen(busy: str) -> None:
     known = make("r1", "r2", limit=10)
-    known.targets[busy].in_flight = 3
+    for key in ("r1", "r2"):
+        hold(known, key, 3 if key == busy else 1)
     chosen = {known.choose(NOW) for _ in range(20)}
     assert chosen == {target for key, target in known.targets.items() if key != busy}
 
@@ -55,7 +72,7 @@ def test_of_two_replicas_the_less_busy_one_is_chosen(busy: str) -> None:
 def test_two_random_ones_are_compared_and_never_one_with_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     known = make("r0", "r1", "r2", limit=10)
     for load, key in enumerate(known.targets):
-        known.targets[key].in_flight = load
+        hold(known, key, 1 + load)
     picks: dict[tuple[float, float], Any] = {}
     for first in (0.0, 0.4, 0.9):
         for second in (0.0, 0.9):
@@ -84,24 +101,83 @@ def test_equal_replicas_share_the_calls(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_one_free_replica_among_many_full_ones_is_found() -> None:
     known = make(*[f"r{number}" for number in range(20)], limit=1)
-    for key, target in known.targets.items():
-        target.in_flight = 0 if key == "r13" else 1
+    for key in known.targets:
+        hold(known, key, 0 if key == "r13" else 1)
     assert place(known) == "r13"
     assert place(known) is None
 
 
 def test_a_word_on_its_load_is_believed_while_it_is_fresh() -> None:
     known = make("r1", "r2", limit=10)
-    known.targets["r1"].elsewhere, known.targets["r1"].elsewhere_at = 5, NOW
-    known.targets["r2"].in_flight = 2
+    others(known, "r1", 5)
+    hold(known, "r2", 2)
     assert {known.choose(NOW + 0.05) for _ in range(10)} == {known.targets["r2"]}
     assert {known.choose(NOW + 5.0) for _ in range(10)} == {known.targets["r1"]}
 
 
 def test_calls_of_others_do_not_count_against_the_limit() -> None:
     known = make("r1", limit=1)
-    known.targets["r1"].elsewhere, known.targets["r1"].elsewhere_at = 5, NOW
+    others(known, "r1", 5)
     assert place(known) == "r1"
+
+
+@pytest.mark.parametrize("count", [2, 3, 8, 16, 200])
+def test_calls_that_come_at_once_find_an_idle_replica_each(count: int) -> None:
+    known = make(*[f"r{number}" for number in range(count)], limit=8)
+    for _ in range(10):
+        assert len({place(known) for _ in range(count)}) == count
+        for target in known.targets.values():
+            known.answered(target, 0, NOW)
+
+
+def test_a_replica_that_became_idle_gets_the_next_call_whatever_the_others_hold() -> None:
+    known = make(*[f"r{number}" for number in range(8)], limit=8)
+    for _ in range(8):
+        place(known)
+    for number in range(8):
+        known.answered(known.targets[f"r{number}"], 0, NOW)
+        assert place(known) == f"r{number}"
+
+
+def test_a_replica_at_the_calls_of_others_is_not_idle_while_its_word_is_fresh() -> None:
+    known = make("r1", "r2", "r3", limit=8)
+    others(known, "r1", 1)
+    others(known, "r3", 1)
+    assert place(known) == "r2"
+    assert place(known) in ("r1", "r3"), "none is idle"
+    assert place(known, now=NOW + 1) in ("r1", "r3")
+    assert sorted(target.in_flight for target in known.targets.values()) == [1, 1, 1], "time made one of them idle"
+
+
+def test_a_replica_that_refused_is_idle_again_after_a_moment() -> None:
+    known = make("r1", "r2", limit=8)
+    refusing = place(known)
+    assert refusing is not None
+    known.refused(known.targets[refusing], 0, NOW)
+    other = place(known)
+    assert other not in (refusing, None)
+    assert place(known) == other, "the other one is left alone"
+    assert place(known, now=NOW + RETRY_S) == refusing
+
+
+def test_choosing_does_not_look_at_every_replica(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither with many idle, many busy nor many full ones."""
+    known = make(*[f"r{number}" for number in range(200)], limit=2)
+    looked_at: list[Target] = []
+    busyness = Target.busyness
+
+    def counting(target: Target, now: float) -> int:
+        looked_at.append(target)
+        return busyness(target, now)
+
+    monkeypatch.setattr(Target, "busyness", counting)
+    assert None not in [place(known) for _ in range(200)]
+    assert looked_at == []
+    placed_so_far = sum(place(known) is not None for _ in range(200))
+    assert placed_so_far == 200
+    assert len(looked_at) <= 2 * 200
+    assert place(known) is None
+    assert len(looked_at) <= 2 * 200
 
 
 # -- replicas that are left alone ------------------------------------------------------------------------------------
@@ -109,7 +185,7 @@ def test_calls_of_others_do_not_count_against_the_limit() -> None:
 
 def test_a_blocked_replica_gets_nothing_until_its_time() -> None:
     known = make("r1", limit=5)
-    known.targets["r1"].blocked_until = NOW + 1
+    known.unreachable(known.targets["r1"], 0, NOW + 1 - UNREACHABLE_S)
     assert place(known, "a") is None
     assert placed(known, NOW + 0.9) == []
     assert placed(known, NOW + 1) == [("a", "r1")]
@@ -118,7 +194,7 @@ def test_a_blocked_replica_gets_nothing_until_its_time() -> None:
 
 def test_the_other_one_takes_over_meanwhile() -> None:
     known = make("r1", "r2", limit=5)
-    known.targets["r1"].blocked_until = NOW + 1
+    known.unreachable(known.targets["r1"], 0, NOW + 1 - UNREACHABLE_S)
     assert [place(known) for _ in range(5)] == ["r2"] * 5
     assert place(known) is None
 
@@ -129,9 +205,9 @@ def test_the_other_one_takes_over_meanwhile() -> None:
 def test_calls_wait_in_order() -> None:
     known = make("r1", limit=1)
     assert [place(known, name) for name in "abc"] == ["r1", None, None]
-    known.targets["r1"].in_flight = 0
+    hold(known, "r1", 0)
     assert placed(known) == [("b", "r1")]
-    known.targets["r1"].in_flight = 0
+    hold(known, "r1", 0)
     assert placed(known) == [("c", "r1")]
     assert placed(known) == []
 
@@ -140,9 +216,23 @@ def test_nobody_overtakes_those_who_wait() -> None:
     known = make("r1", limit=1)
     place(known, "a")
     place(known, "b")
-    known.targets["r1"].in_flight = 0
+    hold(known, "r1", 0)
     assert place(known, "c") is None
     assert placed(known) == [("b", "r1")]
+
+
+def test_calls_that_are_put_back_keep_their_order() -> None:
+    known = make("r1", limit=3)
+    slots = [FakeSlot(name) for name in "abcde"]
+    for later, slot in enumerate(slots):
+        known.place(slot, NOW + later)
+    target = known.targets["r1"]
+    for slot in slots[:3]:
+        known.refused(target, 0, NOW + 9)
+        known.put_back(slot)
+    assert [slot.name for slot in known.waiting if isinstance(slot, FakeSlot)] == list("abcde")
+    assert all(slot.queue is known.waiting for slot in slots)
+    assert [name for name, _ in placed(known, NOW + 10)] == list("abc")
 
 
 @pytest.mark.parametrize("room", [0, 1, 3])
@@ -189,7 +279,7 @@ def test_calls_are_refused_when_no_replica_is_expected() -> None:
 def test_a_newer_picture_adds_and_removes_replicas() -> None:
     known = make("r1", "r2", limit=1)
     stays, leaves = known.targets["r1"], known.targets["r2"]
-    stays.in_flight = 1
+    hold(known, "r1", 1)
     left = known.apply(backend_entry("b", ["r1", "r3"], limit=2, max_queued=7))
     assert left == [leaves]
     assert leaves.gone and not stays.gone

@@ -23,16 +23,13 @@ from ..seam.messages import Call, Cancel, Credit, End, Failure, FailureKind, Ite
 from ..seam.snapshot import RoutingSnapshot
 from .answers import CopySlot
 from .home import Home
-from .replica_set import ReplicaSet, Target
+from .replica_set import RETRY_S, UNREACHABLE_S, ReplicaSet, Target
 from .router import Router
 from .slot import Slot
 
 __all__ = ["Caller"]
 
 _new = tuple.__new__  # a named tuple's own constructor takes longer
-_RETRY_S = 0.005
-"""How long a replica that refused is left alone. Other callers' calls end without our hearing of it, so look again."""
-_UNREACHABLE_S = 0.05
 _LAST_WORDS_S = 0.5
 """For what a replica answered before it died, and for its connection to break by itself, which says more."""
 _DEAD = "the engine has found it dead"
@@ -87,7 +84,7 @@ class Caller:
                 now = time.monotonic()
                 target = replica_set.place(slot, now)
                 if target is None:
-                    self._schedule_retry(replica_set, _RETRY_S, now)
+                    self._schedule_retry(replica_set, RETRY_S, now)
         except EngineError as error:
             slot.fail(error)
             return
@@ -221,17 +218,16 @@ class Caller:
                 return
             target.channel = None
             now = time.monotonic()
-            target.blocked_until = now + _UNREACHABLE_S
             dead = [
                 slot
                 for slot in list(self._pending.values())
                 if slot.channel is channel and self._pending.pop(slot.call_id, None) is slot
             ]
-            target.in_flight -= len(dead)
-            self._schedule_retry(target.replica_set, _UNREACHABLE_S, now)
+            target.replica_set.unreachable(target, len(dead), now)
+            self._schedule_retry(target.replica_set, UNREACHABLE_S, now)
         channel.close()
         if not channel.opened:
-            for slot in reversed(dead):  # so that each gets back to its place before those that came later
+            for slot in dead:
                 self._requeue(slot, target)
             return
         fate = "it was ended on purpose" if target.gone and not target.dead else "it is being replaced"
@@ -250,14 +246,14 @@ class Caller:
     def _send(self, slot: Slot, target: Target, *, watch: bool = True) -> None:
         call = slot.call
         if slot.given_up:  # meanwhile
-            self._settle(target, None, refused=False)
+            self._withdraw(target)
             return
         call_id = next(self._ids)
         channel: Channel | None = None
         try:
             channel = target.channel or self._connect(target)
             if slot.given_up:  # opening may take long
-                self._settle(target, None, refused=False)
+                self._withdraw(target)
                 return
             slot.send_on(channel, call_id, target)
             self._pending[call_id] = slot
@@ -268,7 +264,7 @@ class Caller:
             self._not_sent(slot, target, call_id, channel, str(error))
         except EngineError as error:
             if channel is None or self._pending.pop(call_id, None) is slot:
-                self._settle(target, None, refused=False)
+                self._withdraw(target)
                 slot.fail(error)
 
     def _not_sent(self, slot: Slot, target: Target, call_id: int, channel: Channel | None, reason: str) -> None:
@@ -277,8 +273,7 @@ class Caller:
         mine = channel is None or self._pending.pop(call_id, None) is slot
         if mine:
             with self._lock:
-                target.in_flight -= 1
-                target.blocked_until = time.monotonic() + _UNREACHABLE_S
+                target.replica_set.unreachable(target, 1, time.monotonic())
         if channel is not None:
             self.lost(channel, reason)
         if mine:
@@ -318,25 +313,29 @@ class Caller:
             self._channels.pop(channel, None)
         return channel
 
-    def _settle(self, target: Target, load: int | None, *, refused: bool) -> None:
+    def _settle(self, target: Target, load: int, *, refused: bool) -> None:
         """A replica answered a call: count it out and use the room."""
-        hung_up: Channel | None = None
-        ready: list[tuple[Slot, Target]] = []
+        with self._lock:
+            now = time.monotonic()
+            replica_set = target.replica_set
+            if refused:
+                replica_set.refused(target, load, now)
+            else:
+                replica_set.answered(target, load, now)
+            hung_up = self._disconnect(target) if target.gone and not target.in_flight else None
+            ready = list(replica_set.next_placements(now)) if replica_set.waiting else ()
+        if hung_up is not None:
+            hung_up.close()
+        for slot, chosen in ready:
+            self._send(slot, chosen)
+
+    def _withdraw(self, target: Target) -> None:
+        """A call that was placed is not sent: use the room."""
         with self._lock:
             replica_set = target.replica_set
-            target.in_flight -= 1
-            if load is not None and load > target.in_flight:
-                target.elsewhere, target.elsewhere_at = load - target.in_flight, time.monotonic()
-            else:
-                target.elsewhere = 0
-            if refused:
-                target.blocked_until = time.monotonic() + _RETRY_S
-            else:
-                target.blocked_until = 0.0
-            if target.gone and not target.in_flight:
-                hung_up = self._disconnect(target)
-            if replica_set.waiting:
-                ready = list(replica_set.next_placements(time.monotonic()))
+            replica_set.withdrawn(target)
+            hung_up = self._disconnect(target) if target.gone and not target.in_flight else None
+            ready = list(replica_set.next_placements(time.monotonic()))
         if hung_up is not None:
             hung_up.close()
         for slot, chosen in ready:
@@ -357,7 +356,7 @@ class Caller:
                 if failure is None:
                     replica_set.put_back(slot)
             now = time.monotonic()
-            self._schedule_retry(replica_set, _RETRY_S, now)
+            self._schedule_retry(replica_set, RETRY_S, now)
             ready = list(replica_set.next_placements(now))
         if failure is not None:
             slot.fail(failure)
@@ -374,11 +373,10 @@ class Caller:
     def _submit_copy(self, call: Call, replica_set: ReplicaSet) -> None:
         copy = CopySlot(call=call)
         with self._lock:
-            target = replica_set.choose(time.monotonic())
+            target = replica_set.take(time.monotonic())
             if target is None:
                 replica_set.dropped_copies += 1  # a copy never waits: it would hold memory for nobody
                 return
-            target.in_flight += 1
         self._send(copy, target)
 
     def _schedule_retry(self, replica_set: ReplicaSet, delay_s: float, now: float) -> None:
@@ -392,6 +390,6 @@ class Caller:
             replica_set.retry_scheduled = False
             now = time.monotonic()
             ready = list(replica_set.next_placements(now))
-            self._schedule_retry(replica_set, _RETRY_S, now)
+            self._schedule_retry(replica_set, RETRY_S, now)
         for slot, target in ready:
             self._send(slot, target)

@@ -5,6 +5,7 @@ Not thread-safe: the caller that owns it holds its lock. Nothing here does I/O o
 
 from __future__ import annotations
 
+import math
 import random
 from collections import deque
 from collections.abc import Iterator
@@ -14,9 +15,13 @@ from ..seam.channel import Channel
 from ..seam.snapshot import BackendEntry
 from .slot import Slot
 
-__all__ = ["ReplicaSet", "Target"]
+__all__ = ["RETRY_S", "UNREACHABLE_S", "ReplicaSet", "Target"]
 
 _random = random.random
+RETRY_S = 0.005
+"""How long a replica that refused is left alone. Other callers' calls end without our hearing of it, so look again."""
+UNREACHABLE_S = 0.05
+"""How long one is left alone that cannot be reached."""
 _FRESH_S = 0.1
 """How long a replica's word on its load is believed. It only speaks when called, so an idle one would look busy."""
 
@@ -25,6 +30,7 @@ class Target:
     """One replica as one caller sees it.
 
     ``in_flight`` is what this caller has there, ``elsewhere`` what all others had there when it last answered.
+    Only its `ReplicaSet` changes what is counted.
     """
 
     __slots__ = (
@@ -36,6 +42,8 @@ class Target:
         "elsewhere_at",
         "gone",
         "in_flight",
+        "pool",
+        "position",
         "replica_set",
         "replica_tag",
     )
@@ -51,16 +59,14 @@ class Target:
         self.blocked_until = 0.0  # it refused, or could not be reached: not before this time
         self.gone = False  # no longer in the snapshot: finish what is in flight, then close
         self.dead = False  # it left the snapshot because it died: what is in flight will not be answered
+        self.pool: list[Target] | None = None  # the one of the replica set's lists that it is in
+        self.position = 0  # there
 
     def busyness(self, now: float) -> int:
         """How much it has to do, as far as known."""
         if self.elsewhere and now - self.elsewhere_at < _FRESH_S:
             return self.in_flight + self.elsewhere
         return self.in_flight
-
-    def has_room(self, limit: int, now: float) -> bool:
-        """Whether it may be given one more call."""
-        return self.in_flight < limit and self.blocked_until <= now
 
     def __repr__(self) -> str:
         state = "dead" if self.dead else "gone" if self.gone else "blocked" if self.blocked_until else "open"
@@ -76,11 +82,16 @@ class ReplicaSet:
         self.waiting: deque[Slot] = deque()
         self.dropped_copies = 0  # of shadowed calls that found no room
         self.retry_scheduled = False  # the caller's timer will look at `waiting` again
-        self._open: list[Target] = []
+        # Every target that may get a call is in one of two lists, so that choosing one takes the same time for any
+        # number of them. Those that time alone makes better are noted as well.
+        self._idle: list[Target] = []  # has nothing to do, as far as is known
+        self._roomy: list[Target] = []  # has something to do, and room for more
+        self._resting: dict[Target, float] = {}  # until when it is blocked, or believed to be at the calls of others
+        self._rested_at = math.inf  # when the first of them is to be looked at
         self.apply(entry)
 
     def __repr__(self) -> str:
-        return f"<ReplicaSet {self.tag} targets={self._open} waiting={len(self.waiting)}>"
+        return f"<ReplicaSet {self.tag} targets={list(self.targets.values())} waiting={len(self.waiting)}>"
 
     def apply(self, entry: BackendEntry) -> list[Target]:
         """Take a newer picture of the backend; returns the targets that left it."""
@@ -96,14 +107,21 @@ class ReplicaSet:
             if key not in listed or listed[key].address != target.address
         ]
         for target in left:
-            target.gone = True
+            self.leave(target)
             target.dead = target.replica_tag in entry.dead
             del self.targets[target.replica_tag]
         for key, replica in listed.items():
             if key not in self.targets:
                 self.targets[key] = Target(key, replica.address, self)
-        self._open = list(self.targets.values())
+        for target in self.targets.values():
+            self._file(target)  # it is new, or the limit is
         return left
+
+    def leave(self, target: Target) -> None:
+        """A target is no longer in the snapshot."""
+        target.gone = True
+        self._resting.pop(target, None)
+        self._file(target)
 
     def place(self, slot: Slot, now: float) -> Target | None:
         """Give a call to a replica, or queue it (None).
@@ -112,11 +130,10 @@ class ReplicaSet:
             Overloaded: The queue is full.
             NoReplica: There is no replica and none is expected.
         """
+        slot.since = slot.since or now
         if not self.waiting:
-            target = self.choose(now)
+            target = self.take(now)
             if target is not None:
-                target.in_flight += 1
-                target.blocked_until = 0.0
                 return target
         refusal = self.refusal()
         if refusal is not None:
@@ -126,14 +143,19 @@ class ReplicaSet:
         return None
 
     def put_back(self, slot: Slot) -> None:
-        """Queue a call that its replica did not take, before all others."""
-        self.waiting.appendleft(slot)
+        """Queue a call that its replica did not take: before those that came later, after those that came before it."""
+        earlier = 0
+        for waiting in self.waiting:
+            if waiting.since > slot.since:
+                break
+            earlier += 1
+        self.waiting.insert(earlier, slot)
         slot.wait_in(self.waiting)
 
     @property
     def hopeless(self) -> bool:
         """There is no replica to wait for."""
-        return not self._open and not self.expecting
+        return not self.targets and not self.expecting
 
     def refusal(self) -> NoReplica | Overloaded | None:
         """What a call is told that may not even wait: there is nothing to wait for, or the queue is full."""
@@ -146,7 +168,7 @@ class ReplicaSet:
         if self.max_queued is None or len(self.waiting) < self.max_queued:
             return None
         return Overloaded(
-            f"backend {self.tag!r}: all of its {len(self._open)} replicas are full and "
+            f"backend {self.tag!r}: all of its {len(self.targets)} replicas are full and "
             f"{len(self.waiting)} calls of this caller wait already (max_queued_requests={self.max_queued}); "
             "retry later or raise num_replicas"
         )
@@ -162,39 +184,123 @@ class ReplicaSet:
     def next_placements(self, now: float) -> Iterator[tuple[Slot, Target]]:
         """Take from the queue what can be placed now, in order."""
         while self.waiting:
-            target = self.choose(now)
+            target = self.take(now)
             if target is None:
                 return
-            target.in_flight += 1
-            target.blocked_until = 0.0
             slot = self.waiting.popleft()
             slot.leave_queue()
             yield slot, target
 
+    def take(self, now: float) -> Target | None:
+        """Choose a replica and count one more call there."""
+        target = self.choose(now)
+        if target is not None:
+            target.in_flight += 1
+            target.blocked_until = 0.0
+            self._file(target)
+        return target
+
+    # -- what becomes of calls that were placed ------------------------------------------------------------------------
+
+    def answered(self, target: Target, load: int, now: float) -> None:
+        """A replica answered a call, and said how many calls it holds."""
+        self._count_out(target, load, now)
+        target.blocked_until = 0.0
+        self._file(target)
+
+    def refused(self, target: Target, load: int, now: float) -> None:
+        """A replica did not take a call: leave it alone for a moment."""
+        self._count_out(target, load, now)
+        target.blocked_until = now + RETRY_S
+        self._file(target)
+
+    def withdrawn(self, target: Target) -> None:
+        """A call that was placed was not sent after all, for reasons of its own."""
+        target.in_flight -= 1
+        self._file(target)
+
+    def unreachable(self, target: Target, lost: int, now: float) -> None:
+        """A replica cannot be reached, and so many calls are lost there: leave it alone for a while."""
+        target.in_flight -= lost
+        target.blocked_until = now + UNREACHABLE_S
+        self._file(target)
+
+    def _count_out(self, target: Target, load: int, now: float) -> None:
+        target.in_flight -= 1
+        if load > target.in_flight:
+            target.elsewhere, target.elsewhere_at = load - target.in_flight, now
+        else:
+            target.elsewhere = 0
+
+    # -- choosing ------------------------------------------------------------------------------------------------------
+
     def some_blocked(self, now: float) -> bool:
         """Whether a replica is left alone for a while, after which calls that wait may find room."""
-        return any(target.blocked_until > now for target in self.targets.values())
+        return any(target.blocked_until > now for target in self._resting)
 
     def choose(self, now: float) -> Target | None:
-        """The less busy of two replicas picked at random; any with room if neither has it.
+        """An idle replica if there is one, any; else the less busy of two with room, picked at random.
 
+        Lu et al., "Join-Idle-Queue: A novel load balancing algorithm for dynamically scalable web services" (2011);
         Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing" (2001).
         """
-        targets = self._open
-        limit = self.limit
-        count = len(targets)
-        if count == 1:
-            return targets[0] if targets[0].has_room(limit, now) else None
-        if count == 0:
-            return None
+        if self._rested_at <= now:
+            self._look_at_resting(now)
+        idle = self._idle
+        if idle:
+            count = len(idle)
+            return idle[0] if count == 1 else idle[int(_random() * count)]
+        roomy = self._roomy
+        count = len(roomy)
+        if count <= 1:
+            return roomy[0] if count else None
         first = int(_random() * count)
         second = int(_random() * (count - 1))
-        one, other = targets[first], targets[second + (second >= first)]
-        if other.busyness(now) < one.busyness(now):
-            one, other = other, one
-        if one.has_room(limit, now):
-            return one
-        if other.has_room(limit, now):
-            return other
-        free = [target for target in targets if target.has_room(limit, now)]
-        return min(free, key=lambda target: target.busyness(now)) if free else None
+        one, other = roomy[first], roomy[second + (second >= first)]
+        return other if other.busyness(now) < one.busyness(now) else one
+
+    def _file(self, target: Target) -> None:
+        """Put a target into the list where it belongs, now that something about it has changed."""
+        busy = target.in_flight
+        pool: list[Target] | None
+        if target.gone or busy >= self.limit:
+            pool = None
+        elif target.blocked_until:
+            pool = None
+            self._rest(target, target.blocked_until)
+        elif busy:
+            pool = self._roomy
+        elif target.elsewhere:
+            pool = self._roomy
+            self._rest(target, target.elsewhere_at + _FRESH_S)
+        else:
+            pool = self._idle
+        before = target.pool
+        if before is pool:
+            return
+        if before is not None:
+            last = before.pop()
+            if last is not target:
+                before[target.position] = last
+                last.position = target.position
+        target.pool = pool
+        if pool is not None:
+            target.position = len(pool)
+            pool.append(target)
+
+    def _rest(self, target: Target, until: float) -> None:
+        self._resting[target] = until
+        self._rested_at = min(self._rested_at, until)
+
+    def _look_at_resting(self, now: float) -> None:
+        """File those anew of which it is not known any more that they are blocked, or at the calls of others."""
+        rested = [target for target, until in self._resting.items() if until <= now]
+        for target in rested:
+            del self._resting[target]
+        self._rested_at = min(self._resting.values(), default=math.inf)
+        for target in rested:
+            if target.blocked_until <= now:
+                target.blocked_until = 0.0
+            if target.elsewhere_at + _FRESH_S <= now:
+                target.elsewhere = 0
+            self._file(target)

@@ -57,7 +57,7 @@ class Router:
             homeless += removed.give_up_waiting()
             left += removed.targets.values()
             for target in removed.targets.values():
-                target.gone = True
+                removed.leave(target)
         for tag, entry in snapshot.backends.items():
             replica_set = self.replica_sets.get(tag)
             if replica_set is None:

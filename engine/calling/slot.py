@@ -33,7 +33,7 @@ class Slot:
         shard_key: Calls with equal keys go to the same backend.
     """
 
-    __slots__ = ("call", "call_id", "channel", "endpoint", "given_up", "queue", "shard_key", "target")
+    __slots__ = ("call", "call_id", "channel", "endpoint", "given_up", "queue", "shard_key", "since", "target")
 
     drives = False
     """Whether the thread that submits the call will drive its channel itself."""
@@ -43,6 +43,7 @@ class Slot:
         self.call = call
         self.shard_key = shard_key
         self.given_up = False
+        self.since = 0.0  # when its call was placed or queued first: its place among others
         # Where the call is now. Only the caller touches these: the queue under its lock.
         self.call_id = 0
         self.queue: deque[Slot] | None = None
