@@ -15,6 +15,7 @@ from typing import Any
 
 from engine.seam.channel import Channel
 from engine.seam.control_messages import Drain, LogLine, Ping, Pong, Ready
+from engine.seam.event_loop import close_event_loop, new_event_loop
 from engine.seam.messages import Call, Message, Reply
 from engine.seam.service import Service, ServiceLoop
 from engine.seam.worker import WorkerHost
@@ -26,7 +27,7 @@ class Echo:
     """The smallest service: answers a call with its payload, and ends when told to drain."""
 
     def __init__(self, on_loop: bool) -> None:
-        self.on_loop = on_loop
+        self.event_loop = new_event_loop() if on_loop else None
         self._finished = False
         self._waiting: list[tuple[Channel, Call]] = []
         self._host: ServiceLoop | None = None
@@ -36,7 +37,7 @@ class Echo:
 
     def received(self, channel: Channel, message: Message) -> None:
         if isinstance(message, Call):
-            if self.on_loop:
+            if self.event_loop is not None:
                 channel.send(Reply(message.id, 0, b"", message.payload))
             else:
                 self._waiting.append((channel, message))
@@ -68,6 +69,8 @@ def echo(host: WorkerHost, payload: bytes) -> None:
     host.on_control(lambda body: service.control(host, body))
     typed: Service = service
     host.serve(typed)
+    if service.event_loop is not None:
+        close_event_loop(service.event_loop)
 
 
 def run(host: WorkerHost, payload: bytes) -> None:

@@ -98,8 +98,8 @@ def test_every_package_is_known() -> None:
 
 
 def test_the_walk_sees_lazy_imports_and_on_demand_those_for_type_checkers() -> None:
-    assert "uvloop" in imports_of("engine.http.ingress_worker")
-    assert "uvloop" not in imports_of("engine.http.ingress_worker", lazy=False)
+    assert "uvloop" in imports_of("engine.seam.event_loop")
+    assert "uvloop" not in imports_of("engine.seam.event_loop", lazy=False)
     assert "engine.calling.handle" in imports_of("engine.serving.context")  # in a function
     assert "engine.control.controller" not in imports_of("engine.control.operations")
     assert "engine.control.controller" in imports_of("engine.control.operations", types=True)
@@ -114,7 +114,7 @@ def test_packages_import_in_one_direction(module: str) -> None:
 
 @pytest.mark.parametrize("module", CORE)
 def test_the_core_knows_no_server_no_socket_and_no_cluster(module: str) -> None:
-    allowed = {"uvloop"} if module == "engine.http.ingress_worker" else set()
+    allowed = {"uvloop"} if module == "engine.seam.event_loop" else set()
     assert {top(name) for name in imports_of(module)} & FORBIDDEN_IN_CORE <= allowed
 
 

@@ -33,7 +33,9 @@ class World:
         self.loop.channels = 1
         user = UserCallable("b", target, init_args, {})
         assert user.on_loop
-        self.replica = LoopReplica("b", user, BackendConfig(**options), self.told.append, debug=False)
+        self.replica = LoopReplica(
+            "b", user, BackendConfig(**options), self.told.append, debug=False, event_loop=asyncio.get_running_loop()
+        )
         if attach:
             self.replica.attach(self.loop)
         self.caller = FakeChannel("caller", self.replica)

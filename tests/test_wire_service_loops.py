@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import sys
 import tempfile
 import threading
 from collections import deque
@@ -14,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import uvloop
 from fakes import until
 
 from engine.seam.channel import Channel, ChannelClosed
+from engine.seam.event_loop import close_event_loop, new_event_loop
 from engine.seam.messages import PYTHON, Call, Cancel, Message, Reply
 from engine.seam.service import ServiceLoop
 from engine.testing.fakes import FakeListener
@@ -30,7 +29,6 @@ from engine_wire import (
     SocketChannel,
     connect,
     listen_unix,
-    new_event_loop,
     service_loops,
 )
 from engine_wire.protocol import GREETING, encode
@@ -50,7 +48,7 @@ class Echo:
     """Answers every call at once with its own payload; runs what `run` is given as if it were user code."""
 
     def __init__(self, *, on_loop: bool = False) -> None:
-        self.on_loop = on_loop
+        self.event_loop = new_event_loop() if on_loop else None
         self.heard: list[Message] = []
         self.readers: list[str] = []  # the thread that read each message
         self.lost_channels = 0
@@ -151,6 +149,8 @@ def serving(
         service.leave()
         thread.join(PATIENCE_S)
         assert not thread.is_alive()
+        if service.event_loop is not None:
+            close_event_loop(service.event_loop)
     assert not failures, failures
 
 
@@ -376,16 +376,6 @@ def test_an_async_loop_serves_by_itself(path: str) -> None:
         service.loop.step_in()
         service.loop.wake()  # to no purpose: it looks and goes on
         assert service.turns == 0
-
-
-def test_engine_loops_are_uvloops_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    loop = new_event_loop()
-    loop.close()
-    assert isinstance(loop, uvloop.Loop)
-    monkeypatch.setitem(sys.modules, "uvloop", None)
-    loop = new_event_loop()
-    loop.close()
-    assert not isinstance(loop, uvloop.Loop)
 
 
 # -- accepting and connecting ----------------------------------------------------------------------------------------

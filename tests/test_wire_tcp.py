@@ -20,6 +20,7 @@ from test_wire_service_loops import Echo, call, reply
 
 from engine.errors import InvalidArgument
 from engine.seam.channel import Channel, ChannelClosed
+from engine.seam.event_loop import close_event_loop
 from engine.seam.messages import Control, Message
 from engine.testing.fakes import FakeListener
 from engine.testing.instruments import PATIENCE_S, Footprint, eventually
@@ -67,7 +68,7 @@ class Server:
         self.tcp = tcp_address(tcp)
         self.unix = "unix:@" + unix.getsockname()[1:].decode()
         self._listening = [tcp, unix]
-        self.service = Echo(on_loop=kind != "blocking")
+        self.service = Echo(on_loop=kind == "async")
         self.shown = 0  # channels that the acceptor asked about
         self._thread = threading.Thread(target=self._run, name="server")
         self._acceptor: Acceptor
@@ -101,6 +102,8 @@ class Server:
             {"blocking": BlockingServiceLoop, "async": AsyncServiceLoop}[self.kind](
                 self._listening, self.service, secret=self.secret
             ).run()
+            if self.service.event_loop is not None:
+                close_event_loop(self.service.event_loop)
 
     def _accept(self, channel: Channel) -> Echo:
         self.shown += 1

@@ -89,8 +89,8 @@ class InlineHost:
     def serve(self, service: Service) -> None:
         """See `engine.seam.worker.WorkerHost.serve`."""
         self.service = service
-        if service.on_loop:
-            asyncio.run(self._serve_on_loop(service))
+        if service.event_loop is not None:
+            service.event_loop.run_until_complete(self._serve_on_loop(service))
             return
         self.mailbox.take_turn()
         service.attach(self)

@@ -7,7 +7,7 @@ from .child import ChildHost, ControlChannel
 from .connecting import connect
 from .connector import WireConnector
 from .drivers import LoopDriver, Poller, Undriven
-from .service_loops import AsyncServiceLoop, BlockingServiceLoop, new_event_loop
+from .service_loops import AsyncServiceLoop, BlockingServiceLoop
 from .worker_host import WireWorkerHost
 
 __all__ = [
@@ -26,7 +26,6 @@ __all__ = [
     "connect",
     "listen_tcp",
     "listen_unix",
-    "new_event_loop",
     "notice_silence",
     "tcp_address",
 ]

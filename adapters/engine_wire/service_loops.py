@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from .lobby import Lobby
 
-__all__ = ["AsyncServiceLoop", "BlockingServiceLoop", "new_event_loop"]
+__all__ = ["AsyncServiceLoop", "BlockingServiceLoop"]
 
 _TICK_S = 0.01
 """How often the stand-in looks whether user code takes long. A call that is shorter costs no thread switch."""
@@ -36,20 +36,8 @@ _QUIET_TICKS = 100
 _LONGEST_POLL_S = 86400.0  # a selector takes no more than 2**31 ms; whoever waits longer looks again
 
 
-def new_event_loop() -> asyncio.AbstractEventLoop:
-    """A loop for a process of the engine's own: uvloop's where it is installed."""
-    import asyncio
-
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.new_event_loop()
-    loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
-    return loop
-
-
 class AsyncServiceLoop:
-    """Runs a service that wants an event loop, on the calling thread.
+    """Runs a service on its event loop, on the calling thread.
 
     Args:
         listening: Closed at the end.
@@ -64,17 +52,9 @@ class AsyncServiceLoop:
 
     def run(self) -> None:
         """Serve until the service is finished."""
-        import asyncio
-
-        loop = new_event_loop()
-        asyncio.set_event_loop(loop)
-        try:
-            loop.run_until_complete(self._serve(loop))
-            loop.run_until_complete(loop.shutdown_asyncgens())
-            loop.run_until_complete(loop.shutdown_default_executor())
-        finally:
-            asyncio.set_event_loop(None)
-            loop.close()
+        loop = self._service.event_loop
+        assert loop is not None
+        loop.run_until_complete(self._serve(loop))
 
     async def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
         import asyncio

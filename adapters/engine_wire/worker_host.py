@@ -9,7 +9,6 @@ A process that user code forks off the worker is not the worker: it lets go of t
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
 import threading
@@ -94,12 +93,10 @@ class WireWorkerHost:
         """
         from .service_loops import AsyncServiceLoop, BlockingServiceLoop
 
-        if service.on_loop:
-            with contextlib.suppress(ImportError):
-                import uvloop  # noqa: F401 - before callers come, so that the first one does not wait for it
         try:
             self.tell(Ready(address))
-            (AsyncServiceLoop if service.on_loop else BlockingServiceLoop)(listening, service, secret=secret).run()
+            kind = BlockingServiceLoop if service.event_loop is None else AsyncServiceLoop
+            kind(listening, service, secret=secret).run()
         finally:
             for sock in listening:
                 sock.close()

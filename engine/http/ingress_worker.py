@@ -11,13 +11,13 @@ import asyncio
 import logging
 import pickle
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..calling.client import Client
 from ..config import HTTPOptions
 from ..seam.control_messages import Drain, Drained, Ping, Pong, Ready, StartFailed, Subscribe
+from ..seam.event_loop import close_event_loop, new_event_loop
 from ..seam.ingress_server import load_server
 from ..seam.serialization import pack_exception
 from .guard import wrap_middlewares
@@ -57,7 +57,8 @@ def main(host: WorkerHost, payload: bytes) -> None:
         host: The worker's side of the adapter.
         payload: A pickled `IngressSpec`.
     """
-    loop = _new_loop()
+    loop = new_event_loop()
+    loop.set_exception_handler(_on_loop_error)
     worker: _Worker | None = None
     try:
         spec: IngressSpec = pickle.loads(payload)
@@ -70,7 +71,7 @@ def main(host: WorkerHost, payload: bytes) -> None:
         host.tell(StartFailed(pack_exception(error)))
         return
     finally:
-        _close_loop(loop)
+        close_event_loop(loop)
     host.tell(Drained())
 
 
@@ -142,19 +143,6 @@ class _Worker:
             self._draining.set()
 
 
-def _new_loop() -> asyncio.AbstractEventLoop:
-    make: Callable[[], asyncio.AbstractEventLoop]
-    try:
-        import uvloop
-    except ImportError:
-        make = asyncio.new_event_loop
-    else:
-        make = uvloop.new_event_loop
-    loop = make()
-    loop.set_exception_handler(_on_loop_error)
-    return loop
-
-
 def _on_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     error = context.get("exception")
     ssl = sys.modules.get("ssl")
@@ -162,16 +150,3 @@ def _on_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> 
         log.debug("a client's connection failed: %s", error)  # a port scan, a client that distrusts the certificate
     else:
         loop.default_exception_handler(context)
-
-
-def _close_loop(loop: asyncio.AbstractEventLoop) -> None:
-    try:
-        left = asyncio.all_tasks(loop)
-        for task in left:
-            task.cancel()
-        if left:
-            loop.run_until_complete(asyncio.wait(left))
-        loop.run_until_complete(loop.shutdown_asyncgens())
-        loop.run_until_complete(loop.shutdown_default_executor())
-    finally:
-        loop.close()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from .channel import ChannelListener
+
+if TYPE_CHECKING:
+    import asyncio
 
 __all__ = ["Service", "ServiceLoop"]
 
@@ -35,8 +38,12 @@ class ServiceLoop(Protocol):
 class Service(ChannelListener, Protocol):
     """What a worker that takes calls runs: a replica. It hears every channel opened to the worker's address."""
 
-    on_loop: bool
-    """True to be run on an asyncio loop, False to be run by `run_next` in turn with its sockets."""
+    @property
+    def event_loop(self) -> asyncio.AbstractEventLoop | None:
+        """What to run it on, made and closed by whoever made the service.
+
+        None if it is to be run by `run_next`, in turn with its sockets.
+        """
 
     def attach(self, loop: ServiceLoop) -> None:
         """Take the loop; called once, before anything else, on the thread (and event loop) that runs the service."""

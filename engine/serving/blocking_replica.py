@@ -39,10 +39,28 @@ class BlockingReplica(Replica):
         """See `engine.seam.service.Service.attach`."""
         self._service_loop = loop
 
+    def configure(self, user_config: Any) -> None:
+        """Take the first ``user_config``; on the thread that constructed the user's object."""
+        outcome = self._user.reconfigure(user_config)
+        if hasattr(outcome, "__await__"):
+            self._complete(awaited(outcome))
+
+    def leave(self) -> None:
+        """Call the user's ``close()``, if the replica leaves in order, and drop the user's object."""
+        if self._grace_s() > 0:
+            from .farewell import begin_close, finish_close
+
+            closing = begin_close(self._user)
+            if closing is not None:
+                self._complete(finish_close(self._user, closing, self._grace_s()))
+        self._user.drop()
+
     def close(self) -> None:
         """Release the private loop."""
         if self._loop is not None:
-            self._loop.close()
+            from ..seam.event_loop import close_event_loop
+
+            close_event_loop(self._loop)
 
     def _begin(self, job: Job) -> None:
         self._queue.append(job)

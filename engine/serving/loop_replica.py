@@ -14,6 +14,7 @@ from ..seam.may_block import mark_loop_thread, unmark_loop_thread
 from ..seam.messages import End, Failure, Reply
 from ..seam.serialization import pack_exception
 from ..seam.service import ServiceLoop
+from .farewell import begin_close, finish_close
 from .replica import FAREWELL_S, Job, Replica
 
 if TYPE_CHECKING:
@@ -27,8 +28,11 @@ class LoopReplica(Replica):
 
     on_loop = True
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    event_loop: asyncio.AbstractEventLoop
+
+    def __init__(self, *args: Any, event_loop: asyncio.AbstractEventLoop, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.event_loop = event_loop
         self._loop: asyncio.AbstractEventLoop  # asyncio's, from `attach` on
         self._batches: dict[str, list[Job]] = {}
         self._timers: dict[str, asyncio.TimerHandle] = {}
@@ -42,6 +46,19 @@ class LoopReplica(Replica):
         mark_loop_thread()
         if self._chores or self._drain_until is not None:
             self._wake()
+
+    def leave(self) -> None:
+        """Finish what answers left to do, call the user's ``close()``, if there is time, and drop the user's object."""
+        self.event_loop.run_until_complete(self._leave())
+
+    async def _leave(self) -> None:
+        if self._tasks and self._grace_s() > 0:
+            await asyncio.wait(self._tasks, timeout=self._grace_s())
+        if self._grace_s() > 0:
+            closing = begin_close(self._user)
+            if closing is not None:
+                await finish_close(self._user, closing, self._grace_s())
+        self._user.drop()
 
     def close(self) -> None:
         """Take the mark off the loop's thread."""

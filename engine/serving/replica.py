@@ -81,6 +81,8 @@ class Replica:
     """
 
     on_loop: bool
+    event_loop: asyncio.AbstractEventLoop | None = None
+    """See `engine.seam.service.Service.event_loop`."""
 
     def __init__(
         self, tag: str, user: UserCallable, config: BackendConfig, tell: Callable[[Any], None], *, debug: bool
@@ -145,6 +147,10 @@ class Replica:
             self._drained_since = now
         assert self._service_loop is not None
         return not self._service_loop.open_channels() or now >= self._drained_since + FAREWELL_S
+
+    def _grace_s(self) -> float:
+        """For how many seconds it may still be there."""
+        return 0.0 if self._drain_until is None else self._drain_until - time.monotonic()
 
     # -- the door --------------------------------------------------------------------------------------------------
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import contextvars
 import inspect
 import pickle
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..calling.connectors import register_connector
-from ..config import BackendConfig
 from ..seam.control_messages import Drained, StartFailed
 from ..seam.serialization import pack_exception
 from ..seam.worker import WorkerHost
 from .context import ReplicaContext, enter_replica
-from .replica import awaited
 from .replica_spec import ReplicaSpec
 from .user_callable import UserCallable, runs_on_loop
 
@@ -21,7 +20,10 @@ if TYPE_CHECKING:
     from .blocking_replica import BlockingReplica
     from .loop_replica import LoopReplica
 
-__all__ = ["main", "make_replica"]
+__all__ = ["main"]
+
+_Definition: TypeAlias = tuple[Any, tuple[Any, ...], dict[str, Any]]
+"""A function or class, and what to construct the class with."""
 
 
 def main(host: WorkerHost, payload: bytes) -> None:
@@ -36,38 +38,70 @@ def main(host: WorkerHost, payload: bytes) -> None:
             spec.engine_id, spec.backend_tag, spec.replica_tag, spec.adapter_name, spec.control_address, on_loop
         )
         enter_replica(context, whole_process=not spec.shares_process)
-        replica = make_replica(spec.backend_tag, definition, spec.config, host.tell, debug=spec.debug)
+        construct = _construct_on_loop if on_loop else _construct
+        replica, variables = construct(spec, definition, host.tell)
+        del definition  # what is in it belongs to the user's object, whose end must be its end
     except (Exception, SystemExit, KeyboardInterrupt) as error:
         host.tell(StartFailed(pack_exception(error)))
         return
-    host.on_control(replica.control)
-    try:
-        host.serve(replica)
-    finally:
-        replica.close()
+    variables.run(_live, host, replica)
     host.tell(Drained())
 
 
-def make_replica(
-    tag: str,
-    definition: tuple[Any, tuple[Any, ...], dict[str, Any]],
-    config: BackendConfig,
-    tell: Callable[[Any], None],
-    *,
-    debug: bool,
-) -> BlockingReplica | LoopReplica:
-    """Construct the user's object and the replica around it; ``reconfigure`` has run when this returns."""
-    user = UserCallable(tag, *definition)
-    if config.user_config is not None:
-        outcome = user.reconfigure(config.user_config)
-        if inspect.isawaitable(outcome):
-            import asyncio
+def _live(host: WorkerHost, replica: BlockingReplica | LoopReplica) -> None:
+    host.on_control(replica.control)
+    try:
+        host.serve(replica)
+        replica.leave()
+    finally:
+        replica.close()
+        if replica.event_loop is not None:
+            from ..seam.event_loop import close_event_loop
 
-            asyncio.run(awaited(outcome))
-    if user.on_loop:
-        from .loop_replica import LoopReplica
+            close_event_loop(replica.event_loop)
 
-        return LoopReplica(tag, user, config, tell, debug=debug)
+
+def _construct(
+    spec: ReplicaSpec, definition: _Definition, tell: Callable[[Any], None]
+) -> tuple[BlockingReplica, contextvars.Context]:
+    """Construct the user's object and the replica around it; ``reconfigure`` has run when this returns.
+
+    Returns:
+        The replica, and the context variables that user code has set, for its calls to see.
+    """
     from .blocking_replica import BlockingReplica
 
-    return BlockingReplica(tag, user, config, tell, debug=debug)
+    user = UserCallable(spec.backend_tag, *definition)
+    replica = BlockingReplica(spec.backend_tag, user, spec.config, tell, debug=spec.debug)
+    try:
+        if spec.config.user_config is not None:
+            replica.configure(spec.config.user_config)
+    except BaseException:
+        replica.close()
+        raise
+    return replica, contextvars.copy_context()
+
+
+def _construct_on_loop(
+    spec: ReplicaSpec, definition: _Definition, tell: Callable[[Any], None]
+) -> tuple[LoopReplica, contextvars.Context]:
+    """As `_construct`, within the event loop that will run the replica: user code finds it running."""
+    from ..seam.event_loop import close_event_loop, new_event_loop
+    from .loop_replica import LoopReplica
+
+    async def construct() -> tuple[UserCallable, contextvars.Context]:
+        user = UserCallable(spec.backend_tag, *definition)
+        if spec.config.user_config is not None:
+            outcome = user.reconfigure(spec.config.user_config)
+            if inspect.isawaitable(outcome):
+                await outcome
+        return user, contextvars.copy_context()
+
+    loop = new_event_loop(shares_process=spec.shares_process)
+    try:
+        user, variables = loop.run_until_complete(construct())
+        replica = LoopReplica(spec.backend_tag, user, spec.config, tell, debug=spec.debug, event_loop=loop)
+    except BaseException:
+        close_event_loop(loop)
+        raise
+    return replica, variables

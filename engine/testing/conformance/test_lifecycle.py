@@ -1,0 +1,247 @@
+"""A backend's object: where it is constructed, and what it hears before it goes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import threading
+import time
+
+import pytest
+from starlette.background import BackgroundTask
+from starlette.responses import PlainTextResponse
+
+from engine import errors, get_replica_context
+from engine.testing.instruments import eventually
+
+variable = contextvars.ContextVar("variable", default="unset")
+
+
+def leave(served, engine, *, force=False):
+    """Have a backend's replicas go, in order or at once."""
+    engine.delete_endpoint(served.name)
+    engine.delete_backend(served.tag, force=force)
+
+
+# -- the constructor -------------------------------------------------------------------------------------------------
+
+
+class Async:
+    """Does in its constructor what asks for a running loop."""
+
+    def __init__(self):
+        self.loop = asyncio.get_running_loop()
+        self.started = asyncio.Event()
+        self.ticker = asyncio.create_task(self.tick())
+        self.context = variable.set("set by the constructor")
+        self.configured_on = None
+
+    async def tick(self):
+        self.started.set()
+        await asyncio.Event().wait()
+
+    async def reconfigure(self, user_config):
+        await asyncio.sleep(0)
+        self.configured_on = asyncio.get_running_loop()
+
+    async def __call__(self, request):
+        await self.started.wait()
+        loop = asyncio.get_running_loop()
+        return [loop is self.loop, loop is self.configured_on, self.ticker.done(), variable.get()]
+
+
+def test_an_async_backend_is_constructed_on_its_loop(serve):
+    served = serve(Async, route=None, config={"user_config": 1})
+    assert served.call() == [True, True, False, "set by the constructor"]
+
+
+def test_a_constructor_on_a_loop_may_call_and_block(serve):
+    inner = serve(lambda request: "inner", route=None)
+
+    class Backend:
+        def __init__(self, name):
+            context = get_replica_context()
+            self.found = context.get_handle(name, sync=True).call()
+            self.found += " " + context.get_handle(name, sync=True).remote().future().result(20)
+
+        async def __call__(self, request):
+            return self.found
+
+    assert serve(Backend, inner.name, route=None).call() == "inner inner"
+
+
+@pytest.mark.parametrize("kind", [ValueError, SystemExit], ids=lambda kind: kind.__name__)
+def test_a_constructor_on_a_loop_that_fails(engine, kind):
+    class Backend:
+        def __init__(self):
+            asyncio.get_running_loop()
+            raise kind("failed")
+
+        async def __call__(self, request):
+            pass
+
+    with pytest.raises((ValueError, errors.RemoteError), match="failed"):
+        engine.create_backend("never", Backend)
+    assert "never" not in engine.list_backends()
+
+
+# -- the end ---------------------------------------------------------------------------------------------------------
+
+
+class Plain:
+    def __init__(self, journal):
+        self.journal = journal
+        self.itself = self  # a cycle
+
+    def __call__(self, request):
+        return "ok"
+
+    def close(self):
+        self.journal.add("close")
+
+    def __del__(self):
+        self.journal.add("del")
+
+
+class PlainWithCoroutine(Plain):
+    async def close(self):
+        await asyncio.sleep(0)
+        self.journal.add("close")
+
+
+class OnLoop(PlainWithCoroutine):
+    def __init__(self, journal):
+        super().__init__(journal)
+        self.loop = asyncio.get_running_loop()
+
+    async def __call__(self, request):
+        return "ok"
+
+    async def close(self):
+        assert asyncio.get_running_loop() is self.loop
+        await super().close()
+
+
+@pytest.mark.parametrize("backend", [Plain, PlainWithCoroutine, OnLoop])
+def test_close_is_called_once_and_then_the_object_goes(serve, engine, journal, backend):
+    served = serve(backend, journal, config={"num_replicas": 2})
+    assert served.call() == "ok"
+    engine.update_backend_config(served.tag, {"num_replicas": 1})
+    assert journal.lines() == ["close", "del"]
+    leave(served, engine)
+    assert journal.lines() == ["close", "del"] * 2
+
+
+def test_close_comes_after_what_runs(serve, engine, journal, gate):
+    class Backend(Plain):
+        def __call__(self, request):
+            gate.pass_through()
+            self.journal.add("called")
+            return "ok"
+
+    served = serve(Backend, journal, route=None)
+    ref = served.handle.remote()
+    gate.wait_for_arrivals(1)
+    leaving = threading.Thread(target=leave, args=(served, engine))
+    leaving.start()
+    eventually(lambda: served.name not in engine.list_endpoints())
+    gate.open()
+    assert engine.get(ref, timeout=20) == "ok"
+    leaving.join()
+    assert journal.lines() == ["called", "close", "del"]
+
+
+@pytest.mark.parametrize("kind", ["plain", "async"])
+def test_background_tasks_come_before_close(serve, engine, journal, gate, kind):
+    class Backend(Plain):
+        def __call__(self, request):
+            return PlainTextResponse("ok", background=BackgroundTask(self.after))
+
+        async def after(self):
+            await gate.apass_through()
+            self.journal.add("background")
+
+    class AsyncBackend(Backend):
+        async def __call__(self, request):
+            return super().__call__(request)
+
+    served = serve({"plain": Backend, "async": AsyncBackend}[kind], journal)
+    assert served.http_text() == "ok"
+    gate.wait_for_arrivals(1)
+    leaving = threading.Thread(target=leave, args=(served, engine))
+    leaving.start()
+    eventually(lambda: served.name not in engine.list_endpoints())
+    gate.open()
+    leaving.join()
+    assert journal.lines() == ["background", "close", "del"]
+
+
+def test_a_replica_that_is_killed_is_not_closed(serve, engine, journal):
+    served = serve(Plain, journal, route=None)
+    assert served.call() == "ok"
+    leave(served, engine, force=True)
+    assert "close" not in journal.lines()
+
+
+class FailsToClose:
+    def __init__(self, journal, error):
+        self.journal = journal
+        self.error = error
+
+    def __call__(self, request):
+        return "ok"
+
+    def close(self):
+        self.journal.add("close")
+        raise self.error
+
+
+class FailsToCloseOnLoop(FailsToClose):
+    async def __call__(self, request):
+        return "ok"
+
+    async def close(self):
+        super().close()
+
+
+@pytest.mark.parametrize("backend", [FailsToClose, FailsToCloseOnLoop])
+@pytest.mark.parametrize("error", [ValueError("stuck"), SystemExit("stuck"), KeyboardInterrupt("stuck")], ids=repr)
+def test_a_close_that_fails_is_logged(serve, engine, journal, caplog, backend, error):
+    served = serve(backend, journal, error, route=None)
+    leave(served, engine)
+    assert journal.lines() == ["close"]
+    eventually(lambda: "stuck" in caplog.text)
+    assert f"close() of backend {served.tag!r} failed" in caplog.text
+    assert "is killed" not in caplog.text
+
+
+def test_a_close_that_hangs_is_cut_off(serve, engine, journal, caplog):
+    class Backend(OnLoop):
+        async def close(self):
+            try:
+                await asyncio.Event().wait()
+            finally:
+                self.journal.add("cut off")
+
+    served = serve(Backend, journal, route=None, config={"graceful_shutdown_timeout_s": 0.5})
+    before = time.monotonic()
+    leave(served, engine)
+    assert time.monotonic() - before < 10
+    assert journal.lines() == ["cut off", "del"]
+    eventually(lambda: "graceful_shutdown_timeout_s" in caplog.text)
+
+
+@pytest.mark.parametrize("way", ["handle", "http"])
+def test_clients_cannot_call_what_the_engine_calls(serve, journal, way):
+    class Backend(Plain):
+        def reconfigure(self, user_config):
+            self.journal.add("reconfigured")
+
+    served = serve(Backend, journal)
+    for name in ("close", "reconfigure"):
+        if way == "handle":
+            with pytest.raises(errors.MethodNotFound, match=name):
+                served.call(method_name=name)
+        else:
+            assert served.http(headers={"X-SERVE-CALL-METHOD": name}).status_code == 400
+    assert journal.lines() == []

@@ -1,0 +1,3 @@
+"""See `engine.testing.conformance.test_lifecycle`."""
+
+from engine.testing.conformance.test_lifecycle import *
