@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from .calling.client import Client
 from .calling.connectors import register_connector, unregister_connector
@@ -37,13 +37,18 @@ from .control.operations import (
 from .control.runner import Runner
 from .errors import EndpointNotFound, EngineClosed, InvalidArgument
 from .seam.adapter import Adapter, lacking
+from .seam.connector import PlatformRefs
 from .seam.detached import Detachable, RemoteController
 from .seam.may_block import check_may_block
 from .seam.plugins import load_adapter
 from .seam.resources import resources_of
 from .seam.serialization import dumps_by_value
 from .seam.snapshot import EndpointEntry
+from .seam.workplace import surrounding_engine, why_inert
 from .serving.user_callable import accepts_batches, runs_on_loop
+
+if TYPE_CHECKING:
+    from .control.inert_runner import InertRunner
 
 T = TypeVar("T")
 
@@ -59,6 +64,9 @@ class Engine:
     context manager, or call `shutdown`; at interpreter exit it shuts down by itself. A detached engine goes on when its
     creator leaves, in these ways or any other, and ends by `shutdown` alone.
 
+    A module may create one where it is imported. The replicas of its backends import that module, too: there the engine
+    is inert and stands for the one that runs them.
+
     Args:
         backend: Where replicas run: ``"local"`` (processes on this machine), ``"ray"`` (actors on a Ray cluster),
             ``"inline"`` (threads of this process, for tests and debugging), the name of an installed plug-in, or an
@@ -70,6 +78,8 @@ class Engine:
     Raises:
         errors.InvalidArgument: An option is wrong, there is no such adapter, or the name of a detached engine is taken.
     """
+
+    _inert: InertRunner | None = None
 
     def __init__(
         self,
@@ -86,6 +96,9 @@ class Engine:
         if detached and not name:
             raise InvalidArgument(f"detached=True needs a name to connect to later, not name={name!r}")
         self._http = HTTPOptions.of(http_options)
+        if why := why_inert():
+            self._stand_in(name, why)
+            return
         self._validate_server_options()
         adapter = _adapter_of(backend)
         if detached:
@@ -114,8 +127,12 @@ class Engine:
             errors.InvalidArgument: There is no detached engine of this name, or the adapter has none.
         """
         _check_name(name, "name")
-        adapter = _adapter_of(backend)
         engine = cls.__new__(cls)
+        if why := why_inert():
+            engine._http = HTTPOptions()
+            engine._stand_in(name, why)
+            return engine
+        adapter = _adapter_of(backend)
         engine._attach(name, adapter, _detachable(adapter, name).detach(name, None))
         try:
             engine._http = engine._runner.run(GetOptions())
@@ -137,14 +154,24 @@ class Engine:
         self._runner = RemoteRunner(controller, self._client)
 
     def _set_up(self, name: str | None, adapter: Adapter, engine_id: str) -> None:
+        self._name_it(name, engine_id)
+        self._adapter: Adapter = adapter
+        register_connector(self._id, adapter)
+        atexit.register(self._at_exit)
+
+    def _stand_in(self, name: str | None, why: str) -> None:
+        """Run nothing: see `engine.seam.workplace`."""
+        from .control.inert_runner import InertRunner
+
+        self._name_it(name, "")
+        self._runner = self._inert = InertRunner(why, self._http)
+
+    def _name_it(self, name: str | None, engine_id: str) -> None:
         self.name = name
         self._id = engine_id
         self._pid = os.getpid()
-        self._adapter: Adapter = adapter
         self._closed = False
         self._shutdown_lock = threading.RLock()  # a signal handler may shut down what is shutting down
-        register_connector(self._id, adapter)
-        atexit.register(self._at_exit)
 
     def _unhook(self) -> None:
         """Take back what `_set_up` left with this process."""
@@ -152,6 +179,8 @@ class Engine:
         atexit.unregister(self._at_exit)
 
     def __repr__(self) -> str:
+        if self._inert is not None:
+            return f"<Engine {self.name or 'of this worker'}, inert>"
         state = "closed" if self._closed else "open"
         return f"<Engine {self.name or self._id} on {self._adapter.name} {state}>"
 
@@ -206,6 +235,8 @@ class Engine:
             BaseException: What the constructor raised, with its traceback as cause.
         """
         self._check_open()
+        if self._inert is not None:
+            return self._inert.skip()
         _check_name(tag, "tag")
         if not callable(func_or_class):
             raise InvalidArgument(f"func_or_class must be a function or a class, not {func_or_class!r}")
@@ -422,6 +453,8 @@ class Engine:
         """
         self._check_open()
         _check_name(name, "name")
+        if self._inert is not None:
+            return make_handle("", "", "", name, sync=sync)
         if not missing_ok and name not in self._client.snapshot.endpoints:
             names = ", ".join(map(repr, self._client.snapshot.endpoints)) or "none"
             raise EndpointNotFound(f"there is no endpoint {name!r}; the endpoints are: {names}")
@@ -439,13 +472,19 @@ class Engine:
             errors.DeadlineExceeded: They did not come in time.
             BaseException: Whatever a call raised.
         """
-        return get_results(ref, timeout, self._client.refs)
+        return get_results(ref, timeout, self._refs())
 
     def wait(
         self, refs: Sequence[Any], num_returns: int = 1, timeout: float | None = None
     ) -> tuple[list[Any], list[Any]]:
         """Wait until some refs have settled: ``(ready, not_ready)``, at most ``num_returns`` of them in ``ready``."""
-        return wait_for(refs, num_returns, timeout, self._client.refs)
+        return wait_for(refs, num_returns, timeout, self._refs())
+
+    def _refs(self) -> PlatformRefs | None:
+        if self._inert is None:
+            return self._client.refs
+        client = Client.find(surrounding_engine().engine_id)
+        return client.refs if client is not None else None
 
     # -- HTTP ----------------------------------------------------------------------------------------------------------
 
@@ -459,6 +498,8 @@ class Engine:
     def asgi(self) -> Any:
         """The ingress as an ASGI application, to mount in another one (on an asyncio server)."""
         self._check_open()
+        if self._inert is not None:
+            return self._inert.asgi
         from .http.guard import wrap_middlewares
         from .http.ingress import Ingress
 
@@ -482,7 +523,7 @@ class Engine:
             "url": base URL}}}``. Calls over HTTP are those of the process that serves them, this one for
             `asgi` and inline.
         """
-        return self._control(Statistics(self._client.statistics()))
+        return self._control(Statistics([] if self._inert is not None else self._client.statistics()))
 
     def shutdown(self, timeout_s: float = 5.0) -> None:
         """Stop taking calls, let those in flight finish, end every worker and release everything (idempotent).
@@ -543,13 +584,14 @@ class Engine:
         self._leave(0.0)
 
     def _check_open(self) -> None:
-        if self._pid != os.getpid():
+        if self._pid != os.getpid() and self._inert is None:
             raise EngineClosed(
                 "this engine belongs to the process that this one was forked from: create an engine here, "
                 "or pass a handle on pickled"
             )
         if self._closed:
-            self._client.check_open()  # which knows why
+            if self._inert is None:
+                self._client.check_open()  # which knows why
             raise EngineClosed("the engine is being shut down")
 
     def _control(self, operation: Operation[T]) -> T:

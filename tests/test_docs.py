@@ -61,6 +61,7 @@ PRINTED: dict[tuple[str, str], list[list[str]]] = {
     ("docs/cluster.md", "Detached engines"): [["2"]],
     ("docs/composition.md", "Composition"): [["True"]],
     ("docs/configuration.md", "BackendConfig"): [["False", "True", "2"]],
+    ("docs/embedding.md", "An engine in a module"): [["42"]],
     ("docs/embedding.md", "FastAPI and Starlette"): [["{'text': 'HELLO ADA'}", "HELLO GRACE"]],
     ("docs/embedding.md", "Flask, Django and other threaded servers"): [["144"]],
     ("docs/embedding.md", "Logging"): [[]],

@@ -75,7 +75,7 @@ class Host:
         self.client = FakeClient()
 
     def start(self, options: HTTPOptions, *, server: str = "hypercorn") -> None:
-        payload = pickle.dumps(IngressSpec("e", "address", options, "w", server))
+        payload = pickle.dumps(IngressSpec("e", "fake", "address", options, "w", server))
         self.thread = threading.Thread(target=main, args=(self, payload))
         self.thread.start()
 

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 import ray_hosts
-from ray_cluster import RayCluster, why_not
+from harness import run_python
+from ray_cluster import ENVIRONMENT, RayCluster, why_not
 from ray_drivers import Driver, actors, keys, program_of
 from ray_hosts import Hosts
 
@@ -282,6 +283,42 @@ def test_handles_work_in_any_process_of_the_cluster(engine: Engine) -> None:
     assert (called, got) == ("data", "data")
     assert pid != os.getpid()
     assert handle.call("data") == "data"
+
+
+def test_an_engine_of_a_module(ray_cluster: RayCluster, tmp_path: Path) -> None:
+    """Its replicas import the module, too: see `test_engines_of_modules`."""
+    (tmp_path / "of_a_module.py").write_text(
+        """
+import os, pathlib, sys
+from engine import Engine
+from engine_ray import RayAdapter
+
+imports = pathlib.Path(__file__).with_suffix(".imports")
+with imports.open("a") as file:
+    file.write("once\\n")
+if len(imports.read_text().split()) > 5:
+    os._exit(9)
+
+def double(request):
+    return 2 * request.data
+
+class Front:
+    def __call__(self, request):
+        return engine.get([handle.remote(request.data)]), engine.get_handle("double").call(request.data)
+
+engine = Engine(RayAdapter(address=sys.argv[1]), http_options={"location": None})
+engine.create_backend("double", double)
+engine.create_endpoint("double", backend="double")
+handle = engine.get_handle("double")
+engine.create_backend("front", Front)
+engine.create_endpoint("front", backend="front")
+"""
+    )
+    program = "import of_a_module as m; print(m.engine.get_handle('front').call(4)); m.engine.shutdown()"
+    environment = {**os.environ, **ENVIRONMENT}
+    output = run_python("-c", program, ray_cluster.address, cwd=tmp_path, env=environment)
+    assert output.splitlines()[-1] == "([8], 8)"
+    assert len((tmp_path / "of_a_module.imports").read_text().split()) == 3
 
 
 def test_handles_work_in_replicas(engine: Engine) -> None:

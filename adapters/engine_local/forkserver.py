@@ -113,8 +113,11 @@ class ForkServer:
             _import_if_possible(name)
 
     def _import_preload(self) -> bool:
+        from engine.seam.workplace import enter_worker
+
         from .orders import PreloadDone, PreloadFailed
 
+        enter_worker()  # all that is forked here is
         for name in self._preload:
             try:
                 __import__(name)

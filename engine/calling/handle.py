@@ -19,6 +19,7 @@ from ..seam.connector import PlatformRefs
 from ..seam.may_block import check_may_block, running_asyncio_loop
 from ..seam.messages import PYTHON, Call
 from ..seam.serialization import dumps_arguments
+from ..seam.workplace import surrounding_engine
 from .answers import ThreadSlot, answer_to, open_answer
 from .arguments import PLAIN, enveloped, prepared, prepared_async, refs_in, resolved, when_all_done
 from .caller import Caller
@@ -104,6 +105,8 @@ class _BaseHandle:
         return f"<{type(self).__name__} to {self._endpoint!r} of engine {self._engine_id!r}>"
 
     def __reduce__(self) -> Any:
+        if not self._engine_id:
+            self._settle()
         state = (self._engine_id, self._adapter_name, self._control_address, self._endpoint, self._options)
         return type(self), state
 
@@ -128,6 +131,8 @@ class _BaseHandle:
     def _reach(self) -> Client:
         client = self._client
         if client is None:
+            if not self._engine_id:
+                self._settle()
             client = Client.find(self._engine_id)
             if client is None:
                 connector, made = connector_for(self._engine_id, self._adapter_name)
@@ -139,6 +144,10 @@ class _BaseHandle:
                 "or create an engine here"
             )
         return client
+
+    def _settle(self) -> None:
+        """Belong to the engine that this process works for: an inert one made this handle."""
+        self._engine_id, self._adapter_name, self._control_address = surrounding_engine()
 
     def _start_on_platform(
         self, client: Client, refs: PlatformRefs, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -266,6 +275,8 @@ class AsyncHandle(_BaseHandle):
 
     async def _reach_aside(self) -> Client:
         """As `_reach`, for the first time: a process that is new to the engine subscribes, which blocks a thread."""
+        if not self._engine_id:
+            self._settle()
         if Client.find(self._engine_id) is None:
             from anyio import to_thread
 

@@ -173,6 +173,7 @@ class IngressFleet:
         worker_id = f"ingress#{self._count}"
         spec = IngressSpec(
             engine_id=self._engine_id,
+            adapter_name=self._adapter.name,
             control_address=self._adapter.control_address,
             options=self._http,
             worker_id=worker_id,

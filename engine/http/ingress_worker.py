@@ -20,6 +20,7 @@ from ..seam.control_messages import Drain, Drained, Ping, Pong, Ready, StartFail
 from ..seam.event_loop import close_event_loop, new_event_loop
 from ..seam.ingress_server import load_server
 from ..seam.serialization import pack_exception
+from ..seam.workplace import Surrounding, enter_engine, is_worker
 from .guard import wrap_middlewares
 from .ingress import Ingress
 
@@ -37,6 +38,7 @@ class IngressSpec:
 
     Attributes:
         engine_id: The engine.
+        adapter_name: Where it runs.
         control_address: Where its controller is reached.
         options: How it serves.
         worker_id: Its own id.
@@ -44,6 +46,7 @@ class IngressSpec:
     """
 
     engine_id: str
+    adapter_name: str
     control_address: str
     options: HTTPOptions
     worker_id: str
@@ -62,6 +65,8 @@ def main(host: WorkerHost, payload: bytes) -> None:
     worker: _Worker | None = None
     try:
         spec: IngressSpec = pickle.loads(payload)
+        if is_worker():
+            enter_engine(Surrounding(spec.engine_id, spec.adapter_name, spec.control_address))
         worker = _Worker(host, spec, loop)
         loop.run_until_complete(worker.run())
     except Exception as error:

@@ -8,9 +8,12 @@ mentions ``__main__``, goes to cloudpickle, which stores such things by value.
 from __future__ import annotations
 
 import functools
+import importlib
 import io
 import pickle
+import sys
 import traceback
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ..errors import EngineError, NotSerializable, RemoteError, RemoteTraceback
@@ -21,12 +24,36 @@ __all__ = [
     "dumps_by_value",
     "explain_unpicklable",
     "loads",
+    "loads_during_imports",
     "pack_exception",
     "refuse",
     "unpack_exception",
 ]
 
 loads = pickle.loads
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if not getattr(getattr(sys.modules.get(module), "__spec__", None), "_initializing", False):
+            return super().find_class(module, name)
+        from .by_value import find_global
+
+        return find_global(module, name)
+
+
+def loads_during_imports(data: bytes) -> Any:
+    """As `loads`, in a process where another thread may be importing the very module that is needed.
+
+    That thread may wait for what is loaded here: an application that uses an engine while one of its modules is
+    imported. ``import`` would wait for that thread.
+    """
+    return _Unpickler(io.BytesIO(data)).load()
+
+
+# By name the modules that any thread is importing. The pickle module waits for those it needs, which never ends if the
+# thread that imports one waits for what is pickled: it may use an engine there.
+_imports: Mapping[str, Any] = getattr(importlib._bootstrap, "_module_locks", {})
 _SIMPLE = (int, str, bytes, float, bool, type(None))
 _MAX_EXPLAINED_DEPTH = 6
 
@@ -43,7 +70,8 @@ def dumps(value: Any, what: str, error: type[EngineError] = NotSerializable) -> 
         EngineError: Of type ``error``: the value cannot be pickled; the message says which part.
     """
     try:
-        data = pickle.dumps(value, 5)
+        # While something is imported, the plain pickler might wait for that.
+        data = pickle.dumps(value, 5) if not _imports else b"__main__"
         if b"__main__" not in data and not (_refused and any(mark in data for mark in _refused)):
             return data
     except Exception:
@@ -87,23 +115,9 @@ def _refusal(why: str, value: Any) -> Any:
 
 @functools.cache
 def _pickler() -> Any:
-    """The pickler of cloudpickle, but keeping the file of code: 3.1.3 drops it, and tracebacks their source lines."""
-    from types import CodeType
+    from .by_value import make_pickler
 
-    import cloudpickle
-
-    reduce_code = cloudpickle.Pickler.dispatch_table[CodeType]
-
-    def reduce_with_file(code: CodeType) -> tuple[Any, ...]:
-        kind, arguments = reduce_code(code)
-        return kind, tuple(code.co_filename if argument == "<dynamic-code>" else argument for argument in arguments)
-
-    refusals = {kind: functools.partial(_refusal, why) for kind, why in _refused.values()}
-
-    class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
-        dispatch_table = cloudpickle.Pickler.dispatch_table.new_child({CodeType: reduce_with_file, **refusals})
-
-    return Pickler
+    return make_pickler({kind: functools.partial(_refusal, why) for kind, why in _refused.values()})
 
 
 def dumps_arguments(args: tuple[Any, ...], kwargs: dict[str, Any], what: str) -> bytes:
@@ -223,7 +237,7 @@ def _pack_itself(error: BaseException) -> bytes:
     try:
         inner = dumps(error, "the exception")
         # A constructor that takes other arguments than it passes on lets it be pickled but not be rebuilt.
-        pickle.loads(inner)
+        loads_during_imports(inner)
     except Exception:
         try:
             return dumps(_Bare(type(error), error.args, dict(vars(error))), "the exception")
@@ -234,7 +248,7 @@ def _pack_itself(error: BaseException) -> bytes:
 
 def _rebuild(inner: bytes) -> Any:
     try:
-        rebuilt = pickle.loads(inner)
+        rebuilt = loads_during_imports(inner)
         if isinstance(rebuilt, _Bare):
             kind, args, attributes = rebuilt
             rebuilt = kind.__new__(kind, *args)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
@@ -146,7 +145,7 @@ class BlockingReplica(Replica):
     def _reconfigure(self, number: int, chore: Reconfigure) -> None:
         error = None
         try:
-            config: BackendConfig = pickle.loads(chore.config)
+            config: BackendConfig = self.loads(chore.config)
             self._run_user_code(self._user.reconfigure, config.user_config)
             self._take(number, config)
         except BaseException as failure:

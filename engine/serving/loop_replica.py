@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import pickle
 from collections.abc import AsyncGenerator, Awaitable, Coroutine
 from typing import TYPE_CHECKING, Any
 
@@ -169,7 +168,7 @@ class LoopReplica(Replica):
     async def _reconfigure(self, number: int, chore: Reconfigure) -> None:
         error = None
         try:
-            config: BackendConfig = pickle.loads(chore.config)
+            config: BackendConfig = self.loads(chore.config)
             outcome = self._user.reconfigure(config.user_config)
             if inspect.isawaitable(outcome):
                 await outcome

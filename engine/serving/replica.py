@@ -78,6 +78,9 @@ class Replica:
         config: How to run it.
         tell: Sends a control message to the controller.
         debug: Tell HTTP clients tracebacks.
+
+    Attributes:
+        loads: Unpickles what callers send.
     """
 
     on_loop: bool
@@ -92,6 +95,7 @@ class Replica:
         self._user = user
         self._tell = tell
         self._debug = debug
+        self.loads: Callable[[bytes], Any] = loads
         self._held = 0
         self._jobs: dict[tuple[Channel, int], Job] = {}
         self._chores: deque[tuple[int, Reconfigure]] = deque()
@@ -213,7 +217,7 @@ class Replica:
             job.request = build_http_request(call.head, call.payload)
             return (job.request,), {}
         try:
-            args, kwargs = loads(call.payload)
+            args, kwargs = self.loads(call.payload)
         except Exception as error:
             raise NotSerializable(
                 f"the argument cannot be rebuilt in the replica ({type(error).__name__}: {error}); "

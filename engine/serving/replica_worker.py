@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextvars
 import inspect
-import pickle
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..calling.connectors import register_connector
 from ..seam.control_messages import Drained, StartFailed
-from ..seam.serialization import pack_exception
+from ..seam.serialization import loads_during_imports, pack_exception
 from ..seam.worker import WorkerHost
+from ..seam.workplace import Surrounding, enter_engine
 from .context import ReplicaContext, enter_replica
 from .replica_spec import ReplicaSpec
 from .user_callable import UserCallable, runs_on_loop
@@ -29,10 +29,12 @@ _Definition: TypeAlias = tuple[Any, tuple[Any, ...], dict[str, Any]]
 def main(host: WorkerHost, payload: bytes) -> None:
     """Run one replica (`engine.seam.worker.WorkerSpec.entry`)."""
     try:
-        spec: ReplicaSpec = pickle.loads(payload)
+        spec: ReplicaSpec = loads_during_imports(payload)
         if not spec.shares_process:
+            # Before the first import of the user's: it may create the engine that runs this replica.
+            enter_engine(Surrounding(spec.engine_id, spec.adapter_name, spec.control_address))
             register_connector(spec.engine_id, host.connector())
-        definition = pickle.loads(spec.definition)
+        definition = loads_during_imports(spec.definition)
         on_loop = runs_on_loop(definition[0])
         context = ReplicaContext(
             spec.engine_id, spec.backend_tag, spec.replica_tag, spec.adapter_name, spec.control_address, on_loop
@@ -41,6 +43,8 @@ def main(host: WorkerHost, payload: bytes) -> None:
         construct = _construct_on_loop if on_loop else _construct
         replica, variables = construct(spec, definition, host.tell)
         del definition  # what is in it belongs to the user's object, whose end must be its end
+        if spec.shares_process:
+            replica.loads = loads_during_imports
     except (Exception, SystemExit, KeyboardInterrupt) as error:
         host.tell(StartFailed(pack_exception(error)))
         return

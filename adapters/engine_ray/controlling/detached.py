@@ -23,6 +23,7 @@ from engine.errors import EngineClosed, EngineError, InvalidArgument, RetryLater
 from engine.seam.adapter import AdapterEvents
 from engine.seam.detached import RemoteController, StateStore
 from engine.seam.worker import WorkerSpec
+from engine.seam.workplace import enter_worker
 
 from ..calling.addresses import symbolic
 from ..calling.courier import end_courier
@@ -148,6 +149,7 @@ class ControllerActor:
     def __init__(self, engine_id: str, http: bytes, runtime_env: dict[str, Any], surroundings: tuple[Any, ...]) -> None:
         import ray
 
+        enter_worker()
         adapter = DetachedAdapter(engine_id, runtime_env, Surroundings(*surroundings))
         self._engine_id = engine_id
         self._controller = DetachedController(engine_id, adapter, pickle.loads(http))

@@ -16,6 +16,7 @@ from typing import Any
 
 from engine.seam.control_messages import LogLine, StartFailed
 from engine.seam.serialization import pack_exception
+from engine.seam.workplace import enter_worker
 from engine_wire.logs import LogToEngine
 
 from ..link.surroundings import extend_path
@@ -44,6 +45,7 @@ class RayWorker:
 
 
 def _live(order: Order) -> None:
+    enter_worker()
     host = RayHost(order)
     _tell_exits(host)
     host.start()
