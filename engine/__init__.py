@@ -8,7 +8,7 @@
 42
 
 Names are imported when they are first used: a worker that only runs a function need not load all that an application
-needs.
+needs. ``engine.__version__`` is that of the installed distribution, ``engineroom``.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
+
     from . import errors
     from .calling.handle import AsyncHandle, Handle
     from .calling.ref import Ref
@@ -58,6 +60,14 @@ def __getattr__(name: str) -> Any:
 
     if name == "errors":
         return import_module("engine.errors")
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            globals()[name] = version("engineroom")
+        except PackageNotFoundError:  # a copy of the sources that nobody installed
+            globals()[name] = "0+unknown"
+        return globals()[name]
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(f"engine.{_HOMES[name]}"), name)
@@ -65,4 +75,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, "__version__"})

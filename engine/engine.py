@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 from .calling.client import Client
 from .calling.connectors import register_connector, unregister_connector
 from .calling.handle import AsyncHandle, Handle, make_handle
+from .calling.ref import Ref
 from .calling.ref import get as get_results
 from .calling.ref import wait as wait_for
 from .calling.traffic import validate_proportion, validate_weights
@@ -461,6 +462,13 @@ class Engine:
         handle = make_handle(self._id, self._adapter.name, self._adapter.control_address, name, sync=sync)
         return handle.bound_to(self._client)
 
+    @overload
+    def get(self, ref: Ref[T], timeout: float | None = None) -> T: ...
+    @overload
+    def get(self, ref: Sequence[Ref[T]], timeout: float | None = None) -> list[T]: ...
+    @overload
+    def get(self, ref: Any, timeout: float | None = None) -> Any: ...
+
     def get(self, ref: Any, timeout: float | None = None) -> Any:
         """The result of a ref, or the list of the results of several.
 
@@ -474,9 +482,7 @@ class Engine:
         """
         return get_results(ref, timeout, self._refs())
 
-    def wait(
-        self, refs: Sequence[Any], num_returns: int = 1, timeout: float | None = None
-    ) -> tuple[list[Any], list[Any]]:
+    def wait(self, refs: Sequence[T], num_returns: int = 1, timeout: float | None = None) -> tuple[list[T], list[T]]:
         """Wait until some refs have settled: ``(ready, not_ready)``, at most ``num_returns`` of them in ``ready``."""
         return wait_for(refs, num_returns, timeout, self._refs())
 

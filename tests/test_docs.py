@@ -68,6 +68,7 @@ PRINTED: dict[tuple[str, str], list[list[str]]] = {
     ("docs/engine.md", "The life of a backend's object"): [["['time']"]],
     ("docs/errors.md", "Errors"): [["refill: buy some"]],
     ("docs/handles.md", "Handles"): [["2", "[0, 2, 4, 6]", "12", "0 2", "2", "4", "[0, 2, 4]"]],
+    ("docs/handles.md", "Types"): [["5", "6"]],
     ("docs/ray.md", "In a program"): [["2", "4 4", "5", "8 8", "[0, 2, 4]"]],
     ("docs/ray.md", "Detached engines"): [["hello Ada"]],
     ("docs/requests.md", "Methods by name"): [

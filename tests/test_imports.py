@@ -17,7 +17,10 @@ PACKAGES = {
     **{path.name: path for path in sorted((ROOT / "adapters").iterdir()) if (path / "__init__.py").exists()},
 }
 FLOORS = {
-    "engine": ("errors", "config", "seam", "request", "calling", "http", "serving", "control", "engine", "testing"),
+    "engine": (
+        *("errors", "config", "seam", "request", "calling", "http", "serving", "control", "engine", "testing"),
+        "__main__",
+    ),
     "engine_ray": ("link", "calling", "working", "controlling", "adapter"),
 }
 """The rooms of a package, and what stands beside them, from the ground up: each imports only what stands before it."""

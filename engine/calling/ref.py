@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic
 
 from ..config import LONGEST_S
 from ..errors import CallError, DeadlineExceeded, InvalidArgument, WouldBlock
@@ -18,13 +18,21 @@ from .slot import Slot
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
+    from typing_extensions import TypeVar
+
     from ..seam.connector import PlatformRefs
+
+    T_co = TypeVar("T_co", covariant=True, default=Any)
+else:
+    from typing import TypeVar
+
+    T_co = TypeVar("T_co", covariant=True)
 
 __all__ = ["Ref", "get", "wait"]
 
 
-class Ref(Slot):
-    """The result of a call that may still run.
+class Ref(Slot, Generic[T_co]):
+    """The result of a call that may still run; ``Ref[int]`` says what it is to type checkers.
 
     ``await ref``, ``ref.result(timeout)``, ``ref.future()`` and `Engine.get` give the result or raise what the call
     raised; passed to another ``remote()`` it is replaced by its result before the callee sees it. Any thread or loop
@@ -58,7 +66,7 @@ class Ref(Slot):
         """Whether the result is there."""
         return self._callbacks is None
 
-    def result(self, timeout: float | None = None) -> Any:
+    def result(self, timeout: float | None = None) -> T_co:
         """Wait for the result.
 
         Args:
@@ -84,11 +92,11 @@ class Ref(Slot):
                 "waiting for this ref would block the event loop that its answer comes to, for ever: await it instead"
             )
 
-    def future(self) -> Future[Any]:
+    def future(self) -> Future[T_co]:
         """A `concurrent.futures.Future` of the same result."""
         from concurrent.futures import Future
 
-        future: Future[Any] = Future()
+        future: Future[T_co] = Future()
         future.set_running_or_notify_cancel()
 
         def copy(ref: Ref) -> None:
@@ -114,7 +122,7 @@ class Ref(Slot):
                 return
         callback(self)
 
-    def __await__(self) -> Generator[Any, Any, Any]:
+    def __await__(self) -> Generator[Any, Any, T_co]:
         if not self.done():
             yield from settled(self.add_done_callback).__await__()
         return self._open()
@@ -165,7 +173,7 @@ class Ref(Slot):
 
                 logging.getLogger("engine.ref").exception("a callback of %r failed", self)
 
-    def _open(self) -> Any:
+    def _open(self) -> T_co:
         if self._error is not None:
             raise self._error
         if not self._opened:
@@ -177,7 +185,7 @@ class Ref(Slot):
             finally:
                 self._message = None
             self._opened = True
-        return self._value
+        return self._value  # type: ignore[no-any-return]
 
 
 def get(refs: Any, timeout: float | None = None, platform: PlatformRefs | None = None) -> Any:

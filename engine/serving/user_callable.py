@@ -5,18 +5,20 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import MethodNotFound
 
 __all__ = ["LIFECYCLE", "Method", "UserCallable", "accept_batch", "accepts_batches", "runs_on_loop"]
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 _MARK = "_engine_accept_batch"
 LIFECYCLE = frozenset({"close", "reconfigure"})
 """Methods that the engine calls, and no client can."""
 
 
-def accept_batch(function: Any) -> Any:
+def accept_batch(function: F) -> F:
     """Mark a function or method as taking a list of requests and returning an equally long list of results.
 
     How many calls at most come together, and how long the first of them waits for the others, are
