@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from engine.errors import BackendStartError
 from engine.seam.control_messages import StartFailed
-from engine.seam.serialization import pack_exception
+from engine.seam.serialization import pack_exception_briefly
 from engine_wire import ChildHost
 from engine_wire.logs import LogToEngine
 
@@ -128,7 +128,7 @@ def _fail(host: ChildHost, error: BaseException) -> int:
             wrapped = BackendStartError(f"starting it raised {type(error).__name__}: {error}")
             wrapped.__cause__ = error
             error = wrapped
-        host.tell(StartFailed(pack_exception(error)))
+        host.tell(StartFailed(pack_exception_briefly(error)))
     elif not isinstance(error, SystemExit):
         _log.error("the worker ends because of an error", exc_info=error)
     return code

@@ -6,10 +6,13 @@ import logging
 import sys
 
 from engine.seam.control_messages import LogLine
+from engine.seam.error_text import shortened
 
 from .worker_host import WireWorkerHost
 
 __all__ = ["LogToEngine"]
+
+_LONGEST_LINE = 1 << 20
 
 
 class LogToEngine(logging.Handler):
@@ -22,7 +25,7 @@ class LogToEngine(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """See `logging.Handler.emit`."""
         try:
-            text = self.format(record)
+            text = shortened(self.format(record), _LONGEST_LINE)
             if self._host.is_copy:
                 sys.stderr.write(f"{record.name}: {text}\n")
             else:

@@ -24,6 +24,7 @@ MAX_FRAME_BYTES = 1 << 30
 
 _GREETING, _CALL, _REPLY, _FAILURE, _ITEM, _END, _CANCEL, _CREDIT, _CONTROL = range(9)
 _NO_DEADLINE = -1.0
+_LONGEST_NAME = 0xFFFF
 
 _new = tuple.__new__  # a named tuple's own constructor is several times slower
 _header = struct.Struct("<IBQ")
@@ -66,6 +67,8 @@ def encode(message: Message) -> bytes:
         size = 17 + len(name) + len(tag) + len(head) + len(payload)
         if size > MAX_FRAME_BYTES:
             raise _too_large(size)
+        if len(name) > _LONGEST_NAME or len(tag) > _LONGEST_NAME:
+            raise InvalidArgument(f"the method's name or the request id has more than {_LONGEST_NAME} bytes")
         left = _NO_DEADLINE if deadline is None else max(0.0, deadline - time.monotonic())
         prefix = _call_head.pack(size, _CALL, call_id, kind, left, len(name), len(tag), len(head))
         return b"".join((prefix, name, tag, head, payload))
@@ -75,10 +78,12 @@ def encode(message: Message) -> bytes:
 def _encode_other(message: Message) -> bytes:
     if isinstance(message, Failure):
         size = _failure_fields.size + len(message.head) + len(message.payload)
+        _check_size(size)
         prefix = _failure_head.pack(size, _FAILURE, message.id, message.load, message.kind, len(message.head))
         frame = b"".join((prefix, message.head, message.payload))
     elif isinstance(message, Item):
         size = _amount.size + len(message.head) + len(message.payload)
+        _check_size(size)
         frame = b"".join((_item_head.pack(size, _ITEM, message.id, len(message.head)), message.head, message.payload))
     elif isinstance(message, End):
         frame = _end_head.pack(_end_fields.size, _END, message.id, message.load, message.failed)
@@ -88,12 +93,16 @@ def _encode_other(message: Message) -> bytes:
         frame = _header.pack(_amount.size, _CREDIT, message.id) + _amount.pack(message.amount)
     elif isinstance(message, Control):
         body = pickle.dumps(message.body, 5)
+        _check_size(len(body))
         frame = _header.pack(len(body), _CONTROL, 0) + body
     else:
         raise TypeError(f"not a message: {message!r}")
-    if len(frame) > MAX_FRAME_BYTES:
-        raise _too_large(len(frame))
     return frame
+
+
+def _check_size(size: int) -> None:
+    if size > MAX_FRAME_BYTES:
+        raise _too_large(size)
 
 
 def _too_large(size: int) -> InvalidArgument:

@@ -21,9 +21,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BackendError, DeadlineExceeded, EngineError
+from ..seam.error_text import summary_of
 from ..seam.may_block import running_asyncio_loop
 from ..seam.messages import Call, End, Failure, Item, Reply
-from ..seam.serialization import loads, unpack_exception
+from ..seam.serialization import loads, loads_leniently, unpack_exception
 from .slot import Slot, Submitter
 
 if TYPE_CHECKING:
@@ -41,14 +42,24 @@ def open_answer(message: Reply | Failure | Item | End) -> Any:
     if type(message) is Reply:
         try:
             return loads(message.payload)
-        except Exception as error:
-            raise BackendError(
-                f"the result cannot be rebuilt in this process ({type(error).__name__}: {error}); "
-                "its type must be importable here"
-            ) from error
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # SystemExit, say, of what it is made of
+            return _open_leniently(message.payload, error)
     if isinstance(message, Failure):
         raise unpack_exception(message.payload)
     raise BackendError("the backend answered with a stream; call it over HTTP, or return the whole result")
+
+
+def _open_leniently(payload: bytes, failure: BaseException) -> Any:
+    try:
+        return loads_leniently(payload)
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
+        raise BackendError(
+            f"the result cannot be rebuilt in this process ({summary_of(failure)}); its type must be importable here"
+        ) from failure
 
 
 def deadline_error(endpoint: str, timeout_s: float) -> DeadlineExceeded:

@@ -202,8 +202,8 @@ class Workers:
         self._tokens += 1
         token = self._tokens
         reply = worker.replies[token] = asyncio.get_running_loop().create_future()
-        self._adapter.tell(worker.spec.worker_id, Reconfigure(token, config, user_config_changed))
         try:
+            self._adapter.tell(worker.spec.worker_id, Reconfigure(token, config, user_config_changed))
             answer = await asyncio.wait_for(reply, timeout_s)
         except (asyncio.TimeoutError, TimeoutError):
             return False

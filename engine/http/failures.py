@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import sys
-import traceback
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import (
+    BackendError,
     DeadlineExceeded,
     EndpointNotFound,
     EngineClosed,
+    EngineError,
     MethodNotFound,
     NoReplica,
     Overloaded,
     ReplicaDied,
     RetryLater,
 )
+from ..seam.error_text import traceback_of
 from ..seam.jsonable import to_json
 from .heads import JSON, TEXT, encode_head
 
-__all__ = ["failure_head", "is_http_exception"]
+__all__ = ["Told", "failure_head", "tell_failure"]
 
 _RETRY_AFTER_S = b"1"
 
@@ -37,29 +39,50 @@ _FAILURES: tuple[tuple[type[BaseException], int, str], ...] = (
 )
 
 
-def failure_head(error: BaseException, *, debug: bool = False) -> tuple[bytes, bytes]:
-    """Say to an HTTP client what went wrong, without telling it about the inside.
+class Told(NamedTuple):
+    """What an HTTP client is told of a failure.
+
+    Attributes:
+        head: See `engine.http.heads`.
+        body: The body.
+        untold: What went wrong with the backend and the client is not told, so that the log must say it; or None.
+    """
+
+    head: bytes
+    body: bytes
+    untold: BaseException | None
+
+
+def tell_failure(error: BaseException, *, debug: bool = False) -> Told:
+    """Say to an HTTP client what went wrong, without telling it about the inside. Never raises, whatever the error is.
 
     Args:
         error: An `engine.errors.EngineError`, a starlette or FastAPI ``HTTPException``, or whatever user code raised.
         debug: Put the traceback into the body where it would be "Internal Server Error".
-
-    Returns:
-        Head and body.
     """
-    if isinstance(error, Exception):
-        if is_http_exception(error):
-            return _http_exception(error)
-        for kind, status, sentence in _FAILURES:
-            if isinstance(error, kind):
-                later = ((b"retry-after", _RETRY_AFTER_S),) if status == 503 and kind is not EngineClosed else ()
-                return _text(status, sentence, later)
-        forms = sys.modules.get("starlette.formparsers")
-        if forms is not None and isinstance(error, forms.MultiPartException):
-            return _text(400, str(error.message))
-    if debug:
-        return _text(500, "".join(traceback.format_exception(type(error), error, error.__traceback__)))
-    return _text(500, "Internal Server Error")
+    try:
+        if _is_http_exception(error):
+            return Told(*_http_exception(error), None)
+        untold = None if isinstance(error, EngineError) and not isinstance(error, BackendError) else error
+        return Told(*_other(error, debug=debug), untold)
+    except BaseException as worse:  # a detail that has no form in JSON, a header that HTTP cannot carry, or anything
+        return Told(*_text(500, traceback_of(worse) if debug else "Internal Server Error"), worse)
+
+
+def failure_head(error: BaseException, *, debug: bool = False) -> tuple[bytes, bytes]:
+    """Head and body of `tell_failure`."""
+    return tell_failure(error, debug=debug)[:2]
+
+
+def _other(error: BaseException, *, debug: bool) -> tuple[bytes, bytes]:
+    for kind, status, sentence in _FAILURES:
+        if isinstance(error, kind):
+            later = ((b"retry-after", _RETRY_AFTER_S),) if status == 503 and kind is not EngineClosed else ()
+            return _text(status, sentence, later)
+    forms = sys.modules.get("starlette.formparsers")
+    if forms is not None and isinstance(error, forms.MultiPartException):
+        return _text(400, str(error.message))
+    return _text(500, traceback_of(error) if debug else "Internal Server Error")
 
 
 def _text(status: int, sentence: str, headers: Iterable[tuple[bytes, bytes]] = ()) -> tuple[bytes, bytes]:
@@ -72,24 +95,29 @@ def _whole(status: int, content_type: str, body: bytes, headers: Iterable[tuple[
     return encode_head(status, [*own, *headers])
 
 
-def is_http_exception(error: BaseException, library: str = "starlette") -> bool:
+def _is_http_exception(error: BaseException, library: str = "starlette") -> bool:
     """Whether this is an ``HTTPException`` of Starlette (FastAPI's are, too), without importing it."""
     module = sys.modules.get(f"{library}.exceptions")
     return module is not None and isinstance(error, module.HTTPException)
 
 
 def _http_exception(error: Any) -> tuple[bytes, bytes]:
-    status = int(error.status_code)
-    given = [
-        (str(name).lower().encode("latin-1"), str(value).encode("latin-1"))
-        for name, value in (error.headers or {}).items()
-    ]
-    if status < 200 or status in (204, 205, 304):
+    status = error.status_code
+    given = [(_latin(name).lower(), _latin(value)) for name, value in (error.headers or {}).items()]
+    if status in (204, 205, 304):
         return encode_head(status, given), b""
     # FastAPI answers in JSON, and Starlette's plain text can carry a string only
-    in_json = is_http_exception(error, "fastapi") or not isinstance(error.detail, str)
+    in_json = _is_http_exception(error, "fastapi") or not isinstance(error.detail, str)
     body = to_json({"detail": error.detail}) if in_json else error.detail.encode("utf-8", "replace")
     content_type = next((value for name, value in given if name == b"content-type"), None)
     rest = [(name, value) for name, value in given if name not in (b"content-type", b"content-length")]
     chosen = content_type.decode("latin-1") if content_type is not None else (JSON if in_json else TEXT)
     return _whole(status, chosen, body, rest), body
+
+
+def _latin(given: object) -> bytes:
+    text = str(given)
+    try:
+        return text.encode("latin-1")
+    except UnicodeEncodeError:
+        raise ValueError(f"the headers of an HTTPException hold {text!r}, which no HTTP header can carry") from None

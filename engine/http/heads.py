@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import operator
+import re
 from collections.abc import Iterable
 from typing import TypeAlias
 
@@ -34,10 +36,38 @@ _decoded: dict[bytes, tuple[int, Headers]] = {}
 _templates: dict[str, str] = {}
 
 
+_NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
+
+
 def encode_head(status: int, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-    """Write status and headers for the way through a channel."""
-    pairs = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers]
-    return json.dumps([status, pairs], separators=(",", ":")).encode("ascii")
+    """Write status and headers for the way through a channel.
+
+    Raises:
+        ValueError: HTTP cannot carry them; the message says which, and why.
+    """
+    pairs: list[tuple[str, str]] = []
+    for name, value in headers:
+        if not (
+            isinstance(name, bytes) and isinstance(value, bytes) and _NAME.fullmatch(name) and _VALUE.fullmatch(value)
+        ):
+            raise ValueError(
+                f"HTTP cannot carry the header {name!r} with the value {value!r}: both must be bytes, the name made of "
+                "letters, digits and hyphens, the value of one line"
+            )
+        pairs.append((name.decode("latin-1"), value.decode("latin-1")))
+    return json.dumps([_checked_status(status), pairs], separators=(",", ":")).encode("ascii")
+
+
+def _checked_status(status: int) -> int:
+    try:
+        number = operator.index(status)
+    except TypeError:
+        number = 0
+    # a status below 200 announces an answer rather than being one: the client would wait for it for ever
+    if not 200 <= number <= 999:
+        raise ValueError(f"the status of an answer must be a number from 200 to 999, not {status!r}")
+    return number
 
 
 def decode_head(data: bytes) -> tuple[int, Headers]:

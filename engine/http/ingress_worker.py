@@ -19,7 +19,7 @@ from ..config import HTTPOptions
 from ..seam.control_messages import Drain, Drained, Ping, Pong, Ready, StartFailed, Subscribe
 from ..seam.event_loop import close_event_loop, new_event_loop
 from ..seam.ingress_server import load_server
-from ..seam.serialization import pack_exception
+from ..seam.serialization import pack_exception_briefly
 from ..seam.workplace import Surrounding, enter_engine, is_worker
 from .guard import wrap_middlewares
 from .ingress import Ingress
@@ -73,7 +73,7 @@ def main(host: WorkerHost, payload: bytes) -> None:
         if worker is not None and worker.started:
             log.exception("an ingress worker failed")
             raise
-        host.tell(StartFailed(pack_exception(error)))
+        host.tell(StartFailed(pack_exception_briefly(error)))
         return
     finally:
         close_event_loop(loop)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Generator, Iterator
 from typing import Any, TypeAlias
 
 from ..seam.jsonable import to_json
@@ -119,7 +119,9 @@ class Streamed:
     async def _of_response(self, scope: dict[str, Any]) -> AsyncGenerator[Part, None]:
         response = self._source
         handover = _Handover()
-        task = asyncio.ensure_future(response(scope, handover.receive, handover.send))
+        if isinstance(getattr(response, "body_iterator", None), AsyncIterable):
+            response.body_iterator = _Contained(response.body_iterator)
+        task = asyncio.ensure_future(_contained(response, scope, handover))
         head = b""
         over = False
         try:
@@ -184,6 +186,37 @@ class _Handover:
     def taken(self) -> None:
         if self._taken is not None and not self._taken.done():
             self._taken.set_result(None)
+
+
+# In a task either would end the whole event loop. A response is run in one, and may iterate in others.
+_ENDS_A_LOOP = (SystemExit, KeyboardInterrupt)
+
+
+async def _contained(response: Any, scope: dict[str, Any], handover: _Handover) -> None:
+    try:
+        await response(scope, handover.receive, handover.send)
+    except _ENDS_A_LOOP as error:
+        raise RuntimeError(f"{type(response).__qualname__} raised {type(error).__name__}") from error
+
+
+class _Contained:
+    """The iterator of a response, whose errors end no event loop."""
+
+    def __init__(self, source: AsyncIterable[Any]) -> None:
+        self._source = source.__aiter__()
+
+    def __aiter__(self) -> _Contained:
+        return self
+
+    async def __anext__(self) -> Any:
+        try:
+            return await self._source.__anext__()
+        except _ENDS_A_LOOP as error:
+            raise RuntimeError(f"the iterator of a response raised {type(error).__name__}") from error
+
+    async def aclose(self) -> None:
+        if hasattr(self._source, "aclose"):
+            await self._source.aclose()
 
 
 def _part(item: Any, *, first: bool) -> Part:

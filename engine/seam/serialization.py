@@ -12,11 +12,12 @@ import importlib
 import io
 import pickle
 import sys
-import traceback
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple
 
 from ..errors import EngineError, NotSerializable, RemoteError, RemoteTraceback
+from .error_text import message_of, shortened, summary_of, traceback_of, type_name_of
 
 __all__ = [
     "dumps",
@@ -25,21 +26,28 @@ __all__ = [
     "explain_unpicklable",
     "loads",
     "loads_during_imports",
+    "loads_leniently",
     "pack_exception",
+    "pack_exception_briefly",
     "refuse",
+    "shorten_packed_exception",
     "unpack_exception",
 ]
 
 loads = pickle.loads
 
 
+def _find(module: str, name: str, usually: Callable[[str, str], Any]) -> Any:
+    if not getattr(getattr(sys.modules.get(module), "__spec__", None), "_initializing", False):
+        return usually(module, name)
+    from .by_value import find_global
+
+    return find_global(module, name)
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if not getattr(getattr(sys.modules.get(module), "__spec__", None), "_initializing", False):
-            return super().find_class(module, name)
-        from .by_value import find_global
-
-        return find_global(module, name)
+        return _find(module, name, super().find_class)
 
 
 def loads_during_imports(data: bytes) -> Any:
@@ -55,6 +63,9 @@ def loads_during_imports(data: bytes) -> Any:
 # thread that imports one waits for what is pickled: it may use an engine there.
 _imports: Mapping[str, Any] = getattr(importlib._bootstrap, "_module_locks", {})
 _SIMPLE = (int, str, bytes, float, bool, type(None))
+_BRIEF_BYTES = 1 << 20
+_BRIEF_MESSAGE = 2000
+_BRIEF_TRACEBACK = 20_000
 _MAX_EXPLAINED_DEPTH = 6
 
 
@@ -138,10 +149,7 @@ def dumps_arguments(args: tuple[Any, ...], kwargs: dict[str, Any], what: str) ->
 
 def explain_unpicklable(value: Any, failure: BaseException) -> str:
     """Say which attribute, item or closure variable makes a value unpicklable."""
-    try:
-        reason = f"{type(failure).__name__}: {failure}"
-    except Exception:
-        reason = type(failure).__name__
+    reason = summary_of(failure)
     try:
         path, culprit = _find_culprit(value, "", 0, set())
     except Exception:  # it cannot even be looked at
@@ -216,13 +224,25 @@ def pack_exception(error: BaseException) -> bytes:
     The type's name, the message and the formatted traceback travel apart from the exception itself, which may refuse
     to be pickled here or to be rebuilt there.
     """
-    text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-    name = f"{type(error).__module__}.{type(error).__qualname__}".removeprefix("builtins.")
-    try:
-        message = str(error)
-    except Exception:
-        message = "(its __str__ raised)"
-    return pickle.dumps((name, message, text, _pack_itself(error)), 5)
+    return pickle.dumps((type_name_of(error), message_of(error), traceback_of(error), _pack_itself(error)), 5)
+
+
+def pack_exception_briefly(error: BaseException) -> bytes:
+    """As `pack_exception`, but for what must not be large: beyond a megabyte it is the shortened text alone."""
+    packed = pack_exception(error)
+    return packed if len(packed) <= _BRIEF_BYTES else shorten_packed_exception(packed)
+
+
+def shorten_packed_exception(packed: bytes) -> bytes:
+    """Keep of a packed exception what can always be sent: its type's name, and the ends of its texts."""
+    name, message, text, _ = pickle.loads(packed)
+    size = f" (shortened: with all it carries it has {len(packed)} bytes)"
+    brief = (
+        shortened(name, _BRIEF_MESSAGE),
+        shortened(message, _BRIEF_MESSAGE) + size,
+        shortened(text, _BRIEF_TRACEBACK),
+    )
+    return pickle.dumps((*brief, b""), 5)
 
 
 class _Bare(NamedTuple):
@@ -234,26 +254,67 @@ class _Bare(NamedTuple):
 
 
 def _pack_itself(error: BaseException) -> bytes:
-    try:
-        inner = dumps(error, "the exception")
-        # A constructor that takes other arguments than it passes on lets it be pickled but not be rebuilt.
-        loads_during_imports(inner)
-    except Exception:
+    # A constructor that takes other arguments than it passes on lets an exception be pickled, but be rebuilt as
+    # something else or not at all. So both ways are tried.
+    rebuildable = b""
+    for its_parts in (lambda: error, lambda: _Bare(type(error), error.args, dict(vars(error)))):
         try:
-            return dumps(_Bare(type(error), error.args, dict(vars(error))), "the exception")
-        except EngineError:
-            return b""
-    return inner
+            packed = dumps(its_parts(), "the exception")
+            rebuilt = _rebuild(packed)
+        except BaseException:  # its methods may raise anything at all
+            continue
+        if rebuilt is not None:
+            its_own_choice = not issubclass(type(rebuilt), BaseException)
+            if its_own_choice or message_of(rebuilt) == message_of(error):
+                return packed
+            rebuildable = rebuildable or packed
+    return rebuildable
+
+
+def loads_leniently(data: bytes) -> Any:
+    """Unpickle what `loads` could not because of exceptions in it whose constructors take other arguments.
+
+    Such an exception is rebuilt from its arguments and attributes, without its constructor.
+
+    Raises:
+        Exception: It cannot be rebuilt this way either.
+    """
+    return _LenientUnpickler(io.BytesIO(data)).load()
+
+
+class _LenientUnpickler(pickle._Unpickler):  # the one in Python, whose steps can be replaced
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
+    stack: list[Any]
+
+    def find_class(self, module: str, name: str) -> Any:
+        return _find(module, name, super().find_class)
+
+    def load_reduce(self) -> None:
+        args = self.stack.pop()
+        make = self.stack[-1]
+        try:
+            self.stack[-1] = make(*args)
+        except Exception:
+            if not (isinstance(make, type) and issubclass(make, BaseException)):
+                raise
+            self.stack[-1] = make.__new__(make, *args)
+
+    dispatch[pickle.REDUCE[0]] = load_reduce
 
 
 def _rebuild(inner: bytes) -> Any:
     try:
-        rebuilt = loads_during_imports(inner)
+        try:
+            rebuilt = loads_during_imports(inner)
+        except Exception:
+            rebuilt = loads_leniently(inner)
         if isinstance(rebuilt, _Bare):
             kind, args, attributes = rebuilt
             rebuilt = kind.__new__(kind, *args)
             rebuilt.__dict__.update(attributes)
-    except Exception:
+    except BaseException as failure:  # SystemExit, say: what its methods raise here is not the caller's doing
+        if isinstance(failure, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+            raise  # of whoever sits before the application
         return None
     return rebuilt
 
@@ -269,6 +330,11 @@ def unpack_exception(data: bytes) -> Exception:
     rebuilt = _rebuild(inner) if inner else None
     # What is not an `Exception` means something to Python itself (SystemExit, KeyboardInterrupt, CancelledError):
     # raised here it would stop the caller, who did nothing of the kind.
-    error = rebuilt if isinstance(rebuilt, Exception) else RemoteError(name, message, text)
-    error.__cause__ = RemoteTraceback(text)
-    return error
+    error: Any = rebuilt if issubclass(type(rebuilt), Exception) else RemoteError(name, message, text)
+    try:
+        # not by its own way of setting attributes, which a frozen dataclass does not have
+        BaseException.__setattr__(error, "__cause__", RemoteTraceback(text))
+    except Exception:  # it has a `__cause__` of its own
+        error = RemoteError(name, message, text)
+        error.__cause__ = RemoteTraceback(text)
+    return error  # type: ignore[no-any-return]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import BackendConfig
 from ..seam.control_messages import Reconfigure, Reconfigured
-from ..seam.serialization import pack_exception
+from ..seam.serialization import pack_exception_briefly
 from ..seam.service import ServiceLoop
 from .replica import FAREWELL_S, Job, Replica, awaited
 from .user_callable import Method
@@ -149,7 +149,7 @@ class BlockingReplica(Replica):
             self._run_user_code(self._user.reconfigure, config.user_config)
             self._take(number, config)
         except BaseException as failure:
-            error = pack_exception(failure)
+            error = pack_exception_briefly(failure)
         self._tell(Reconfigured(chore.token, error))
 
     def _run_user_code(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

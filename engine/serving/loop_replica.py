@@ -11,7 +11,7 @@ from ..config import BackendConfig
 from ..seam.control_messages import Reconfigure, Reconfigured
 from ..seam.may_block import mark_loop_thread, unmark_loop_thread
 from ..seam.messages import End, Failure, Reply
-from ..seam.serialization import pack_exception
+from ..seam.serialization import pack_exception_briefly
 from ..seam.service import ServiceLoop
 from .farewell import begin_close, finish_close
 from .replica import FAREWELL_S, Job, Replica
@@ -174,7 +174,7 @@ class LoopReplica(Replica):
                 await outcome
             self._take(number, config)
         except BaseException as failure:
-            error = pack_exception(failure)
+            error = pack_exception_briefly(failure)
         self._tell(Reconfigured(chore.token, error))
 
     def _outside(self, step: Awaitable[Any]) -> Awaitable[Any]:

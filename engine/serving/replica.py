@@ -1,7 +1,8 @@
 """A replica: one running copy of a backend, and the one door through which calls enter it.
 
 It owns the slots (at most ``limit`` calls held, queued and running), arguments and answers, deadlines and cancellation.
-Every call gets exactly one terminal answer, given up or not, so that callers can count.
+Every call gets exactly one terminal answer, given up or not, so that callers can count. Whatever user code raises,
+`BaseException` and what cannot even be printed included, becomes such an answer: failing a call cannot fail.
 
 How calls are run is the subclass's affair: `blocking_replica` and `loop_replica`. `Replica.control` is
 called by the worker's control thread and only notes what is to be done; user code runs on one thread. Configurations
@@ -10,6 +11,7 @@ are taken one at a time, in the order in which they came.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import pickle
 import threading
@@ -30,9 +32,10 @@ from ..errors import (
 from ..request import ServeRequest
 from ..seam.channel import Channel, ChannelClosed
 from ..seam.control_messages import Drain, Ping, Pong, Reconfigure, Reconfigured
+from ..seam.error_text import message_of, summary_of, traceback_of
 from ..seam.http_request import RequestEnvelope, build_http_request
 from ..seam.messages import HTTP, INITIAL_CREDIT, Call, Cancel, Credit, End, Failure, FailureKind, Item, Message, Reply
-from ..seam.serialization import dumps, loads, pack_exception
+from ..seam.serialization import dumps, loads, loads_leniently, pack_exception, shorten_packed_exception
 from ..seam.service import ServiceLoop
 from .user_callable import Method, UserCallable
 
@@ -183,19 +186,23 @@ class Replica:
 
     def _accept(self, channel: Channel, call: Call) -> None:
         if self._drain_until is not None:
-            self._answer(channel, Failure(call.id, self._held, FailureKind.DRAINING, b"", b""))
+            self._refuse(channel, call, FailureKind.DRAINING)
         elif self._held >= self._limit:
-            self._answer(channel, Failure(call.id, self._held, FailureKind.REFUSED, b"", b""))
+            self._refuse(channel, call, FailureKind.REFUSED)
         else:
             self._held += 1
             job = Job(channel, call)
             self._jobs[channel, call.id] = job
             try:
                 job.method = self._user.method(call.method)
-            except Exception as error:
+            except BaseException as error:
                 self._fail(job, error)
                 return
             self._begin(job)
+
+    def _refuse(self, channel: Channel, call: Call, kind: int) -> None:
+        with contextlib.suppress(ChannelClosed):  # the caller is gone, and `lost` follows
+            channel.send(Failure(call.id, self._held, kind, b"", b""))
 
     def _begin(self, job: Job) -> None:
         raise NotImplementedError
@@ -216,13 +223,7 @@ class Replica:
         if call.kind == HTTP:
             job.request = build_http_request(call.head, call.payload)
             return (job.request,), {}
-        try:
-            args, kwargs = self.loads(call.payload)
-        except Exception as error:
-            raise NotSerializable(
-                f"the argument cannot be rebuilt in the replica ({type(error).__name__}: {error}); "
-                "its type must be importable there"
-            ) from error
+        args, kwargs = self._loaded_arguments(call.payload)
         for arg in args:
             if type(arg) is RequestEnvelope:
                 args = tuple(self._opened(job, arg) for arg in args)
@@ -236,6 +237,17 @@ class Replica:
             return (data,), {}
         http_method, headers = loads(call.head) if call.head else ("GET", ())
         return (ServeRequest(data, kwargs=kwargs, method=http_method, headers=headers),), {}
+
+    def _loaded_arguments(self, payload: bytes) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        try:
+            return self.loads(payload)  # type: ignore[no-any-return]
+        except BaseException as error:
+            with contextlib.suppress(Exception):
+                return loads_leniently(payload)  # type: ignore[no-any-return]
+            raise NotSerializable(
+                f"the argument cannot be rebuilt in the replica ({summary_of(error)}); "
+                "its type must be importable there"
+            ) from error
 
     @staticmethod
     def _opened(job: Job, arg: Any) -> Any:
@@ -256,7 +268,7 @@ class Replica:
                         f"{self._name(job)} accepts batches, so each call brings one argument, "
                         f"not {len(args)} and {len(kwargs)} by name"
                     )
-            except Exception as error:
+            except BaseException as error:
                 self._fail(job, error)
             else:
                 taken.append(job)
@@ -264,12 +276,15 @@ class Replica:
         return taken, items
 
     def _succeed(self, job: Job, result: Any) -> Coroutine[Any, Any, None] | None:
-        """Answer with a result; returns what is left to do on an event loop (a stream, a background task)."""
+        """Answer with a result; returns what is left to do on an event loop (a stream, a background task).
+
+        Neither this nor what it returns raises.
+        """
         call = job.call
         if call.kind != HTTP:
             try:
                 payload = dumps(result, self._result_name, ResultNotSerializable)
-            except EngineError as error:
+            except BaseException as error:
                 self._fail(job, error)
                 return None
             self._finish(job, Reply(call.id, 0, b"", payload))
@@ -278,7 +293,7 @@ class Replica:
 
         try:
             encoded = encode_result(result)
-        except Exception as error:
+        except BaseException as error:
             self._fail(job, error)
             return None
         if isinstance(encoded, Encoded):
@@ -289,33 +304,46 @@ class Replica:
     async def _background(self, task: Any, job: Job) -> None:
         try:
             await self._outside(task())
-        except Exception:
-            _logger.exception("the background task of %s failed", self._name(job))
+        except BaseException as error:
+            self._log(f"the background task of {self._name(job)} failed", job, error)
 
     async def _stream(self, job: Job, streamed: Any) -> None:
         call = job.call
         parts = streamed.parts(pickle.loads(call.head), on_loop=self.on_loop)
-        started = failed = False
+        started = False
+        failure: BaseException | None = None
         try:
-            while (part := await self._next_part(job, parts)) is not None:
-                head, chunk = part
-                await self._between_items(job)
-                if job.cancelled:
-                    break
-                job.credit -= 1
-                started = True
-                self._answer(job.channel, Item(call.id, head, chunk))
+            try:
+                while (part := await self._next_part(job, parts)) is not None:
+                    head, chunk = part
+                    await self._between_items(job)
+                    if job.cancelled:
+                        break
+                    job.credit -= 1
+                    self._send_item(job, Item(call.id, head, chunk))
+                    started = True
+            finally:
+                await self._outside(parts.aclose())
+        except BaseException as error:
+            failure = error
+        if failure is not None and not started:
+            self._fail(job, failure)
+        else:
+            if failure is not None and not job.cancelled:
+                self._log(f"{self._name(job)} failed in the middle of its stream", job, failure)
+            self._finish(job, End(call.id, 0, failure is not None or job.cancelled))
+        if streamed.background is not None:
+            await self._background(streamed.background, job)
+
+    def _send_item(self, job: Job, item: Item) -> None:
+        try:
+            job.channel.send(item)
+        except ChannelClosed:
+            pass  # the caller is gone, and `lost` follows
         except Exception as error:
-            failed = True
-            if not started:
-                self._fail(job, error)
-                return
-            _logger.exception("%s failed in the middle of its stream, request %s", self._name(job), call.request_id)
-        finally:
-            await self._outside(parts.aclose())
-            self._finish(job, End(call.id, 0, failed or job.cancelled))
-            if streamed.background is not None:
-                await self._background(streamed.background, job)
+            raise ResultNotSerializable(
+                f"a part of the stream of {self._name(job)} cannot be sent: {_reason(error)}"
+            ) from error
 
     def _outside(self, step: Awaitable[Any]) -> Awaitable[Any]:
         """A step of user code, to be awaited; other calls are refused and cancelled meanwhile."""
@@ -330,18 +358,27 @@ class Replica:
         raise NotImplementedError
 
     def _fail(self, job: Job, error: BaseException) -> None:
-        call = job.call
-        kind = FailureKind.ENGINE if isinstance(error, EngineError) else FailureKind.USER
-        if call.kind == HTTP:
-            from ..http.failures import failure_head, is_http_exception
+        """Answer a call with what went wrong, whatever that is."""
+        self._finish(job, self._failure(job, error))
 
-            backends_fault = kind == FailureKind.USER or isinstance(error, BackendError)
-            if backends_fault and not (job.cancelled or is_http_exception(error)):
-                _logger.error("%s failed, request %s", self._name(job), call.request_id, exc_info=error)
-            head, payload = failure_head(error, debug=self._debug)
-        else:
-            head, payload = b"", pack_exception(error)
-        self._finish(job, Failure(call.id, 0, kind, head, payload))
+    def _failure(self, job: Job, error: BaseException) -> Failure:
+        call = job.call
+        kind = FailureKind.ENGINE if issubclass(type(error), EngineError) else FailureKind.USER
+        if call.kind != HTTP:
+            return Failure(call.id, 0, kind, b"", pack_exception(error))
+        from ..http.failures import tell_failure
+
+        head, body, untold = tell_failure(error, debug=self._debug)
+        if untold is not None and not job.cancelled:
+            self._log(f"{self._name(job)} failed", job, untold)
+        return Failure(call.id, 0, kind, head, body)
+
+    def _log(self, what: str, job: Job, error: BaseException) -> None:
+        try:
+            _logger.error("%s, request %s", what, job.call.request_id, exc_info=error)
+        except BaseException:  # of the error itself, asked for its text, or of a handler of the application's
+            with contextlib.suppress(BaseException):
+                _logger.error("%s, request %s\n%s", what, job.call.request_id, traceback_of(error))
 
     def _drop(self, job: Job) -> None:
         """Answer a call that nobody waits for, or that came too late, without running it."""
@@ -352,37 +389,55 @@ class Replica:
         if self._jobs.pop((job.channel, job.call.id), None) is None:
             return
         self._held = load = self._held - 1
-        self._answer(job.channel, answer._replace(load=load) if load else answer)
-        if job.request is not None:
-            job.request.release()
-
-    def _answer(self, channel: Channel, message: Message) -> None:
         try:
-            channel.send(message)
+            job.channel.send(answer._replace(load=load) if load else answer)
         except ChannelClosed:
             pass  # the caller is gone, and `lost` follows
-        except EngineError as error:
-            if isinstance(message, Reply):
-                failure = ResultNotSerializable(f"the result of backend {self._tag!r} cannot be sent: {error}")
-                packed = pack_exception(failure)
-                self._answer(channel, Failure(message.id, message.load, FailureKind.ENGINE, b"", packed))
+        except Exception as error:
+            self._send_instead(job, answer, load, error)
+        if job.request is not None:
+            try:
+                job.request.release()
+            except BaseException as error:
+                self._log(f"the uploads of a request to {self._name(job)} could not be closed", job, error)
+
+    def _send_instead(self, job: Job, answer: Reply | Failure | End, load: int, why: Exception) -> None:
+        """Answer a call whose answer cannot be sent, because it is larger than a message may be."""
+        if isinstance(answer, Failure) and not answer.head:
+            failure = answer._replace(payload=shorten_packed_exception(answer.payload))
+        else:
+            what = f"the failure of {self._name(job)}" if isinstance(answer, Failure) else self._result_name
+            failure = self._failure(job, ResultNotSerializable(f"{what} cannot be sent: {_reason(why)}"))
+        with contextlib.suppress(ChannelClosed):
+            job.channel.send(failure._replace(load=load))
 
     def _name(self, job: Job) -> str:
         return f"backend {self._tag!r}" if job.call.method == "__call__" else f"{self._tag!r}.{job.call.method}"
 
     def _spread(self, jobs: list[Job], results: Any) -> list[tuple[Job, Coroutine[Any, Any, None]]]:
         """Answer a batch, one result each; returns what `_succeed` left to do."""
-        if not isinstance(results, (list, tuple)) or len(results) != len(jobs):
-            size = f"{len(results)} results" if isinstance(results, (list, tuple)) else f"a {type(results).__name__}"
-            error = BackendError(
-                f"{self._name(jobs[0])} accepts batches and must return a list as long as the one it gets: "
-                f"it got {len(jobs)} requests and returned {size}"
-            )
+        try:
+            answers = self._one_each(jobs, results)
+        except BaseException as error:
             for job in jobs:
                 self._fail(job, error)
             return []
-        left = [(job, self._succeed(job, result)) for job, result in zip(jobs, results, strict=True)]
+        left = [(job, self._succeed(job, result)) for job, result in zip(jobs, answers, strict=True)]
         return [(job, rest) for job, rest in left if rest is not None]
+
+    def _one_each(self, jobs: list[Job], results: Any) -> list[Any]:
+        answers = list(results) if isinstance(results, (list, tuple)) else None
+        if answers is None or len(answers) != len(jobs):
+            size = f"a {type(results).__name__}" if answers is None else f"{len(answers)} results"
+            raise BackendError(
+                f"{self._name(jobs[0])} accepts batches and must return a list as long as the one it gets: "
+                f"it got {len(jobs)} requests and returned {size}"
+            )
+        return answers
+
+
+def _reason(error: Exception) -> str:
+    return message_of(error) if isinstance(error, EngineError) else summary_of(error)
 
 
 async def awaited(awaitable: Any) -> Any:

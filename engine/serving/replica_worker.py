@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..calling.connectors import register_connector
 from ..seam.control_messages import Drained, StartFailed
-from ..seam.serialization import loads_during_imports, pack_exception
+from ..seam.serialization import loads_during_imports, pack_exception_briefly
 from ..seam.worker import WorkerHost
 from ..seam.workplace import Surrounding, enter_engine
 from .context import ReplicaContext, enter_replica
@@ -45,8 +45,8 @@ def main(host: WorkerHost, payload: bytes) -> None:
         del definition  # what is in it belongs to the user's object, whose end must be its end
         if spec.shares_process:
             replica.loads = loads_during_imports
-    except (Exception, SystemExit, KeyboardInterrupt) as error:
-        host.tell(StartFailed(pack_exception(error)))
+    except BaseException as error:
+        host.tell(StartFailed(pack_exception_briefly(error)))
         return
     variables.run(_live, host, replica)
     host.tell(Drained())

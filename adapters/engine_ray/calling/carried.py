@@ -11,7 +11,7 @@ import io
 import pickle
 from typing import Any, NamedTuple
 
-from engine.seam.serialization import loads, refuse, unpack_exception
+from engine.seam.serialization import loads, loads_leniently, refuse, unpack_exception
 
 __all__ = ["CarriedError", "CarriedResult", "Errand", "Filled", "Placeholder", "carried", "refuse_refs"]
 
@@ -86,7 +86,7 @@ class CarriedResult:
         self._payload = payload
 
     def __reduce__(self) -> Any:
-        return loads, (self._payload,)
+        return _load, (self._payload,)
 
 
 class CarriedError(Exception):
@@ -123,8 +123,15 @@ class Filled:
         return _fill, (self._payload, self._values)
 
 
+def _load(payload: bytes) -> Any:
+    try:
+        return loads(payload)
+    except Exception:
+        return loads_leniently(payload)
+
+
 def _fill(payload: bytes, values: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    args, kwargs = loads(payload)
+    args, kwargs = _load(payload)
 
     def filled(value: Any) -> Any:
         return values[value.place] if type(value) is Placeholder else value

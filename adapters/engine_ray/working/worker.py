@@ -15,7 +15,7 @@ import sys
 from typing import Any
 
 from engine.seam.control_messages import LogLine, StartFailed
-from engine.seam.serialization import pack_exception
+from engine.seam.serialization import pack_exception_briefly
 from engine.seam.workplace import enter_worker
 from engine_wire.logs import LogToEngine
 
@@ -59,7 +59,7 @@ def _live(order: Order) -> None:
         if host.settled:
             _log.error("the worker ends because of an error", exc_info=error)
         else:
-            host.tell(StartFailed(pack_exception(error)))
+            host.tell(StartFailed(pack_exception_briefly(error)))
     finally:
         for stream in streams:
             stream.finish()

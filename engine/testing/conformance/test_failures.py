@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import builtins
 import threading
 
 import pytest
@@ -131,6 +132,58 @@ def test_errors_whose_constructor_takes_other_arguments(serve):
         serve(backend).call()
     assert caught.value.code == 7
     assert "# the line that raises" in str(caught.value.__cause__)
+
+
+def test_errors_inside_of_others_and_of_results_arrive_as_their_own_types(serve):
+    def backend(request):
+        inner = OtherArguments(7, detail="the detail")
+        if request.data == "result":
+            return [inner, {"key": inner}]
+        error = ValueError("outer", inner)
+        error.inner = inner
+        if request.data == "group" and hasattr(builtins, "ExceptionGroup"):
+            error = builtins.ExceptionGroup("group", [error, inner])
+        raise error
+
+    def check(error):
+        assert type(error) is OtherArguments
+        assert (str(error), error.code) == ("7: the detail", 7)
+
+    served = serve(backend, route=None)
+    listed, mapped = served.call("result")
+    check(listed)
+    check(mapped["key"])
+    with pytest.raises(ValueError, match="outer") as caught:
+        served.call("attribute")
+    check(caught.value.inner)
+    check(caught.value.args[1])
+    if hasattr(builtins, "ExceptionGroup"):
+        with pytest.raises(builtins.ExceptionGroup) as caught:
+            served.call("group")
+        check(caught.value.exceptions[0].inner)
+        check(caught.value.exceptions[1])
+
+
+def test_an_error_inside_of_an_argument_arrives_as_its_own_type(serve):
+    def backend(request):
+        return [type(request.data).__name__, str(request.data), request.data.code]
+
+    assert serve(backend, route=None).call(OtherArguments(7, detail="it")) == ["OtherArguments", "7: it", 7]
+
+
+class SaysMore(Exception):
+    def __init__(self, code):
+        super().__init__(f"the code is {code}")
+        self.code = code
+
+
+def test_an_error_whose_constructor_changes_its_text(serve):
+    def backend(request):
+        raise SaysMore(7)
+
+    with pytest.raises(SaysMore, match=r"^the code is 7$") as caught:
+        serve(backend, route=None).call()
+    assert caught.value.code == 7
 
 
 ODD = [StopIteration, StopAsyncIteration, GeneratorExit, asyncio.CancelledError, SystemExit, KeyboardInterrupt]

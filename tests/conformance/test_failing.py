@@ -1,0 +1,3 @@
+"""See `engine.testing.conformance.test_failing`."""
+
+from engine.testing.conformance.test_failing import *
