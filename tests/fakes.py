@@ -7,10 +7,11 @@ import pickle
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from engine.seam.messages import HTTP, PYTHON, Call, Failure, Reply
+from engine.seam.messages import HTTP, PYTHON, Call, Failure, Message, Reply
 from engine.seam.serialization import dumps, loads, unpack_exception
 from engine.seam.snapshot import BackendEntry, EndpointEntry, ReplicaEntry, RoutingSnapshot
 from engine.testing.instruments import eventually
+from engine_wire.protocol import Decoder
 
 # -- what crosses the seams ------------------------------------------------------------------------------------------
 
@@ -113,3 +114,23 @@ def outcome(message: Any) -> Any:
     """What the caller makes of a replica's answer: the result, or the exception."""
     assert isinstance(message, (Reply, Failure))
     return loads(message.payload) if isinstance(message, Reply) else unpack_exception(message.payload)
+
+
+# -- on the wire -----------------------------------------------------------------------------------------------------
+
+
+def decoded(decoder: Decoder, data: bytes) -> list[Message]:
+    """Let a decoder take bytes as a channel does, into the large frame while there is one; returns the messages."""
+    while data:
+        if decoder.large is None:
+            decoder.arrived, data = data[:65536], data[65536:]
+        else:
+            with decoder.spare as spare:
+                count = min(len(spare), len(data))
+                spare[:count] = data[:count]
+            decoder.filled += count
+            data = data[count:]
+        decoder.cut()
+    messages = list(decoder.messages)
+    decoder.messages.clear()
+    return messages

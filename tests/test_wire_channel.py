@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -12,12 +13,14 @@ from typing import Any, TypeVar
 
 import pytest
 import uvloop
+from fakes import decoded
 
 from engine.errors import InvalidArgument
 from engine.seam.channel import Channel, ChannelClosed
 from engine.seam.messages import PYTHON, Call, Cancel, Item, Message, Reply
 from engine.testing.fakes import FakeListener
 from engine.testing.instruments import PATIENCE_S, Footprint, eventually
+from engine.testing.strikes import struck
 from engine_wire import LoopDriver, Poller, SocketChannel, Undriven, protocol
 from engine_wire.protocol import GREETING, Decoder, encode
 
@@ -53,24 +56,13 @@ class Peer:
         while len(self.heard) < count:
             data = self.sock.recv(1 << 16)
             assert data, "the channel was closed"
-            for start in range(0, len(data), 1000):  # never more than the rest of a large frame
-                self._take(data[start : start + 1000])
+            self.heard += decoded(self.decoder, data)
         heard, self.heard = self.heard[:count], self.heard[count:]
         return heard
 
     def hear_end(self) -> None:
         """Wait until the channel is closed; nothing else may come."""
         assert self.sock.recv(1) == b""
-
-    def _take(self, data: bytes) -> None:
-        while data:
-            if self.decoder.large is None:
-                self.heard += self.decoder.feed(data)
-                return
-            spare = self.decoder.spare[: len(data)]
-            spare[:] = data[: len(spare)]
-            self.heard += self.decoder.filled(len(spare))
-            data = data[len(spare) :]
 
 
 class LoopThread:
@@ -605,7 +597,7 @@ def test_an_interrupt_in_the_middle_of_a_message_breaks_the_channel(setting: Set
     peer.say(reply(1), reply(2))  # nobody knows any more who got which of them
     with pytest.raises(KeyboardInterrupt):
         channel.drive(never, None)
-    assert (listener.losses, listener.reason) == (1, "reading it was interrupted")
+    assert (listener.losses, listener.reason) == (1, "taking a message from it was interrupted")
     assert channel.closed
     peer.hear_end()
 
@@ -642,6 +634,135 @@ def test_a_channel_may_be_closed_after_its_loop(setting: Setting) -> None:
     assert far.recv(1) == b""
     far.close()
     assert peer.hear(1) == [call(1, b"x" * LARGE)]
+
+
+# -- signal handlers that raise ----------------------------------------------------------------------------------------
+
+
+def _torn(heard: list[Message], sent: list[Message]) -> bool:
+    """Whether what the peer heard is anything but some of the messages, in order."""
+    rest = iter(sent)
+    return not all(message in rest for message in heard)
+
+
+@POLLER
+@pytest.mark.parametrize("error", [KeyboardInterrupt, TimeoutError])
+@pytest.mark.parametrize("armed", [False, True], ids=["idle", "armed"])
+def test_no_strike_loses_a_message_or_the_role(setting: Setting, error: type[BaseException], armed: bool) -> None:
+    """Whatever was sent arrives whole, and every answer is delivered."""
+    places = itertools.takewhile(lambda place: _survives_a_strike(setting, place, error("struck"), armed), range(1000))
+    assert 50 < len(list(places)) < 1000
+
+
+def _survives_a_strike(setting: Setting, place: int, error: BaseException, armed: bool) -> bool:
+    listener = FakeListener()
+    channel, peer = setting.open(listener)
+    if armed:
+        channel.watch()
+    calls = [call(1), call(2), call(3), call(4)]
+    answering = setting.pool.submit(_answer_until, peer, call(4))
+
+    def exchange() -> None:
+        for message in calls[:3]:
+            channel.send(message)
+        channel.drive(lambda: reply(2) in listener.heard, None)
+
+    where = struck(exchange, place, error)
+    assert "driven" not in repr(channel), where
+    channel.watch()  # as whoever gives a call up
+    eventually(lambda: "open_calls=0 unsent=0" in repr(channel))
+    channel.send(call(4))
+    channel.drive(lambda: reply(4) in listener.heard, PATIENCE_S)
+    eventually(lambda: reply(4) in listener.heard)
+    heard = answering.result(PATIENCE_S)
+    assert not _torn(heard, calls), where
+    # An answer may come twice, which its listener has to bear.
+    assert [message.id for message, _ in itertools.groupby(listener.heard)] == [each.id for each in heard], where
+    eventually(lambda: "open_calls=0 unsent=0" in repr(channel))
+    assert listener.losses == 0, where
+    channel.close()
+    peer.sock.close()
+    assert channel.sock.fileno() == -1
+    return bool(where)
+
+
+@POLLER
+def test_no_strike_tears_what_takes_several_reads_and_writes(setting: Setting) -> None:
+    places = itertools.takewhile(lambda place: _survives_a_strike_at_length(setting, place), range(1000))
+    assert 50 < len(list(places)) < 1000
+
+
+def _survives_a_strike_at_length(setting: Setting, place: int) -> bool:
+    listener = FakeListener()
+    channel, peer = setting.open(listener, buffer=LARGE // 8)
+    calls = [call(1, b"x" * LARGE), call(2), call(3, b"z" * LARGE)]
+    answering = setting.pool.submit(_answer_until, peer, calls[-1])
+
+    def exchange() -> None:
+        for message in calls[:2]:
+            channel.send(message)
+        channel.drive(lambda: len(listener.heard) == 2, None)
+
+    where = struck(exchange, place, KeyboardInterrupt())
+    channel.watch()
+    channel.send(calls[-1])
+    channel.watch()
+    heard = answering.result(PATIENCE_S)
+    assert not _torn(heard, calls), where
+    eventually(lambda: "open_calls=0 unsent=0" in repr(channel))
+    answers = [message for message, _ in itertools.groupby(listener.heard)]
+    assert answers == [reply(each.id, each.payload) for each in heard], where
+    assert listener.losses == 0, where
+    channel.close()
+    peer.sock.close()
+    return bool(where)
+
+
+def _answer_until(peer: Peer, last: Call) -> list[Any]:
+    heard: list[Any] = []
+    while last not in heard:
+        heard += peer.hear(1)
+        peer.say(reply(heard[-1].id, heard[-1].payload))
+    return heard
+
+
+@POLLER
+def test_whoever_comes_takes_over_from_a_reader_that_left_without_a_word(setting: Setting) -> None:
+    """As one that is struck while it leaves because it was struck."""
+    listener = FakeListener()
+    channel, peer = setting.open(listener)
+    channel._leave = channel._recover = lambda me: None  # type: ignore[method-assign]
+    channel.send(call(1))
+    with pytest.raises(KeyboardInterrupt):
+        channel.drive(_interrupted, None)
+    del channel._leave, channel._recover
+    assert channel._role
+    peer.say(reply(1))
+    assert channel.drive(lambda: bool(listener.heard), PATIENCE_S)
+    assert not channel._role
+
+
+def _interrupted() -> bool:
+    raise KeyboardInterrupt
+
+
+@POLLER
+def test_a_listener_that_raises_loses_its_own_channel_alone(setting: Setting, caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(FakeListener):
+        def received(self, channel: Channel, message: Message) -> None:
+            raise SystemExit("from a listener")
+
+    sound, broken = FakeListener(), Broken()
+    channel, peer = setting.open(sound)
+    other, its_peer = setting.open(broken)
+    channel.watch()
+    other.watch()
+    its_peer.say(reply(1))
+    assert broken.gone.wait(PATIENCE_S)
+    peer.say(reply(2))
+    eventually(lambda: sound.heard == [reply(2)])
+    assert (other.closed, broken.losses, sound.losses) == (True, 1, 0)
+    assert "from a listener" in caplog.text
 
 
 # -- the poller ------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from fakes import decoded
 
 from engine.errors import InvalidArgument
 from engine.seam.control_messages import Ping, Publish
@@ -73,30 +74,13 @@ def frame(kind: str, body: bytes, call_id: int = 1, *, size: int | None = None) 
     return HEADER.pack(len(body) if size is None else size, TYPES[kind], call_id) + body
 
 
-def read(decoder: Decoder, data: bytes) -> list[Message]:
-    """Let a decoder take bytes as a channel does: into the large frame while there is one."""
-    messages: list[Message] = []
-    while data:
-        if decoder.large is None:
-            messages += decoder.feed(data[:65536])
-            data = data[65536:]
-        else:
-            spare = decoder.spare
-            count = min(len(spare), len(data))
-            spare[:count] = data[:count]
-            spare.release()
-            messages += decoder.filled(count)
-            data = data[count:]
-    return messages
-
-
 # -- round trips -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
 def test_a_message_comes_back_as_it_was(message: Message) -> None:
     decoder = Decoder(greeting=False)
-    (copy,) = decoder.feed(encode(message))
+    (copy,) = decoded(decoder, encode(message))
     assert copy == message
     assert type(copy) is type(message)
 
@@ -116,13 +100,13 @@ def test_every_size_arrives_whole(size: int) -> None:
     for message in sized:
         # A small message before and one after: the border between frames may lie anywhere.
         stream = encode(Cancel(8)) + encode(message) + encode(Credit(9, 1))
-        assert read(Decoder(greeting=False), stream) == [Cancel(8), message, Credit(9, 1)]
+        assert decoded(Decoder(greeting=False), stream) == [Cancel(8), message, Credit(9, 1)]
 
 
 @pytest.mark.parametrize("length", [1, 255, 256, 65535])
 def test_names_of_any_length(length: int) -> None:
     message = Call(1, PYTHON, "n" * length, None, "r" * length, b"", b"x")
-    assert read(Decoder(greeting=False), encode(message)) == [message]
+    assert decoded(Decoder(greeting=False), encode(message)) == [message]
 
 
 def test_deadlines_travel_as_time_remaining(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,16 +115,16 @@ def test_deadlines_travel_as_time_remaining(monkeypatch: pytest.MonkeyPatch) -> 
     data = encode(Call(1, PYTHON, "m", 130.0, "", b"", b""))
     late = encode(Call(1, PYTHON, "m", 90.0, "", b"", b""))
     clock["now"] = 5000.0  # another machine, another clock
-    (call,) = Decoder(greeting=False).feed(data)
+    (call,) = decoded(Decoder(greeting=False), data)
     assert isinstance(call, Call)
     assert call.deadline == 5030.0
-    (call,) = Decoder(greeting=False).feed(late)
+    (call,) = decoded(Decoder(greeting=False), late)
     assert isinstance(call, Call)
     assert call.deadline == 5000.0  # passed, but still a deadline
 
 
 def test_a_deadline_far_away() -> None:
-    (call,) = Decoder(greeting=False).feed(encode(Call(1, PYTHON, "m", math.inf, "", b"", b"")))
+    (call,) = decoded(Decoder(greeting=False), encode(Call(1, PYTHON, "m", math.inf, "", b"", b"")))
     assert isinstance(call, Call)
     assert call.deadline == math.inf
 
@@ -159,20 +143,20 @@ def whole_stream() -> bytes:
 
 def test_byte_by_byte() -> None:
     decoder = Decoder(greeting=True)
-    messages = [message for byte in whole_stream() for message in decoder.feed(bytes([byte]))]
+    messages = [message for byte in whole_stream() for message in decoded(decoder, bytes([byte]))]
     assert messages == MESSAGES
     assert kinds_of(messages) == kinds_of(MESSAGES)
 
 
 def test_all_in_one_read() -> None:
-    assert Decoder(greeting=True).feed(whole_stream()) == MESSAGES
+    assert decoded(Decoder(greeting=True), whole_stream()) == MESSAGES
 
 
 def test_cut_in_two_anywhere() -> None:
     stream = GREETING + b"".join(map(encode, MESSAGES[:6]))
     for cut in range(len(stream) + 1):
         decoder = Decoder(greeting=True)
-        messages = [message for part in (stream[:cut], stream[cut:]) if part for message in decoder.feed(part)]
+        messages = [message for part in (stream[:cut], stream[cut:]) if part for message in decoded(decoder, part)]
         assert messages == MESSAGES[:6]
 
 
@@ -180,22 +164,22 @@ def test_a_large_frame_is_collected_in_place() -> None:
     message = Reply(1, 0, b"h", payload(1 << 20))
     data = encode(message)
     decoder = Decoder(greeting=False)
-    assert decoder.feed(data[:100]) == []
+    assert decoded(decoder, data[:100]) == []
     assert decoder.large is not None
     assert len(decoder.large) == len(data)
     assert len(decoder.spare) == len(data) - 100
-    assert read(decoder, data[100:]) == [message]
+    assert decoded(decoder, data[100:]) == [message]
     assert decoder.large is None
-    assert decoder.feed(encode(Cancel(1))) == [Cancel(1)]
+    assert decoded(decoder, encode(Cancel(1))) == [Cancel(1)]
 
 
 def test_a_large_frame_begins_with_a_header_cut_in_two() -> None:
     message = Reply(1, 0, b"h", payload(1 << 20))
     data = encode(Cancel(1)) + encode(message) + encode(Cancel(2))
     decoder = Decoder(greeting=False)
-    assert decoder.feed(data[:20]) == [Cancel(1)]
+    assert decoded(decoder, data[:20]) == [Cancel(1)]
     assert decoder.large is None
-    assert read(decoder, data[20:]) == [message, Cancel(2)]
+    assert decoded(decoder, data[20:]) == [message, Cancel(2)]
 
 
 def pieces(stream: bytes, chance: random.Random) -> Iterator[bytes]:
@@ -230,7 +214,7 @@ def test_random_messages_cut_at_random(seed: int) -> None:
     ]
     decoder = Decoder(greeting=True)
     stream = GREETING + b"".join(map(encode, messages))
-    assert [message for piece in pieces(stream, chance) for message in read(decoder, piece)] == messages
+    assert [message for piece in pieces(stream, chance) for message in decoded(decoder, piece)] == messages
 
 
 # -- what is not this protocol ---------------------------------------------------------------------------------------
@@ -238,7 +222,7 @@ def test_random_messages_cut_at_random(seed: int) -> None:
 
 def broken(data: bytes, *, greeting: bool = False) -> str:
     with pytest.raises(ProtocolError) as caught:
-        Decoder(greeting=greeting).feed(data)
+        decoded(Decoder(greeting=greeting), data)
     return str(caught.value)
 
 
@@ -265,8 +249,8 @@ def test_another_version() -> None:
 def test_a_greeting_may_come_in_parts() -> None:
     decoder = Decoder(greeting=True)
     for cut in (5, 15, 20):
-        assert decoder.feed(GREETING[:cut]) == []
-        assert decoder.feed(GREETING[cut:] + encode(Cancel(1))) == [Cancel(1)]
+        assert decoded(decoder, GREETING[:cut]) == []
+        assert decoded(decoder, GREETING[cut:] + encode(Cancel(1))) == [Cancel(1)]
         decoder = Decoder(greeting=True)
 
 
@@ -278,7 +262,7 @@ def test_a_type_that_does_not_exist() -> None:
 def test_a_frame_that_is_too_long_is_refused_at_its_header() -> None:
     decoder = Decoder(greeting=False)
     with pytest.raises(ProtocolError, match=f"a frame of type 2 and {MAX_FRAME_BYTES + 1} bytes"):
-        decoder.feed(HEADER.pack(MAX_FRAME_BYTES + 1, TYPES["reply"], 1))
+        decoded(decoder, HEADER.pack(MAX_FRAME_BYTES + 1, TYPES["reply"], 1))
     assert decoder.large is None
 
 
@@ -336,7 +320,7 @@ def test_noise_is_refused_or_waited_for_but_nothing_else_happens(monkeypatch: py
         noise = HEADER.pack(chance.choice([0, 1, 4, 5, 9, 17, 30]), kind, chance.getrandbits(64))
         noise += chance.randbytes(chance.randrange(40))
         try:
-            messages = decoder.feed(noise)
+            messages = decoded(decoder, noise)
         except ProtocolError:
             outcomes.add("refused")
         else:
@@ -355,14 +339,14 @@ def test_one_flipped_byte_never_does_more_than_break_the_channel(seed: int, monk
         position = chance.randrange(len(stream))
         broken_stream[position] ^= 1 << chance.randrange(8)
         try:
-            Decoder(greeting=False).feed(bytes(broken_stream))
+            decoded(Decoder(greeting=False), bytes(broken_stream))
         except ProtocolError:
             pass
 
 
 def test_deadlines_by_the_real_clock() -> None:
     before = time.monotonic()
-    (call,) = Decoder(greeting=False).feed(encode(Call(1, PYTHON, "m", before + 60, "", b"", b"")))
+    (call,) = decoded(Decoder(greeting=False), encode(Call(1, PYTHON, "m", before + 60, "", b"", b"")))
     assert isinstance(call, Call)
     assert call.deadline is not None
     assert before + 59 < call.deadline < time.monotonic() + 61

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from fakes import decoded
 
 from engine.seam.control_messages import Ready
 from engine.seam.messages import Control
@@ -46,7 +47,9 @@ class Controller:
         self.sock.sendall(b"".join(encode(Control(body)) for body in bodies))
 
     def hear(self) -> list[Any]:
-        return [message.body for message in self.decoder.feed(self.sock.recv(1 << 16)) if isinstance(message, Control)]
+        return [
+            message.body for message in decoded(self.decoder, self.sock.recv(1 << 16)) if isinstance(message, Control)
+        ]
 
 
 @pytest.fixture

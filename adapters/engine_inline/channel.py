@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from engine.seam.channel import Channel, ChannelClosed, ChannelListener
-from engine.seam.messages import Message
+from engine.seam.messages import Call, End, Failure, Message, Reply
 
 __all__ = ["InlineChannel", "Mailbox"]
 
@@ -103,13 +103,30 @@ class InlineChannel:
         self.closed = False
         self._listener = listener
         self._deliver = deliver
+        self._unanswered: dict[int, None] = {}  # numbers of calls
 
     def send(self, message: Message) -> None:
         """See `engine.seam.channel.Channel.send`."""
         peer = self.peer
         if self.closed or peer.closed:
             raise ChannelClosed("the peer is gone")
-        peer._deliver(lambda: None if peer.closed else peer._listener.received(peer, message))
+        if type(message) is Call:
+            self._unanswered[message.id] = None
+        try:
+            peer._deliver(lambda: peer._take(message))
+        except BaseException:  # raised by a signal handler: nobody knows any more whether the peer has it
+            self.cut("sending to it was interrupted")
+            raise
+
+    def _take(self, message: Message) -> None:
+        if not self.closed:
+            self._listener.received(self, message)
+            if isinstance(message, (Reply, Failure, End)):
+                self._unanswered.pop(message.id, None)
+
+    def awaits(self, call_id: int) -> bool:
+        """See `engine.seam.channel.Channel.awaits`."""
+        return call_id in self._unanswered and not self.closed
 
     def watch(self) -> None:
         """See `engine.seam.channel.Channel.watch`; nothing to do."""

@@ -2,7 +2,7 @@
 
 The socket stays in blocking mode, whoever uses it; all I/O here passes ``MSG_DONTWAIT``.
 
-Who reads: exactly one party at a time, the holder of the reader role (`_reading`). It is either the driver (a loop, or
+Who reads: exactly one party at a time, the holder of the reader role (`_role`). It is either the driver (a loop, or
 a polling thread) or a thread inside `SocketChannel.drive`, which waits for its own answer and delivers everybody else's
 on the way. Who writes: any thread, under `_write_lock`; what the kernel does not take at once is kept and written by
 the driver, or by the driving thread.
@@ -11,6 +11,16 @@ A channel may begin with an opening (`engine_wire.opening.Opening`), which whoev
 `_write_lock`. Until it is done messages are kept, and nothing that the peer sends is taken for one.
 
 When the peer dies, the reader delivers what was complete and then calls ``listener.lost`` once.
+
+Signal handlers of the application may raise wherever Python runs them: when a function begins, when a call returns,
+when a loop turns. That neither tears a frame nor loses another caller's answer nor keeps the role:
+
+* What the kernel gave or took is noted before a handler can run. A ``for`` statement asks its iterator for the next
+  item and stores it in one go, so reads and writes are iterators here, whose items are calls of ``recv`` and ``send``.
+* All else is either done between two calls, or can be done again. Whoever is struck does it again, and only then passes
+  the exception on.
+* The role belongs to a lock that its holder keeps locked in a ``with`` statement, which no handler can come between. A
+  holder whose lock is free has left without saying so, and whoever comes next takes over from it.
 """
 
 from __future__ import annotations
@@ -20,8 +30,10 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Iterator
+from itertools import repeat
+from operator import getitem
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from engine.seam.channel import ChannelClosed, ChannelListener
 from engine.seam.messages import Call, End, Failure, Message, Reply
@@ -37,6 +49,7 @@ _READ_SIZE = 1 << 16
 _NOWAIT = socket.MSG_DONTWAIT
 _LONGEST_POLL_S = 86400.0  # poll takes no more than 2**31 ms; whoever waits longer looks again
 _TERMINAL = frozenset((Reply, Failure, End))
+_READER: Final = "reader"
 
 
 class Driver(Protocol):
@@ -86,19 +99,25 @@ class SocketChannel:
         self.listener = listener
         self._driver = driver
         self._decoder = Decoder(greeting=greet)
-        self._reading = threading.Lock()  # the reader role
+        self._role: dict[str, threading.Lock] = {}  # the reader role, if somebody has it: `_take` and `_leave`
+        self._taking_over = threading.Lock()
         self._write_lock = threading.Lock()  # guards changes of _opening, _unsent and _closed, and the order of frames
         self._opening = opening
-        self._unsent: deque[memoryview] = deque()
+        self._unsent: deque[bytes | memoryview] = deque()
+        # Each item is what the kernel gave, or how much of the first of `_unsent` it took.
+        self._receives: Iterator[bytes] = map(sock.recv, repeat(_READ_SIZE), repeat(_NOWAIT))
+        first: Iterator[Any] = map(getitem, repeat(self._unsent), repeat(0))
+        self._sends: Iterator[int] = map(sock.send, first, repeat(_NOWAIT))
         if opening is not None:
-            self._unsent.append(memoryview(b""))  # the place of what goes first; and so `send` keeps what follows
+            self._unsent.append(b"")  # the place of what goes first; and so `send` keeps what follows
         self._closed = False
         self._told = False
+        self._why_lost: str | None = None
         self.armed = False  # whether the driver reads; only the driver's arm and disarm touch it
-        self._poll_input: select.poll | None = None
-        # Somebody must read while there are calls without an answer. Two counts, since each has one writer at a time:
-        self._calls_sent = 0  # whoever holds the write lock
-        self._calls_answered = 0  # whoever holds the reader role
+        self._poll_input = select.poll()  # for the holder of the reader role alone
+        self._poll_input.register(self.fd, select.POLLIN)
+        self._delivering = False  # the listener is taking the first of the decoder's messages
+        self._unanswered: dict[int, None] = {}  # numbers of calls; somebody must read while there are any
         if greet and opening is None:
             try:
                 sock.send(GREETING, _NOWAIT)
@@ -106,11 +125,10 @@ class SocketChannel:
                 pass  # the peer is gone already, as whoever reads will find
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else "driven" if self._reading.locked() else "armed" if self.armed else "idle"
+        state = "closed" if self._closed else "driven" if self._is_read() else "armed" if self.armed else "idle"
         if self._opening is not None and not self._closed:
             state += " opening"
-        open_calls = self._calls_sent - self._calls_answered
-        return f"<SocketChannel fd={self.fd} {state} open_calls={open_calls} unsent={len(self._unsent)}>"
+        return f"<SocketChannel fd={self.fd} {state} open_calls={len(self._unanswered)} unsent={len(self._unsent)}>"
 
     @property
     def closed(self) -> bool:
@@ -133,49 +151,67 @@ class SocketChannel:
     def send(self, message: Message) -> None:
         """See `engine.seam.channel.Channel.send`."""
         data = encode(message)
-        with self._write_lock:
-            if self._closed:
-                raise ChannelClosed("the channel is closed")
-            if type(message) is Call:
-                self._calls_sent += 1
-            if self._unsent:
-                self._unsent.append(memoryview(data))
-                return
-            try:
-                sent = self.sock.send(data, _NOWAIT)
-            except BlockingIOError:
-                sent = 0
-            except OSError as error:
-                raise ChannelClosed(f"the peer is gone ({error.strerror})") from error
-            if sent == len(data):
-                return
-            self._unsent.append(memoryview(data)[sent:])
-        self._driver.flush(self)
+        frame = data if len(data) < _READ_SIZE else memoryview(data)  # of which a part can be cut off without a copy
+        unsent = self._unsent
+        try:
+            with self._write_lock:
+                if self._closed:
+                    raise ChannelClosed("the channel is closed")
+                if type(message) is Call:
+                    self._unanswered[message.id] = None
+                    unsent += (frame,)  # with no call in between: see `awaits`
+                else:
+                    unsent += (frame,)
+                if unsent[0] is not frame:
+                    return  # whoever empties it will come to this
+                try:
+                    for sent in self._sends:
+                        unsent[0] = unsent[0][sent:]
+                        break
+                except BlockingIOError:
+                    pass
+                except OSError as error:
+                    unsent.clear()
+                    raise ChannelClosed(f"the peer is gone ({error.strerror})") from error
+                if not unsent[0]:
+                    del unsent[0]
+                    return
+            self._driver.flush(self)
+        except ChannelClosed:
+            raise
+        except BaseException:
+            if unsent:  # who put the frame there cannot write it any more
+                self._driver.flush(self)
+            raise
+
+    def awaits(self, call_id: int) -> bool:
+        """See `engine.seam.channel.Channel.awaits`."""
+        return call_id in self._unanswered and not self._closed
 
     def on_writable(self) -> bool:
         """Write what is kept; returns whether everything is out. A broken socket is left for the reader to find."""
         with self._write_lock:
             if self._opening is not None and not self._open(self._opening):
                 return not self.has_unsent
-            while self._unsent and not self._closed:
-                try:
-                    sent = self.sock.send(self._unsent[0], _NOWAIT)
-                except BlockingIOError:
-                    return False
-                except OSError:
-                    self._unsent.clear()
-                    return True
-                if sent == len(self._unsent[0]):
-                    self._unsent.popleft()
-                else:
-                    self._unsent[0] = self._unsent[0][sent:]
+            unsent = self._unsent
+            try:
+                while unsent:
+                    for sent in self._sends:
+                        unsent[0] = unsent[0][sent:]
+                        break
+                    if not unsent[0]:
+                        del unsent[0]
+            except BlockingIOError:
+                return False
+            except OSError:
+                unsent.clear()
             return True
 
     def _open(self, opening: Opening) -> bool:
         first = None if self._closed else opening.advance()
         if first is None:
             return False
-        self._unsent[0] = memoryview(first)
+        self._unsent[0] = first
         self._opening = None
         return True
 
@@ -188,35 +224,34 @@ class SocketChannel:
 
     def watch(self) -> None:
         """See `engine.seam.channel.Channel.watch`."""
-        if self.armed or not self._reading.acquire(False):
-            return  # whoever holds the role arms the driver when it leaves calls behind
-        self._reading.release()
-        if not self._closed:
+        # Whoever holds the role arms the driver when it leaves calls behind.
+        if not (self.armed or self._closed or self._is_read()):
             self._driver.arm(self)
 
     def drive(self, done: Callable[[], bool], timeout_s: float | None) -> bool:
         """See `engine.seam.channel.Channel.drive`."""
-        if not self._driver.drivable or not self._reading.acquire(False):
+        if not self._driver.drivable:
             return False
-        reading = False
-        try:
-            if self.armed:
-                self._driver.disarm(self)
-            deadline = None if timeout_s is None else time.monotonic() + timeout_s
-            while not self._closed and not done():
-                # An interrupt while it waits does no harm, one in the middle of a read may lose part of a frame: so
-                # waiting and reading are two steps.
-                if not self._await_input(deadline):
-                    break
-                reading = True
-                self._read(_NOWAIT)
-                reading = False
-        except BaseException:
-            if reading:
-                self._lose("reading it was interrupted")
-            raise
-        finally:
-            self._leave_role()
+        me = threading.Lock()
+        with me:
+            try:
+                if self._role.setdefault(_READER, me) is not me and not self._take_over(me):
+                    return False
+                if self.armed:
+                    self._driver.disarm(self)
+                deadline = None if timeout_s is None else time.monotonic() + timeout_s
+                while not self._closed and not done():
+                    if deadline is None and not self._unsent:  # as almost always
+                        self._poll_input.poll()
+                    elif not self._await_input(deadline):
+                        break
+                    self._read()
+                del self._role[_READER]
+                if self._closed or self._unanswered or self._opening is not None:
+                    self._leave(me)
+            except BaseException:
+                self._recover(me)
+                raise
         return True
 
     def _await_input(self, deadline: float | None) -> bool:
@@ -231,24 +266,28 @@ class SocketChannel:
                 return True
 
     def _poll(self, events: int, timeout_s: float | None) -> int:
-        if events == select.POLLIN:  # as almost always, and only by the holder of the reader role
-            poll = self._poll_input
-            if poll is None:
-                poll = self._poll_input = select.poll()
-                poll.register(self.fd, events)
-        else:
+        poll = self._poll_input
+        if events != select.POLLIN:
             poll = select.poll()
             poll.register(self.fd, events)
         ready = poll.poll(None if timeout_s is None else min(max(0.0, timeout_s), _LONGEST_POLL_S) * 1000)
         return ready[0][1] if ready else 0
 
     def on_readable(self) -> None:
-        """Read once, without blocking, and deliver what came. Called by the driver."""
-        if self._reading.acquire(False):
+        """Read once, without blocking, and deliver what came. Called by the driver.
+
+        Whatever the listener raises comes out of here; if it was in the middle of a message that only it can tell
+        whether it took, the channel is lost.
+        """
+        me = threading.Lock()
+        with me:
             try:
-                self._read(_NOWAIT)
-            finally:
-                self._leave_role()
+                if self._take(me):
+                    self._read()
+                    self._leave(me)
+            except BaseException:
+                self._recover(me)
+                raise
 
     def read_rest(self) -> None:
         """Deliver all that has arrived, and the peer's end if that has, too; waits for nothing.
@@ -260,41 +299,62 @@ class SocketChannel:
         while not self._closed and arrived.poll(0):
             self.on_readable()
 
-    def _read(self, flags: int) -> None:
+    def _read(self) -> None:
         if self._opening is not None:
             self._read_opening()
             return
+        decoder = self._decoder
+        ended = False
         try:
-            if self._decoder.large is not None:
-                spare = self._decoder.spare
-                count = self.sock.recv_into(spare, 0, flags)
-                messages = self._decoder.filled(count) if count else None
-            else:
-                data = self.sock.recv(_READ_SIZE, flags)
-                messages = self._decoder.feed(data) if data else None
+            if decoder.large is not None:
+                for count in map(self.sock.recv_into, (decoder.spare,), (0,), (_NOWAIT,)):
+                    decoder.filled += count
+                    ended = not count
+                    break
+            elif decoder.arrived is None:  # else it is left from a reader that was struck
+                for decoder.arrived in self._receives:
+                    break
+                ended = not decoder.arrived
         except BlockingIOError:
             return
-        except ProtocolError as error:
-            self._lose(f"the peer broke the protocol: {error}")
-            return
         except OSError as error:
-            self._lose(f"the connection broke ({error.strerror})")
+            self.lose(f"the connection broke ({error.strerror})")
             return
-        if messages is None:
-            self._lose("the peer closed the connection")
+        if ended:
+            self.lose("the peer closed the connection")
             return
+        try:
+            decoder.cut()
+        except ProtocolError as error:
+            self._cut_again(error)
+        self._deliver()
+
+    def _cut_again(self, error: ProtocolError) -> None:
+        try:
+            self._decoder.cut()
+        except ProtocolError:
+            self.lose(f"the peer broke the protocol: {error}")
+        else:  # it was not the peer's fault: a signal handler raised while a message was made of bytes
+            raise error.__cause__ or error
+
+    def _deliver(self) -> None:
         listener = self.listener
         assert listener is not None
-        for message in messages:
-            if type(message) in _TERMINAL:
-                self._calls_answered += 1
+        messages = self._decoder.messages
+        while messages:
+            message = messages[0]
+            self._delivering = True
             listener.received(self, message)
+            if type(message) in _TERMINAL and message.id in self._unanswered:  # type: ignore[union-attr]
+                del self._unanswered[message.id]  # type: ignore[union-attr]
+            self._delivering = False
+            del messages[0]
 
     def _read_opening(self) -> None:
         written = self.on_writable()
         opening = self._opening
         if opening is not None and opening.failure is not None:
-            self._lose(opening.failure)
+            self.lose(opening.failure)
         elif not written:
             self._driver.flush(self)
 
@@ -305,32 +365,89 @@ class SocketChannel:
         self._told = True
         self._shut()
 
-    def _lose(self, reason: str) -> None:
+    def lose(self, reason: str) -> None:
+        """Close it and tell the listener why (idempotent)."""
+        self._why_lost = reason
         self._shut()
         if not self._told:
-            self._told = True
             assert self.listener is not None
             self.listener.lost(self, reason)
+            self._told = True
 
     def _shut(self) -> None:
         with self._write_lock:
-            if self._closed:
-                return
             self._closed = True
             self._unsent.clear()
-        self._driver.forget(self)
-        try:
-            self.sock.shutdown(socket.SHUT_RDWR)  # wakes a thread that drives the channel
-        except OSError:
-            pass  # the peer was faster
-        if self._reading.acquire(False):
-            self._leave_role()
+        if self.sock.fileno() >= 0:  # else its number may be another socket's by now
+            self._driver.forget(self)
+            try:
+                self.sock.shutdown(socket.SHUT_RDWR)  # wakes a thread that drives the channel
+            except OSError:
+                pass  # the peer was faster
+        me = threading.Lock()
+        with me:
+            self._leave(me)
 
-    def _leave_role(self) -> None:
-        # Only who holds the role closes the socket: its descriptor must not be reused under a thread blocked in recv.
+    # -- the reader role -------------------------------------------------------------------------------------------
+
+    def _is_read(self) -> bool:
+        holder = self._role.get(_READER)
+        return holder is not None and holder.locked()
+
+    def _take(self, me: threading.Lock) -> bool:
+        """Take the role for a lock that the caller holds; returns whether that could be done."""
+        return self._role.setdefault(_READER, me) is me or self._take_over(me)
+
+    def _take_over(self, me: threading.Lock) -> bool:
+        """The same if it is taken, which only helps if whoever has it has left without giving it back."""
+        with self._taking_over:
+            holder = self._role.setdefault(_READER, me)
+            if holder is me:
+                return True
+            if holder.locked():
+                return False
+            self._role[_READER] = me  # the one who has left for good does not touch it any more
+        self._finish()
+        return True
+
+    def _leave(self, me: threading.Lock) -> None:
+        """Give the role back, if the caller has it, and see to what nobody else would (idempotent)."""
+        role = self._role
+        if role.get(_READER) is me:
+            del role[_READER]
+        # Only now: whoever closes it or sends a call and finds the role taken counts on its holder, who may have
+        # looked before.
         if self._closed:
-            self.sock.close()
-        self._reading.release()
-        # Only now: whoever sends a call and finds the role taken counts on its holder, who may have looked before.
-        if not (self.armed or self._closed) and (self._calls_sent != self._calls_answered or self._opening is not None):
+            # Only who holds the role closes the socket: its descriptor must not be reused under a thread that reads.
+            if self.sock.fileno() >= 0 and self._take(me):
+                self.sock.close()
+                del role[_READER]
+        elif not self.armed and (self._unanswered or self._opening is not None) and not self._is_read():
             self._driver.arm(self)
+
+    def _recover(self, me: threading.Lock) -> None:
+        """After an exception, which may have struck anywhere: finish what was begun, and leave the role."""
+        try:
+            if self._role.get(_READER) is me:
+                self._finish()
+        finally:
+            self._leave(me)
+
+    def _finish(self) -> None:
+        """Deliver what a reader that was struck has left."""
+        if self._why_lost is not None and not self._told:
+            self.lose(self._why_lost)
+        if self._closed or self._opening is not None:
+            return
+        try:
+            if self._delivering and type(self._decoder.messages[0]) not in _TERMINAL:
+                raise _TakenOrNot
+            self._decoder.cut()
+            self._deliver()
+        except BaseException:
+            # Nobody knows any more who got what. An answer can be taken twice, but its listener will not have it.
+            self.lose("taking a message from it was interrupted")
+
+
+class _TakenOrNot(Exception):
+    """A listener was interrupted while it took a message that it must not take twice."""

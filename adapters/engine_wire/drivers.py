@@ -7,6 +7,8 @@ process that threads (not loops) call through; it starts with the first channel 
 
 from __future__ import annotations
 
+import abc
+import contextlib
 import select
 import selectors
 import socket
@@ -99,15 +101,17 @@ class Undriven:
 
 
 class Poller:
-    """Reads channels on a thread of its own while no other thread drives them."""
+    """Reads channels on a thread of its own while no other thread drives them.
+
+    What it does for other threads can be done again, should a signal handler raise in its midst.
+    """
 
     drivable = True
 
     def __init__(self, name: str = "engine-poller") -> None:
         self._name = name
         self._lock = threading.Lock()  # guards everything below
-        self._selector: selectors.BaseSelector | None = None
-        self._wake: tuple[socket.socket, socket.socket] | None = None
+        self._kernel: _Kernel | None = None
         self._thread: threading.Thread | None = None
         self._interest: dict[int, tuple[SocketChannel, int]] = {}
         self._closed = False
@@ -116,8 +120,8 @@ class Poller:
         """See `engine_wire.channel.Driver.arm`."""
         with self._lock:
             if not channel.armed and not channel.closed and not self._closed:
-                channel.armed = True
                 self._change(channel, add=selectors.EVENT_READ)
+                channel.armed = True  # not sooner: whoever finds it armed relies on that
 
     def disarm(self, channel: SocketChannel) -> None:
         """See `engine_wire.channel.Driver.disarm`."""
@@ -142,18 +146,17 @@ class Poller:
         """End the thread and release the descriptors (idempotent)."""
         with self._lock:
             self._closed = True
-            thread, self._thread = self._thread, None
-            if self._wake is not None:
-                self._wake[1].send(b"x")
+            thread = self._thread
+            if self._kernel is not None:
+                self._kernel.wake()
         if thread is not None and thread is not threading.current_thread():
             thread.join()
         with self._lock:
+            self._thread = None
             self._interest.clear()
-            if self._selector is not None and self._wake is not None:
-                self._selector.close()
-                for end in self._wake:
-                    end.close()
-            self._selector = self._wake = None
+            if self._kernel is not None:
+                self._kernel.close()
+            self._kernel = None
 
     def _change(self, channel: SocketChannel, *, add: int = 0, remove: int = 0) -> None:
         known, before = self._interest.get(channel.fd, (channel, 0))
@@ -162,36 +165,137 @@ class Poller:
         after = (before | add) & ~remove
         if after == before:
             return
-        selector = self._selector or self._start()
-        if before and after:
-            selector.modify(channel.fd, after, channel)
-        elif after:
-            selector.register(channel.fd, after, channel)
-        else:
-            selector.unregister(channel.fd)
+        kernel = self._kernel or self._start()
         if after:
             self._interest[channel.fd] = (channel, after)
         else:
             del self._interest[channel.fd]
+        try:
+            kernel.watch(channel.fd, after)
+        except BaseException:
+            kernel.watch(channel.fd, after)
+            raise
 
-    def _start(self) -> selectors.BaseSelector:
-        # epoll and kqueue take changes from other threads while one waits in select.
+    def _start(self) -> _Kernel:
+        kernel = _kernel()
+        thread = threading.Thread(target=self._run, args=(kernel,), name=self._name, daemon=True)
+        try:
+            thread.start()
+        except BaseException:  # it may have started all the same
+            kernel.abandon()
+            raise
+        self._thread, self._kernel = thread, kernel
+        return kernel
+
+    def _run(self, kernel: _Kernel) -> None:
+        while not (self._closed or kernel.abandoned):
+            for descriptor, events in kernel.wait():
+                channel, interest = self._interest.get(descriptor, (None, 0))
+                if channel is not None and not self._closed:
+                    self._serve(channel, events & interest)
+        if kernel.abandoned:
+            kernel.close()
+
+    def _serve(self, channel: SocketChannel, events: int) -> None:
+        try:
+            if events & selectors.EVENT_WRITE and channel.on_writable():
+                with self._lock:
+                    if not channel.has_unsent:  # a thread may have left some since
+                        self._change(channel, remove=selectors.EVENT_WRITE)
+            if events & selectors.EVENT_READ:
+                channel.on_readable()
+        except BaseException:  # of whoever hears this channel: the others go on
+            import logging
+
+            logging.getLogger("engine.wire").exception("%r could not be served", channel)
+            if events & selectors.EVENT_WRITE:  # for reading, the channel itself knows whether it can go on
+                channel.lose("it could not be served")
+
+
+class _Kernel(abc.ABC):
+    """What the kernel watches for a poller. Other threads may change that while one waits, and say everything twice."""
+
+    def __init__(self) -> None:
+        self._near, self._far = socket.socketpair()
+        self.abandoned = False
+        self.watch(self._near.fileno(), selectors.EVENT_READ)
+
+    @abc.abstractmethod
+    def watch(self, descriptor: int, events: int) -> None:
+        """Watch for these events, or for none."""
+
+    @abc.abstractmethod
+    def wait(self) -> list[tuple[int, int]]:
+        """Wait until something is ready: descriptors and events."""
+
+    def wake(self) -> None:
+        """End all waits, for good."""
+        self._far.send(b"x")
+
+    def abandon(self) -> None:
+        """Nobody knows whether a thread waits here; if so, it is to close this and end."""
+        self.abandoned = True
+        self.wake()
+
+    def close(self) -> None:
+        """Release the descriptors (idempotent)."""
+        self._near.close()
+        self._far.close()
+
+
+class _Epoll(_Kernel):
+    """That of Linux, with nothing between us and it: the books of a selector could disagree with it."""
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        super().__init__()
+
+    def watch(self, descriptor: int, events: int) -> None:
+        mask = (events & selectors.EVENT_READ and select.EPOLLIN) | (events & selectors.EVENT_WRITE and select.EPOLLOUT)
+        try:
+            if mask:
+                self._epoll.register(descriptor, mask)
+            else:
+                self._epoll.unregister(descriptor)
+        except FileExistsError:
+            self._epoll.modify(descriptor, mask)
+        except FileNotFoundError:
+            pass
+
+    def wait(self) -> list[tuple[int, int]]:
+        return [
+            (
+                descriptor,
+                (mask & ~select.EPOLLIN and selectors.EVENT_WRITE) | (mask & ~select.EPOLLOUT and selectors.EVENT_READ),
+            )
+            for descriptor, mask in self._epoll.poll()
+        ]
+
+    def close(self) -> None:
+        self._epoll.close()
+        super().close()
+
+
+class _Selector(_Kernel):
+    """That of other systems."""
+
+    def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
-        self._wake = socket.socketpair()
-        self._selector.register(self._wake[0], selectors.EVENT_READ, None)
-        self._thread = threading.Thread(target=self._run, args=(self._selector,), name=self._name, daemon=True)
-        self._thread.start()
-        return self._selector
+        super().__init__()
 
-    def _run(self, selector: selectors.BaseSelector) -> None:
-        while not self._closed:
-            for key, events in selector.select():
-                channel: SocketChannel | None = key.data
-                if channel is None:
-                    break
-                if events & selectors.EVENT_WRITE and channel.on_writable():
-                    with self._lock:
-                        if not channel.has_unsent:  # a thread may have left some since
-                            self._change(channel, remove=selectors.EVENT_WRITE)
-                if events & selectors.EVENT_READ:
-                    channel.on_readable()
+    def watch(self, descriptor: int, events: int) -> None:
+        with contextlib.suppress(KeyError):
+            self._selector.unregister(descriptor)
+        if events:
+            self._selector.register(descriptor, events)
+
+    def wait(self) -> list[tuple[int, int]]:
+        return [(key.fd, events) for key, events in self._selector.select()]
+
+    def close(self) -> None:
+        self._selector.close()
+        super().close()
+
+
+def _kernel() -> _Kernel:
+    return _Epoll() if hasattr(select, "epoll") else _Selector()

@@ -61,6 +61,9 @@ class Opening:
                 pass
             except OSError as error:
                 self._fail(f"the connection broke ({error.strerror})")
+            except BaseException:  # raised by a signal handler: nobody knows any more what was sent and received
+                self._fail("opening it was interrupted")
+                raise
         return None
 
     def _advance(self) -> bytes | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import pickle
 import struct
 import time
+from collections import deque
 
 from engine.errors import InvalidArgument
 from engine.seam.messages import Call, Cancel, Control, Credit, End, Failure, Item, Message, Reply
@@ -114,50 +115,62 @@ def _too_large(size: int) -> InvalidArgument:
 class Decoder:
     """Cuts a stream of bytes into messages.
 
+    Whoever reads puts what came into `arrived`, cuts it, and takes the messages from the front. An exception that a
+    signal handler raises in between loses nothing: `cut` changes all or nothing, and can be called again.
+
     A frame that is larger than one read is collected in a buffer of its exact size (`large`): `spare` is the part of it
     still to fill, for reads straight into it.
+
+    Attributes:
+        arrived: Bytes as they came, still to be cut; None if there are none.
+        messages: Complete ones that nobody has taken yet.
+        large: A frame to be read in place, while there is one.
+        filled: How much of it is there, in bytes.
     """
 
     def __init__(self, *, greeting: bool) -> None:
         self._greeting_due = greeting
         self._tail = b""
+        self.arrived: bytes | None = None
+        self.messages: deque[Message] = deque()
         self.large: bytearray | None = None
-        self._filled = 0
+        self.filled = 0
 
     @property
     def spare(self) -> memoryview:
-        """Where to read into while there is a `large` frame; otherwise read anywhere and `feed` it."""
+        """Where to read into while there is a `large` frame; otherwise let bytes have `arrived`."""
         assert self.large is not None
-        return memoryview(self.large)[self._filled :]
+        return memoryview(self.large)[self.filled :]
 
-    def filled(self, count: int) -> list[Message]:
-        """Say that ``count`` bytes of `spare` were filled; returns the message they complete, if any."""
-        assert self.large is not None
-        self._filled += count
-        if self._filled < len(self.large):
-            return []
-        frame, self.large, self._filled = bytes(self.large), None, 0
-        return self._cut(frame)
-
-    def feed(self, data: bytes) -> list[Message]:
-        """Take bytes as they came; returns the messages they complete.
+    def cut(self) -> None:
+        """Make messages of what has arrived and of a `large` frame that is filled.
 
         Raises:
             ProtocolError: They are not this protocol, or a frame is larger than `MAX_FRAME_BYTES`.
         """
+        data = self.arrived
+        if data is None:
+            if self.large is not None and self.filled == len(self.large):
+                self._cut(bytes(self.large))
+            return
         if not self._tail and not self._greeting_due and len(data) >= 13:
             size, kind, call_id = _header.unpack_from(data)
             if size + 13 == len(data) and 0 < kind <= _CONTROL:  # one whole frame, as almost always
-                return [_decode(kind, call_id, data, 13, len(data))]
-        return self._cut(self._tail + data if self._tail else data)
+                message = _decode(kind, call_id, data, 13, len(data))
+                # No signal handler runs between these two: there is no call.
+                self.messages += (message,)
+                self.arrived = None
+                return
+        self._cut(self._tail + data if self._tail else data)
 
-    def _cut(self, data: bytes) -> list[Message]:
+    def _cut(self, data: bytes) -> None:
         messages: list[Message] = []
+        greeting_due = self._greeting_due
         position, end = 0, len(data)
         while end - position >= 13:
             size, kind, call_id = _header.unpack_from(data, position)
-            if self._greeting_due:
-                self._check_greeting(data[position : position + len(GREETING)])
+            if greeting_due:
+                _check_greeting(data[position : position + len(GREETING)])
             if size > MAX_FRAME_BYTES or kind > _CONTROL:
                 raise ProtocolError(f"a frame of type {kind} and {size} bytes")
             start = position + 13
@@ -167,29 +180,33 @@ class Decoder:
             if kind:
                 messages.append(_decode(kind, call_id, data, start, position))
             else:
-                self._greeting_due = False
-        self._keep(data, position)
-        return messages
+                greeting_due = False
+        tail, large = _rest(data, position)
+        filled = 0 if large is None else end - position
+        # No signal handler runs from here on: there is no call.
+        self.messages += messages
+        self._greeting_due, self._tail, self.large, self.filled, self.arrived = greeting_due, tail, large, filled, None
 
-    def _check_greeting(self, data: bytes) -> None:
-        if data == GREETING[: len(data)]:
-            return
-        if data[13:25] == _MAGIC[: max(0, len(data) - 13)] and len(data) >= len(GREETING):
-            version = int.from_bytes(data[-2:], "little")
-            raise ProtocolError(f"the peer speaks version {version}, this side {PROTOCOL_VERSION}")
-        raise ProtocolError("the peer did not greet")
 
-    def _keep(self, data: bytes, position: int) -> None:
-        rest = len(data) - position
-        if rest >= 13:
-            total = 13 + int.from_bytes(data[position : position + 4], "little")
-            if total > 1 << 18:
-                self.large = bytearray(total)
-                self.large[:rest] = data[position:]
-                self._filled = rest
-                self._tail = b""
-                return
-        self._tail = data[position:] if rest else b""
+def _check_greeting(data: bytes) -> None:
+    if data == GREETING[: len(data)]:
+        return
+    if data[13:25] == _MAGIC[: max(0, len(data) - 13)] and len(data) >= len(GREETING):
+        version = int.from_bytes(data[-2:], "little")
+        raise ProtocolError(f"the peer speaks version {version}, this side {PROTOCOL_VERSION}")
+    raise ProtocolError("the peer did not greet")
+
+
+def _rest(data: bytes, position: int) -> tuple[bytes, bytearray | None]:
+    """What is kept of an incomplete frame: its bytes, or a buffer for all of it that begins with them."""
+    rest = len(data) - position
+    if rest >= 13:
+        total = 13 + int.from_bytes(data[position : position + 4], "little")
+        if total > 1 << 18:
+            large = bytearray(total)
+            large[:rest] = data[position:]
+            return b"", large
+    return data[position:] if rest else b"", None
 
 
 def _decode(kind: int, call_id: int, data: bytes, start: int, end: int) -> Message:

@@ -18,7 +18,11 @@ class ChannelListener(Protocol):
     """The party a channel delivers to."""
 
     def received(self, channel: Channel, message: Message) -> None:
-        """Take one message. Must not block and must not raise."""
+        """Take one message. Must not block and must not raise.
+
+        A signal handler may raise here all the same. An answer (`Reply`, `Failure` or `End`) then comes once more; with
+        any other message nobody can tell whether it was taken, and the channel is lost.
+        """
 
     def lost(self, channel: Channel, reason: str) -> None:
         """The peer is gone or broke the protocol. Called once, after the last message, and not after `close`."""
@@ -37,6 +41,13 @@ class Channel(Protocol):
         Raises:
             ChannelClosed: The channel is closed or lost.
             engine.errors.InvalidArgument: The message is larger than the channel's frame limit.
+        """
+
+    def awaits(self, call_id: int) -> bool:
+        """Whether it has taken this call, to send it, and not delivered the answer yet.
+
+        It is how whoever was interrupted in `send`, by an exception that a signal handler raised, learns what became
+        of the call.
         """
 
     def watch(self) -> None:

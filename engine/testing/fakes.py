@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ..calling.slot import Slot
 from ..seam.adapter import Node
 from ..seam.channel import Channel, ChannelClosed, ChannelListener
-from ..seam.messages import Message
+from ..seam.messages import Call, End, Failure, Message, Reply
 from ..seam.worker import Listen, WorkerSpec
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ class FakeChannel:
 
     Attributes:
         sent: What was sent, in order.
+        unanswered: Numbers of the calls among that which `answer` has not answered.
         watched: How many times `watch` was called.
         opened: See `engine.seam.channel.Channel.opened`; to be set by the test.
         closed: Whether it takes no more messages.
@@ -84,6 +85,7 @@ class FakeChannel:
         self.listener = listener
         self.on_loop = on_loop
         self.sent: list[Any] = []
+        self.unanswered: set[int] = set()
         self.watched = 0
         self.opened = True
         self.closed = False
@@ -101,8 +103,14 @@ class FakeChannel:
         if self.closed:
             raise ChannelClosed("the channel is closed")
         self.sent.append(message)
+        if isinstance(message, Call):
+            self.unanswered.add(message.id)
         if self.on_send is not None:
             self.on_send(message)
+
+    def awaits(self, call_id: int) -> bool:
+        """See `engine.seam.channel.Channel.awaits`."""
+        return call_id in self.unanswered and not self.closed
 
     def watch(self) -> None:
         """See `engine.seam.channel.Channel.watch`."""
@@ -122,6 +130,8 @@ class FakeChannel:
         """Let the peer say something."""
         assert self.listener is not None
         self.listener.received(self, message)
+        if isinstance(message, (Reply, Failure, End)):
+            self.unanswered.discard(message.id)
 
     def break_off(self, reason: str = "the peer closed the connection") -> None:
         """Let the peer die."""
