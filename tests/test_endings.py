@@ -99,7 +99,7 @@ def test_nothing_outlives_the_program(ending, temporary):
 
 
 def test_control_c_ends_the_program_and_not_the_replicas_first():
-    """Ctrl-C in a terminal reaches the whole process group: replicas must leave it to the engine to end them."""
+    """Whoever signals all processes signals replicas, too: they must leave it to the engine to end them."""
     code = ENDING + (
         "try:\n    " + WAIT + "except KeyboardInterrupt:\n    pass\n"
         "assert handle.call() == 'ok'\nengine.shutdown()\nsys.stdout.write('ended well')"
@@ -113,9 +113,48 @@ def test_control_c_ends_the_program_and_not_the_replicas_first():
         start_new_session=True,
     ) as program:
         assert program.stdout.readline() == "ready\n", program.stderr.read()
-        os.killpg(program.pid, signal.SIGINT)
+        workers = descendants(program.pid)
+        os.killpg(program.pid, signal.SIGINT)  # as a terminal does
+        for pid in workers:
+            os.kill(pid, signal.SIGINT)
         stdout, stderr = program.communicate(timeout=30)
     assert (stdout, stderr) == ("ended well", "")
+
+
+POOLED = """
+import os, signal, subprocess, sys
+from concurrent.futures import ProcessPoolExecutor
+from engine import Engine
+
+class Pooled:
+    def __init__(self):
+        self.pool = ProcessPoolExecutor(1)
+        self.subprocess = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+
+    def __call__(self, request):
+        return os.getpid(), self.pool.submit(os.getpid).result(), self.subprocess.pid
+
+engine = Engine(backend='local', http_options={'location': None})
+engine.create_backend('b', Pooled)
+engine.create_endpoint('b', backend='b')
+handle = engine.get_handle('b')
+sys.stdout.write(' '.join(map(str, handle.call())) + '\\n')
+sys.stdout.flush()
+sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize("dies", ["program", "replica"])
+def test_what_a_replica_has_started_ends_with_it(dies):
+    """Also if it is killed, or all of the engine is: the pool would wait for ever."""
+    with subprocess.Popen(
+        [sys.executable, "-c", POOLED], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as program:
+        pids = [int(pid) for pid in program.stdout.readline().split()]
+        assert len(pids) == 3
+        os.kill(program.pid if dies == "program" else pids[0], signal.SIGKILL)
+        eventually(lambda: not any(map(is_running, pids)))
+        program.communicate("go on\n", timeout=30)
 
 
 @pytest.mark.parametrize("backend", ["inline", "local"])

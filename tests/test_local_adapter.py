@@ -441,7 +441,7 @@ async def test_the_core_is_found_even_if_the_caller_lost_it(
 async def test_streams_signals_and_modules_of_a_worker(adapter: LocalAdapter, recorder: Recorder) -> None:
     names = [
         "sys.stdin.read()",
-        "signal.getsignal(signal.SIGINT) == signal.SIG_IGN",
+        "signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, signal.SIG_DFL, signal.default_int_handler)",
         "signal.getsignal(signal.SIGTERM) == signal.SIG_DFL",
         "signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL",
         "hasattr(sys.modules['__main__'], '__file__')",
@@ -449,10 +449,25 @@ async def test_streams_signals_and_modules_of_a_worker(adapter: LocalAdapter, re
         "[t.name for t in threading.enumerate()]",
         "open('/proc/self/comm').read().strip()",
         "__import__('gc').isenabled()",
+        "os.getpgrp() == os.getpid()",
+        # whether what it starts ignores SIGINT, too, as a mask
+        "int(__import__('subprocess').check_output(['grep', 'SigIgn', '/proc/self/status']).split()[1], 16) & 2",
     ]
     await adapter.start_worker(spec("w", _workers.look, names, name="a long name of a worker"))
     found = list((await recorder.answer("w")).values())
-    assert found == ["", True, True, True, False, False, ["MainThread", "engine-control"], "a long name of", True]
+    assert found == [
+        "",
+        False,
+        True,
+        True,
+        False,
+        False,
+        ["MainThread", "engine-control"],
+        "a long name of",
+        True,
+        True,
+        0,
+    ]
 
 
 async def test_workers_inherit_no_descriptors_of_others(adapter: LocalAdapter, recorder: Recorder) -> None:

@@ -13,7 +13,7 @@ from fakes import until
 from engine.control import workers as workers_module
 from engine.control.workers import Life, Worker, Workers
 from engine.errors import BackendStartError, EngineError, ResourcesUnavailable
-from engine.seam.control_messages import Drain, LogLine, Pong, Ready, Reconfigure, Reconfigured, StartFailed
+from engine.seam.control_messages import Drain, Drained, LogLine, Pong, Ready, Reconfigure, Reconfigured, StartFailed
 from engine.seam.serialization import pack_exception
 from engine.seam.worker import WorkerExit, WorkerSpec
 from engine.testing.fakes import FakeAdapter
@@ -228,6 +228,21 @@ def test_a_worker_that_does_not_leave_is_killed(
 
     main()
     assert "replica.w.1 did not finish within 0.001 s and is killed" in caplog.text
+
+
+def test_a_worker_that_is_done_and_stays_is_told_apart(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(workers_module, "_EXIT_MARGIN_S", 0.0)
+
+    @on_loop
+    async def main(world: World) -> None:
+        worker = await world.ready()
+        world.workers.worker_said("w#1", Drained())
+        await world.workers.drain(worker, NOW)
+
+    main()
+    assert "is killed; its close(), exit functions or threads keep it" in caplog.text
 
 
 @on_loop

@@ -4,8 +4,12 @@ Owns the workers as their parent: it forks, kills and reaps them, and reports ea
 code but the import of the modules it is told to preload, and it never starts a thread, because threads do not survive a
 fork. Runs on the main thread of an interpreter of its own, started by `engine_local.launcher`.
 
-When the engine's process dies, the kernel kills this one (Linux) or its socket reads end-of-file; it then kills its
-workers. When it dies itself, the kernel kills the workers in the same way.
+Each worker leads a process group of its own, in which all that it starts stays unless it asks for another one. When the
+worker has ended, however it did, what is left of its group is killed.
+
+When the engine's process dies, a signal from the kernel (Linux) or the end of its socket tells this one; it then kills
+its workers and their groups. While an import has it, which may never end, the kernel kills it instead. When it dies
+itself, the kernel kills the workers.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import contextlib
 import os
 from typing import TYPE_CHECKING, Any
 
-from .process import die_with_parent
+from .process import die_with_parent, kill_group
 
 if TYPE_CHECKING:
     from .orders import Spawn
@@ -49,6 +53,8 @@ class ForkServer:
 
     def __init__(self, descriptor: int, engine_pid: int, preload: list[str]) -> None:
         die_with_parent(engine_pid)
+        self._pid = os.getpid()
+        self._engine_pid = engine_pid
         self._descriptor = descriptor
         self._preload = preload
         self._later = list(_LATER)
@@ -95,7 +101,7 @@ class ForkServer:
         self._received: deque[int] = deque()
         # Whoever stops the application signals all its processes; when this one is to end is for the engine to say.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, self._on_sigterm)
         signal.signal(signal.SIGCHLD, _ignore)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the starting thread may have blocked some
         self._wake_in, self._wake_out = os.pipe()
@@ -111,6 +117,24 @@ class ForkServer:
             stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
         for name in _LIGHT:
             _import_if_possible(name)
+
+    def _on_sigterm(self, number: int, frame: object) -> None:
+        # The kernel's word that the engine has died; anybody else's is not for this process to follow.
+        if os.getpid() == self._pid and os.getppid() != self._engine_pid:
+            self._leave(0)
+
+    def _import(self, name: str) -> bool:
+        """As `_import_if_possible`, which may take for ever, and run no handler meanwhile."""
+        die_with_parent(self._engine_pid)
+        try:
+            return _import_if_possible(name)
+        finally:
+            self._end_with_engine()
+
+    def _end_with_engine(self) -> None:
+        import signal
+
+        die_with_parent(self._engine_pid, signal.SIGTERM)
 
     def _import_preload(self) -> bool:
         from engine.seam.workplace import enter_worker
@@ -133,6 +157,7 @@ class ForkServer:
     # -- serving -----------------------------------------------------------------------------------------------------
 
     def _serve(self) -> None:
+        self._end_with_engine()
         while True:
             ready = {descriptor for descriptor, _ in self._poll.poll(self._patience_ms())}
             if self._wake_in in ready:
@@ -141,7 +166,7 @@ class ForkServer:
             if self._descriptor in ready and not self._read():
                 return
             if not ready:
-                _import_if_possible(self._later.pop(0))
+                self._import(self._later.pop(0))
                 self._frozen = False
 
     def _patience_ms(self) -> int | None:
@@ -168,7 +193,7 @@ class ForkServer:
             self._spawn(order)
         elif isinstance(order, Kill) and order.worker_id in self._pids:
             # Not reaped yet, so the number is still this worker's.
-            os.kill(self._pids[order.worker_id], 9)
+            kill_group(self._pids[order.worker_id])
 
     def _report(self, report: object) -> None:
         from .orders import pack
@@ -191,6 +216,7 @@ class ForkServer:
 
         worker_id = self._workers.pop(pid)
         del self._pids[worker_id]
+        kill_group(pid)  # the number is nobody else's as long as there is anybody left in the group
         self._report(Exited(worker_id, status))
 
     # -- forking -----------------------------------------------------------------------------------------------------
@@ -201,7 +227,7 @@ class ForkServer:
         descriptors = [self._received.popleft() for _ in range(order.descriptors)]
         self._follow(order)
         for name in order.preload:
-            self._frozen = not _import_if_possible(name) and self._frozen
+            self._frozen = not self._import(name) and self._frozen
         try:
             pid = self._fork(order, descriptors)
         except OSError as error:
@@ -240,16 +266,23 @@ class ForkServer:
             pid = os.fork()
         if pid == 0:
             self._become_worker(order, descriptors, server)
+        with contextlib.suppress(OSError):  # it is gone already
+            os.setpgid(pid, pid)  # as it does itself: whoever comes first
         return pid
 
     def _become_worker(self, order: Spawn, descriptors: list[int], server: int) -> None:
         try:
             die_with_parent(server)
+            os.setpgid(0, 0)
             import signal
 
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            # A worker takes no notice of Ctrl-C. What it starts must: it would inherit that a signal is ignored, but
+            # not that a handler does nothing.
+            signal.signal(signal.SIGINT, _ignore)
+            signal.siginterrupt(signal.SIGINT, False)
             self._sock.close()
             for descriptor in (self._wake_in, self._wake_out, *self._received):
                 os.close(descriptor)
@@ -263,7 +296,7 @@ class ForkServer:
 
     def _leave(self, status: int) -> None:
         for pid in self._workers:
-            os.kill(pid, 9)
+            kill_group(pid)
         with contextlib.suppress(OSError):  # nobody listens any more: then the init process reaps the rest
             for pid in list(self._workers):
                 self._bury(*os.waitpid(pid, 0))
@@ -271,7 +304,7 @@ class ForkServer:
 
 
 def _ignore(number: int, frame: object) -> None:
-    """Python writes to the wake-up descriptor only for signals that have a handler."""
+    """Do nothing, but as a handler: only for a signal that has one does Python write to the wake-up descriptor."""
 
 
 def _import_if_possible(name: str) -> bool:

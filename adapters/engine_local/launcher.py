@@ -14,7 +14,6 @@ import contextlib
 import logging
 import marshal
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -29,7 +28,7 @@ from engine.errors import InvalidArgument
 from . import boot
 from .orders import Frames, Kill, pack
 from .output import LineReader
-from .process import describe_exit
+from .process import describe_exit, kill_group
 
 __all__ = ["Launcher", "search_path"]
 
@@ -136,8 +135,7 @@ class Launcher:
         self.send(Kill(worker_id))
         if self.retired and pid is not None:
             # A stuck fork server does not listen. Nor does it reap, so the number still is this worker's.
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+            kill_group(pid)
 
     def retire(self) -> None:
         """It is stuck: order no more workers from it. Those that it has forked live on."""

@@ -9,26 +9,35 @@ import os
 import sys
 from typing import Any
 
-__all__ = ["describe_exit", "die_with_parent", "flush_c_streams", "name_process"]
+__all__ = ["describe_exit", "die_with_parent", "flush_c_streams", "kill_group", "name_process"]
 
 _SIGKILL = 9
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
 
 
-def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process as soon as its parent dies (Linux); end now if it already has.
+def die_with_parent(parent: int, by: int = _SIGKILL) -> None:
+    """Have the kernel end this process as soon as its parent dies (Linux); end now if it already has.
 
     The kernel watches the parent's *thread* that started this process: it must be one that lives as long as the parent.
     Elsewhere only the end-of-file on the sockets from the parent tells, which the process reads while it is idle.
 
     Args:
         parent: Process id the parent is known to have.
+        by: The signal that it is to get.
     """
     if sys.platform == "linux":
-        _libc().prctl(_PR_SET_PDEATHSIG, _SIGKILL, 0, 0, 0)
+        _libc().prctl(_PR_SET_PDEATHSIG, by, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)
+
+
+def kill_group(pid: int) -> None:
+    """End a worker and what it has started, or what is left of that if the worker is gone."""
+    try:
+        os.killpg(pid, _SIGKILL)
+    except OSError:
+        pass  # nobody is left, or all have taken on another user's rights
 
 
 def name_process(name: str) -> None:

@@ -2,7 +2,7 @@
 
 Runs in the child of the fork server: takes on the engine's directories and environment, ties its standard streams and
 its logging to the engine, starts the control thread (`engine_wire.child`) and calls the entry function on the main
-thread. It leaves by `os._exit`, after running what user code registered with `atexit`.
+thread. It leaves by `os._exit`, after all that an interpreter does at its exit (`engine_local.leaving`).
 
 When the engine dies, the kernel kills this process along with the fork server (Linux), and the control thread ends it
 when its socket reads end-of-file, whatever the main thread is doing.
@@ -24,7 +24,8 @@ from engine_wire import ChildHost
 from engine_wire.logs import LogToEngine
 
 from .connector import LocalConnector
-from .process import flush_c_streams, name_process
+from .leaving import disinherit, finish_interpreter
+from .process import name_process
 
 if TYPE_CHECKING:
     from .orders import Spawn
@@ -71,12 +72,11 @@ def _read_all(descriptor: int) -> bytes:
 
 
 def _settle(order: Spawn, host: ChildHost) -> None:
-    import atexit
     import faulthandler
     import gc
 
     name_process(order.name)
-    atexit._clear()  # what preloaded modules registered is the fork server's to clean up, not each worker's
+    disinherit()
     faulthandler.enable()
     sys.argv[:] = order.argv
     os.chdir(order.cwd or "/")
@@ -135,13 +135,7 @@ def _fail(host: ChildHost, error: BaseException) -> int:
 
 
 def _leave(code: int) -> NoReturn:
-    import atexit
-
     try:
-        atexit._run_exitfuncs()
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        flush_c_streams()
+        finish_interpreter()
     finally:
         os._exit(code)

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..errors import BackendStartError, EngineClosed, EngineError, ResourcesUnavailable
 from ..seam.adapter import Adapter, FindsPlaces
-from ..seam.control_messages import Drain, LogLine, Ready, Reconfigure, Reconfigured, StartFailed
+from ..seam.control_messages import Drain, Drained, LogLine, Ready, Reconfigure, Reconfigured, StartFailed
 from ..seam.detached import KeepsState
 from ..seam.serialization import unpack_exception
 from ..seam.worker import WorkerExit, WorkerSpec
@@ -54,6 +54,7 @@ class Worker:
         gone: Set once it has exited.
         error: Why it did not become ready.
         exit_reason: How it ended.
+        drained: It said that it holds no call any more.
     """
 
     def __init__(self, spec: WorkerSpec) -> None:
@@ -66,6 +67,7 @@ class Worker:
         self.error: BaseException | None = None
         self.exit_reason = ""
         self.ready_at = 0.0
+        self.drained = False
         self.last_lines: deque[str] = deque(maxlen=_KEPT_LINES)
         self.replies: dict[int, asyncio.Future[Reconfigured]] = {}
 
@@ -175,9 +177,8 @@ class Workers:
             try:
                 await asyncio.wait_for(worker.gone.wait(), timeout_s + _EXIT_MARGIN_S)
             except (asyncio.TimeoutError, TimeoutError):
-                _logger.warning(
-                    "%s did not finish within %g s and is killed; its calls fail", worker.spec.name, timeout_s
-                )
+                what = "its close(), exit functions or threads keep it" if worker.drained else "its calls fail"
+                _logger.warning("%s did not finish within %g s and is killed; %s", worker.spec.name, timeout_s, what)
                 await self.kill(worker)
 
     async def kill(self, worker: Worker) -> None:
@@ -228,6 +229,8 @@ class Workers:
                 worker.address = body.address
                 worker.ready_at = time.monotonic()
                 worker.ready.set()
+        elif isinstance(body, Drained):
+            worker.drained = True
         elif isinstance(body, StartFailed):
             worker.error = unpack_exception(body.error)
             worker.ready.set()

@@ -49,13 +49,13 @@ def main(host: WorkerHost, payload: bytes) -> None:
         host.tell(StartFailed(pack_exception_briefly(error)))
         return
     variables.run(_live, host, replica)
-    host.tell(Drained())
 
 
 def _live(host: WorkerHost, replica: BlockingReplica | LoopReplica) -> None:
     host.on_control(replica.control)
     try:
         host.serve(replica)
+        host.tell(Drained())
         replica.leave()
     finally:
         replica.close()

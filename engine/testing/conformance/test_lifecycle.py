@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextvars
+import os
+import subprocess
+import sys
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import pytest
 from starlette.background import BackgroundTask
 from starlette.responses import PlainTextResponse
 
 from engine import errors, get_replica_context
-from engine.testing.instruments import eventually
+from engine.testing.instruments import eventually, is_running
 
 variable = contextvars.ContextVar("variable", default="unset")
 
@@ -176,6 +181,52 @@ def test_background_tasks_come_before_close(serve, engine, journal, gate, kind):
     assert journal.lines() == ["background", "close", "del"]
 
 
+@pytest.mark.parametrize("kind", ["plain", "async"])
+def test_work_in_a_thread_pool_is_finished(serve, engine, journal, gate, kind):
+    class Backend:
+        def __init__(self):
+            self.pool = ThreadPoolExecutor(1)
+
+        def __call__(self, request):
+            self.pool.submit(gate.pass_through)
+            self.pool.submit(journal.add, "worked")
+
+        def close(self):
+            gate.open()
+
+    class AsyncBackend(Backend):
+        async def __call__(self, request):
+            super().__call__(request)
+
+    served = serve({"plain": Backend, "async": AsyncBackend}[kind], route=None)
+    served.call()
+    leave(served, engine)
+    eventually(lambda: journal.lines() == ["worked"])
+
+
+class Pooled:
+    """Has processes of its own."""
+
+    def __init__(self):
+        self.pool = ProcessPoolExecutor(2)
+        self.subprocess = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+
+    def __call__(self, request):
+        return [self.pool.submit(os.getpid).result(), self.subprocess.pid]
+
+
+@pytest.mark.parametrize("how", ["in order", "by force"])
+def test_a_replica_takes_its_processes_along(serve, engine, adapter, caplog, how):
+    if not adapter.processes:
+        pytest.skip("the application's process is the one that ends its children")
+    served = serve(Pooled, route=None)
+    pids = served.call()
+    assert all(map(is_running, pids))
+    leave(served, engine, force=how == "by force")
+    assert "is killed" not in caplog.text, "it did not leave by itself"
+    eventually(lambda: not any(map(is_running, pids)))
+
+
 def test_a_replica_that_is_killed_is_not_closed(serve, engine, journal):
     served = serve(Plain, journal, route=None)
     assert served.call() == "ok"
@@ -229,6 +280,39 @@ def test_a_close_that_hangs_is_cut_off(serve, engine, journal, caplog):
     assert time.monotonic() - before < 10
     assert journal.lines() == ["cut off", "del"]
     eventually(lambda: "graceful_shutdown_timeout_s" in caplog.text)
+
+
+class Stays:
+    """Does not leave."""
+
+    def __init__(self, what, gate):
+        self.what = what
+        self.gate = gate
+        if what == "atexit":
+            atexit.register(gate.pass_through)
+        if what == "thread":
+            threading.Thread(target=gate.pass_through, name="lasting").start()
+
+    def __call__(self, request):
+        return "ok"
+
+    def close(self):
+        if self.what == "close":
+            self.gate.pass_through()
+
+
+def test_a_replica_that_does_not_leave_is_killed(serve, engine, adapter, gate, caplog):
+    reasons = ["close", "atexit", "thread"] if adapter.processes else ["close"]
+    config = {"graceful_shutdown_timeout_s": 0.3}
+    stay = [serve(Stays, reason, gate, route=None, config=config) for reason in reasons]
+    threads = [threading.Thread(target=leave, args=(served, engine)) for served in stay]
+    before = time.monotonic()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert time.monotonic() - before < 10, "less than the gate would have kept them"
+    assert caplog.text.count("is killed; its close(), exit functions or threads keep it") == len(stay)
 
 
 @pytest.mark.parametrize("way", ["handle", "http"])
