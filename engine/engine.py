@@ -40,7 +40,7 @@ from .errors import EndpointNotFound, EngineClosed, InvalidArgument
 from .seam.adapter import Adapter, lacking
 from .seam.connector import PlatformRefs
 from .seam.detached import Detachable, RemoteController
-from .seam.may_block import check_may_block
+from .seam.may_block import check_may_block, check_not_own_thread
 from .seam.plugins import load_adapter
 from .seam.resources import resources_of
 from .seam.serialization import dumps_by_value
@@ -55,6 +55,8 @@ T = TypeVar("T")
 
 __all__ = ["Engine"]
 
+_GRACE_S = 5.0
+"""What calls in flight get when an engine shuts down."""
 _VERBS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT")
 
 
@@ -62,8 +64,11 @@ class Engine:
     """Runs functions and classes as replicas, and routes calls to them.
 
     Every method may be called from any thread, blocks until what it asks for is done, and raises otherwise. Use it as a
-    context manager, or call `shutdown`; at interpreter exit it shuts down by itself. A detached engine goes on when its
-    creator leaves, in these ways or any other, and ends by `shutdown` alone.
+    context manager, or call `shutdown`; at interpreter exit it shuts down by itself, as `shutdown` does. A detached
+    engine goes on when its creator leaves, in these ways or any other, and ends by `shutdown` alone.
+
+    Whoever is interrupted in a method (by Ctrl-C, say) can repeat it at once: what was created is taken back, a change
+    too, and what was to be deleted is.
 
     A module may create one where it is imported. The replicas of its backends import that module, too: there the engine
     is inert and stands for the one that runs them.
@@ -531,12 +536,17 @@ class Engine:
         """
         return self._control(Statistics([] if self._inert is not None else self._client.statistics()))
 
-    def shutdown(self, timeout_s: float = 5.0) -> None:
+    def shutdown(self, timeout_s: float = _GRACE_S) -> None:
         """Stop taking calls, let those in flight finish, end every worker and release everything (idempotent).
 
         Args:
-            timeout_s: Seconds that calls in flight get; then their workers are killed and the calls fail.
+            timeout_s: Seconds that calls in flight get; then their workers are killed and the calls fail. An interrupt
+                (Ctrl-C) while this waits has the same effect.
+
+        Raises:
+            errors.WouldBlock: Called in the engine's own thread: by a handler of logging, or a callback.
         """
+        check_not_own_thread("shutdown()")
         self._close(lambda: self._runner.stop(timeout_s))
 
     def _close(self, finish: Callable[[], None]) -> None:
@@ -567,8 +577,13 @@ class Engine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Shut down, at once if an exception is on its way; a detached engine is only let go."""
-        self._leave(0.0 if kind is not None else 5.0)
+        """Shut down; a detached engine is only let go.
+
+        If an error is on its way, that is at once. What is no `Exception` (`SystemExit`, `KeyboardInterrupt`, the
+        cancellation of a task) ends a program in an orderly manner, so calls in flight may finish; a second Ctrl-C ends
+        them.
+        """
+        self._leave(_grace_s(kind))
 
     async def __aenter__(self) -> Engine:
         """Start without blocking the event loop."""
@@ -584,10 +599,12 @@ class Engine:
         from anyio import CancelScope, to_thread
 
         with CancelScope(shield=True):
-            await to_thread.run_sync(self._leave, 0.0 if kind is not None else 5.0)
+            await to_thread.run_sync(self._leave, _grace_s(kind))
 
     def _at_exit(self) -> None:
-        self._leave(0.0)
+        if self._closed and self._pid == os.getpid():
+            self._runner.hurry()  # a thread that nobody waits for is at it
+        self._leave(_GRACE_S)
 
     def _check_open(self) -> None:
         if self._pid != os.getpid() and self._inert is None:
@@ -614,6 +631,11 @@ class Engine:
             load_server("hypercorn").validate(self._http)
         if self._http.middlewares:
             dumps_by_value(list(self._http.middlewares), "http_options: middlewares")
+
+
+def _grace_s(kind: type[BaseException] | None) -> float:
+    """How long calls in flight may go on if this is how a ``with`` block was left."""
+    return 0.0 if kind is not None and issubclass(kind, Exception) else _GRACE_S
 
 
 def _adapter_of(backend: Any) -> Adapter:

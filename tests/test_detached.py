@@ -603,6 +603,21 @@ async def test_replicas_end_though_whoever_removed_them_was_interrupted(platform
     await one.controller.create_backend(plan("spare"))
 
 
+@on_loop
+async def test_an_endpoint_that_was_given_up_while_an_ingress_took_its_time_is_taken_back(platform: Platform) -> None:
+    one = await furnished(platform)
+    ingress = one.subscribe(ingress=True)
+    creating = asyncio.ensure_future(one.controller.create_endpoint(endpoint("g", "b")))
+    await until(lambda: "g" in published(ingress)[-1].endpoints)
+    creating.cancel()
+    await asyncio.wait([creating])
+    assert "g" not in await one.controller.list_endpoints()
+    assert "g" not in published(ingress)[-1].endpoints
+    ingress.break_off()
+    await one.controller.create_endpoint(endpoint("g", "b"))
+    assert "g" in await one.controller.list_endpoints()
+
+
 @pytest.mark.parametrize("how", ["refused", "given up"])
 def test_a_configuration_that_not_all_took_is_nobodys(how: str) -> None:
     async def configure(platform: Platform) -> None:
@@ -952,6 +967,40 @@ def test_an_error_is_raised_as_itself_and_waits_for_nothing(detached: Any) -> No
         RemoteRunner(remote, client).run(operations.DeleteBackend("nothing", force=False))
     assert isinstance(caught.value.__cause__, RemoteTraceback)
     assert client.versions == []
+
+
+@pytest.mark.parametrize("when", ["while it goes on", "before it came there"])
+def test_who_is_interrupted_has_it_given_up(detached: Any, when: str) -> None:
+    """Also if the word of that overtakes what it is about."""
+    remote, client = Remote(), Waited()
+    remote.answer = detached.run
+    detached._runner._adapter.on_start = None  # no replica becomes ready
+    passed_on: list[bytes] = []
+
+    def interrupt(packed: bytes) -> bytes:
+        remote.answer = detached.run
+        if when == "while it goes on":
+            thread = threading.Thread(target=lambda: passed_on.append(detached.run(packed)))
+            thread.start()
+            eventually(lambda: detached._runner._adapter.started)
+            threads.append(thread)
+        else:
+            late.append(packed)
+        raise KeyboardInterrupt
+
+    threads: list[threading.Thread] = []
+    late: list[bytes] = []
+    remote.answer = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        RemoteRunner(remote, client).run(operations.CreateBackend(plan("b")))
+    assert remote.asked == ["create_backend", "give_up"]
+    for packed in late:
+        _, error, _ = loads(detached.run(packed))
+        assert "given up" in str(unpack_exception(error))
+    for thread in threads:
+        thread.join(PATIENCE_S)
+        assert loads(passed_on[0])[1] is not None
+    eventually(lambda: not do(detached, operations.Statistics([]))[0]["backends"])
 
 
 def test_waiting_for_a_version() -> None:

@@ -43,6 +43,47 @@ assert handle.call() == 'ok'
 """
 WAIT = "sys.stdout.write('ready\\n'); sys.stdout.flush(); sys.stdin.readline()\n"
 
+DRAINED = """
+import asyncio, os, pathlib, signal, sys, threading
+from engine import Engine
+from engine.testing.instruments import Gate, eventually
+
+where = pathlib.Path(sys.argv[2])
+gate = Gate(where / 'gate')
+
+def held(request):
+    gate.pass_through()
+    return 'finished'
+
+def ask():
+    try:
+        (where / 'answer').write_text(handle.call())
+    except BaseException as error:
+        (where / 'answer').write_text(repr(error))
+
+engine = Engine(backend=sys.argv[1], http_options={'location': None})
+engine.create_backend('held', held)
+engine.create_endpoint('held', backend='held')
+handle = engine.get_handle('held')
+threading.Thread(target=ask, daemon=True).start()
+gate.wait_for_arrivals(1)
+threading.Thread(target=lambda: (eventually(lambda: 'closed' in repr(engine)), gate.open()), daemon=True).start()
+"""
+DRAINS = {
+    "end of the program": ("", 0),
+    "sys.exit": ("sys.exit(0)", 0),
+    "SIGTERM that exits": (
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\nwith engine:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n    signal.pause()",
+        0,
+    ),
+    "a task that is cancelled": (
+        "async def main():\n    async with engine:\n        asyncio.current_task().cancel()\n"
+        "        await asyncio.sleep(1000)\n"
+        "try:\n    asyncio.run(main())\nexcept asyncio.CancelledError:\n    pass",
+        0,
+    ),
+}
 ENDINGS = {
     "end of the program": (WAIT, 0),
     "exception": (WAIT + "raise KeyError('mine')", 1),
@@ -92,10 +133,24 @@ def test_nothing_outlives_the_program(ending, temporary):
     eventually(lambda: not any(map(is_running, workers)), timeout_s=2)
     if ending in CLEAN:
         assert left_in(temporary) == []
+        if ending == "end while calls run":  # they got their time, and the log says who did not use it
+            stderr = "".join(line for line in stderr.splitlines() if not line.endswith("is killed; its calls fail"))
         assert stderr == "" or ending == "exception", stderr
     else:
         run_python("-c", ENDING, env=environment)
         assert left_in(temporary) == [], "the next engine sweeps up"
+
+
+@pytest.mark.parametrize("backend", ["inline", "local"])
+@pytest.mark.parametrize("ending", DRAINS)
+def test_an_orderly_end_lets_calls_finish(ending, backend, tmp_path):
+    code, expected = DRAINS[ending]
+    done = subprocess.run(
+        [sys.executable, "-c", DRAINED + code, backend, str(tmp_path)], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (expected, "")
+    eventually(lambda: (tmp_path / "answer").exists(), timeout_s=2)
+    assert (tmp_path / "answer").read_text() == "finished"
 
 
 def test_control_c_ends_the_program_and_not_the_replicas_first():
@@ -191,6 +246,7 @@ def test_a_stopped_replica_holds_nobody_up(how, client):
         handle = engine.get_handle("b")
         name, pid = handle.call()
         os.kill(pid, signal.SIGSTOP)
+        eventually(lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
         if how == "update":
             engine.update_backend_config("b", {"user_config": "new"})
             assert handle.call()[0] == "new"

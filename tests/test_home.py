@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from engine.calling import home as home_module
 from engine.calling.home import LoopHome, ThreadHome
 from engine.testing.instruments import PATIENCE_S, Footprint, eventually
 
@@ -95,6 +96,30 @@ def test_closing_drops_the_timers_and_ends_the_thread(leaves_nothing: Footprint)
     home.call_later(0.0, heard.append, "never")
     assert not timer_threads()
     assert heard == []
+
+
+@pytest.mark.parametrize("error", [ValueError("mine"), SystemExit(3), KeyboardInterrupt()])
+def test_a_timer_that_raises_stops_no_other(
+    home: ThreadHome, caplog: pytest.LogCaptureFixture, error: BaseException
+) -> None:
+    def fail() -> None:
+        raise error
+
+    done = threading.Event()
+    home.call_later(0.0, fail)
+    home.call_later(0.0, done.set)
+    assert done.wait(PATIENCE_S)
+    assert "a timer failed" in caplog.text
+
+
+def test_a_timer_that_hangs_keeps_nobody_from_closing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(home_module, "_JOIN_S", 0.0)
+    home, hangs, leave = ThreadHome("test-timers"), threading.Event(), threading.Event()
+    home.call_later(0.0, lambda: (hangs.set(), leave.wait(PATIENCE_S)))
+    assert hangs.wait(PATIENCE_S)
+    home.close()
+    leave.set()
+    eventually(lambda: not timer_threads())
 
 
 def test_closing_before_the_first_timer() -> None:

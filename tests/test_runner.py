@@ -6,6 +6,7 @@ import asyncio
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -14,9 +15,11 @@ from engine import Engine, errors
 from engine.calling import client, connectors
 from engine.calling.client import Client
 from engine.config import HTTPOptions
+from engine.control import runner as runner_module
 from engine.control.operations import ListBackends
 from engine.control.runner import Runner
 from engine.testing.fakes import FakeAdapter
+from engine.testing.instruments import Gate, interrupting
 
 
 def test_without_a_loop_there_is_an_error_and_an_end(monkeypatch, leaves_nothing):
@@ -73,8 +76,15 @@ def test_two_that_stop_at_once_both_wait_for_the_end(held, monkeypatch):
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(runner.stop, 0.0)
         assert stopping.wait(20)
-        wait = runner._ready.wait
-        monkeypatch.setattr(runner._ready, "wait", lambda: (wait(), second_is_at_it.set()))
+        lock = runner._stop_lock
+
+        @contextmanager
+        def telling():
+            second_is_at_it.set()
+            with lock:
+                yield
+
+        monkeypatch.setattr(runner, "_stop_lock", telling())
         second = pool.submit(runner.stop, 0.0)
         assert second_is_at_it.wait(20)
         assert not second.done()
@@ -110,6 +120,60 @@ def test_a_signal_handler_may_stop_what_its_thread_is_stopping(held):
     assert len(stops) == 1
     with pytest.raises(errors.EngineClosed):
         runner.run(ListBackends())
+
+
+def test_a_second_interrupt_leaves_calls_no_more_time(leaves_nothing, tmp_path):
+    """As Ctrl-C that is pressed once more while the engine shuts down."""
+    gate = Gate(tmp_path / "gate")
+
+    def held(request):
+        gate.pass_through()
+
+    engine = Engine(backend="local", http_options={"location": None})
+    engine.create_backend("held", held, config={"graceful_shutdown_timeout_s": 1000})
+    engine.create_endpoint("held", backend="held")
+    ref = engine.get_handle("held").remote()
+    gate.wait_for_arrivals(1)
+    with interrupting(lambda: "closed" in repr(engine)), pytest.raises(KeyboardInterrupt):
+        engine.shutdown(1000)
+    with pytest.raises(errors.EngineError):
+        ref.result(20)
+    assert not gate.is_open()
+
+
+def test_a_start_that_hangs_can_be_shut_down(monkeypatch, leaves_nothing):
+    monkeypatch.setattr(runner_module, "_SHUTDOWN_MARGIN_S", 0.05)
+    adapter = FakeAdapter()
+
+    async def start(engine_id, events):
+        await asyncio.Event().wait()
+
+    adapter.start = start
+    runner = Runner("e", adapter, Client("e", adapter), HTTPOptions.of(None))
+    runner.stop(0.0)
+    with pytest.raises(errors.EngineClosed):
+        runner.wait_started()
+
+
+class Exits:
+    """An operation that raises what would end any loop, as user code does that is pickled for it."""
+
+    def __init__(self, error):
+        self.error = error
+
+    async def perform(self, controller):
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), GeneratorExit()], ids=repr)
+def test_what_an_operation_raises_is_its_callers(error):
+    adapter = FakeAdapter()
+    runner = Runner("e", adapter, Client("e", adapter), HTTPOptions.of(None))
+    runner.wait_started()
+    with pytest.raises(type(error)):
+        runner.run(Exits(error))
+    assert runner.run(ListBackends()) == {}
+    runner.stop(0.0)
 
 
 def test_an_adapter_that_is_another_engines_is_left_alone(leaves_nothing):

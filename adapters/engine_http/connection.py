@@ -15,17 +15,18 @@ Everything here runs on one asyncio loop, and only its thread touches it.
 from __future__ import annotations
 
 import asyncio
-import logging
 import socket
 from collections.abc import Coroutine
 from typing import Any, Protocol, cast
+
+from engine.seam.log import Log
 
 from .lane import Lane, LaneWithTask
 from .server_context import ServerContext
 
 __all__ = ["Connection", "Owner"]
 
-log = logging.getLogger("engine.http")
+log = Log("engine.http")
 
 _LOOK_AFTER_S = 1.0
 """A connection that is closed and empty by then only waits for its client to say goodbye in TLS."""

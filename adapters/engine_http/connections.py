@@ -7,7 +7,8 @@ it is closed and the application calls made for it have ended, whoever closed it
 from __future__ import annotations
 
 import asyncio
-import logging
+
+from engine.seam.log import Log
 
 from .connection import Connection
 from .lane import Lane, LaneWithTask
@@ -15,7 +16,7 @@ from .server_context import ServerContext
 
 __all__ = ["Connections"]
 
-log = logging.getLogger("engine.http")
+log = Log("engine.http")
 
 
 class Connections:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import collections
-import logging
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ from hypercorn.protocol.h11 import H2CProtocolRequiredError, H2ProtocolAssumedEr
 from hypercorn.typing import ConnectionState
 
 from engine.seam.ingress_server import ASGIApp, StreamBroken
+from engine.seam.log import Log
 
 from .lane import READ_AHEAD
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FullLane"]
 
-log = logging.getLogger("engine.http")
+log = Log("engine.http")
 
 _WRITE_AT_ONCE = 64 * 1024
 """More than this is not held back to join it with what follows."""

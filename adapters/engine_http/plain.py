@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import asyncio
 import http
-import logging
 import re
 import time
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 from engine.seam.ingress_server import StreamBroken
+from engine.seam.log import Log
 
 from .lane import READ_AHEAD
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PlainLane"]
 
-log = logging.getLogger("engine.http")
+log = Log("engine.http")
 
 _FIELD = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n"
 _HEAD = re.compile(rb"([A-Z]{1,20}) (/[\x21-\x7e]*) HTTP/1\.1\r\n((?:" + _FIELD + rb")+)\r\n")

@@ -8,7 +8,6 @@ in one log line.
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import threading
 import time
@@ -17,6 +16,7 @@ from typing import Any
 
 from engine.seam.adapter import AdapterBase, AdapterEvents, Node
 from engine.seam.channel import Channel, ChannelClosed, ChannelListener
+from engine.seam.log import Log
 from engine.seam.worker import Listen, WorkerExit, WorkerSpec
 from engine_wire.listening import ListeningSockets
 
@@ -25,7 +25,8 @@ from .host import InlineHost
 
 __all__ = ["InlineAdapter"]
 
-_logger = logging.getLogger("engine.inline")
+_logger = Log("engine.inline")
+_LOOK_S = 0.002
 _JOIN_S = 2.0
 """How long `stop` waits for threads to end. One that is deep in user code is left behind: it cannot be killed."""
 
@@ -89,8 +90,9 @@ class InlineAdapter(AdapterBase):
             host.kill()
         self._hosts.clear()
         deadline = time.monotonic() + _JOIN_S
-        for thread in self._threads:
-            await asyncio.to_thread(thread.join, max(0.0, deadline - time.monotonic()))
+        # They are looked at again and again: at the end of the interpreter there are no threads to wait for them.
+        while any(thread.is_alive() for thread in self._threads) and time.monotonic() < deadline:  # noqa: ASYNC110
+            await asyncio.sleep(_LOOK_S)
         self._threads.clear()
         self._sockets.close()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-import logging
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.seam.connector import Connector
 from engine.seam.control_messages import Drain, Ready
+from engine.seam.log import Log
 from engine.seam.service import Service
 from engine.seam.worker import WorkerSpec
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["InlineHost"]
 
-_logger = logging.getLogger("engine.inline")
+_logger = Log("engine.inline")
 
 
 class InlineHost:

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 from engine.errors import EngineClosed, EngineError, InvalidArgument, RemoteError, ResourcesUnavailable
 from engine.seam.adapter import AdapterBase, AdapterEvents
+from engine.seam.log import Log
 from engine.seam.serialization import unpack_exception
 from engine.seam.worker import Listen, WorkerExit, WorkerSpec
 from engine_wire import Acceptor, listen_unix
@@ -42,7 +43,7 @@ from .watched import WatchedWorker
 
 __all__ = ["LocalAdapter"]
 
-_log = logging.getLogger("engine.local")
+_log = Log("engine.local")
 _MAX_INLINE_BYTES = 1 << 15
 """Larger payloads reach the worker as a file in memory: the fork server need not hold and copy them."""
 

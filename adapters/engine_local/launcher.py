@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import marshal
 import os
 import socket
@@ -24,6 +23,7 @@ from typing import Any, NamedTuple
 
 import engine.errors
 from engine.errors import InvalidArgument
+from engine.seam.log import Log
 
 from . import boot
 from .orders import Frames, Kill, pack
@@ -32,7 +32,7 @@ from .process import describe_exit, kill_group
 
 __all__ = ["Launcher", "search_path"]
 
-_log = logging.getLogger("engine.local")
+_log = Log("engine.local")
 _READ_SIZE = 1 << 16
 _STOP_PATIENCE_S = 2.0
 """To kill and reap its workers takes a fork server milliseconds, unless it is importing."""

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from engine.errors import BackendStartError
 from engine.seam.control_messages import StartFailed
+from engine.seam.log import Log
 from engine.seam.serialization import pack_exception_briefly
 from engine_wire import ChildHost
 from engine_wire.logs import LogToEngine
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["run_worker"]
 
-_log = logging.getLogger("engine.local")
+_log = Log("engine.local")
 
 
 def run_worker(order: Spawn, descriptors: list[int]) -> NoReturn:

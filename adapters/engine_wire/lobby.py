@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+from engine.seam.log import Log
+
 from .handshake import HandshakeError, ServerHandshake, check_secret
 
 __all__ = ["MAX_WAITING", "PATIENCE_S", "Lobby", "Watcher"]
@@ -25,7 +27,7 @@ MAX_WAITING = 64
 PATIENCE_S = 5.0
 """For the whole handshake. One round trip between machines takes milliseconds."""
 
-_log = logging.getLogger("engine.wire")
+_log = Log("engine.wire")
 _NOWAIT = socket.MSG_DONTWAIT
 
 

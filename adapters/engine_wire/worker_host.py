@@ -126,9 +126,9 @@ class WireWorkerHost:
             try:
                 self._handler(self._early.popleft())
             except Exception:
-                import logging
+                from engine.seam.log import Log
 
-                logging.getLogger(self.log_name).exception("a control message could not be handled")
+                Log(self.log_name).exception("a control message could not be handled")
 
     # -- after a fork by user code -----------------------------------------------------------------------------------
 

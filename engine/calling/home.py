@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 __all__ = ["Home", "LoopHome", "ThreadHome", "Timer"]
 
 _SWEEP_FROM = 64
+_JOIN_S = 2.0
+"""How long closing waits for the thread: a user's callback that hangs in it must not keep the engine from ending."""
 
 
 class Timer(Protocol):
@@ -116,7 +118,7 @@ class ThreadHome:
             self._changed.notify()
             thread = self._thread
         if thread is not None and thread is not threading.current_thread():
-            thread.join()
+            thread.join(_JOIN_S)
 
     def _run(self) -> None:
         while True:
@@ -128,4 +130,11 @@ class ThreadHome:
                 _, _, entry = heapq.heappop(self._heap)
             function = entry.function
             if function is not None:
-                function(*entry.args)
+                try:
+                    function(*entry.args)
+                except BaseException:  # a user's callback, perhaps: the other timers are to go off all the same
+                    from ..seam.log import Log
+
+                    Log("engine.calling").exception("a timer failed")
+                function = None
+            del entry  # what it holds is not kept until the next one is due

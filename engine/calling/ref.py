@@ -101,9 +101,11 @@ class Ref(Slot, Generic[T_co]):
 
         def copy(ref: Ref) -> None:
             try:
-                future.set_result(ref._open())
+                result = ref._open()
             except BaseException as error:
                 future.set_exception(error)
+            else:
+                future.set_result(result)
 
         self.add_done_callback(copy)
         return future
@@ -165,13 +167,19 @@ class Ref(Slot, Generic[T_co]):
         timer, self._timer = self._timer, None
         if timer is not None:
             timer.cancel()
+        interrupt: BaseException | None = None
         for callback in callbacks:
             try:
                 callback(self)
-            except Exception:  # it must not stop whoever brings the other answers
-                import logging
+            except BaseException as raised:  # it must not stop whoever brings the other answers
+                from ..seam.log import Log, must_go_on
 
-                logging.getLogger("engine.ref").exception("a callback of %r failed", self)
+                if must_go_on(raised):
+                    Log("engine.ref").exception("a callback of %r failed", self)
+                else:
+                    interrupt = interrupt or raised
+        if interrupt is not None:
+            raise interrupt
 
     def _open(self) -> T_co:
         if self._error is not None:

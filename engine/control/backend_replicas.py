@@ -6,7 +6,6 @@ Runs on the controller's loop. Callers learn of nothing here before the controll
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Container
@@ -16,6 +15,7 @@ from typing import Any
 from ..config import BackendConfig
 from ..errors import InvalidArgument
 from ..seam.adapter import Adapter
+from ..seam.log import Log
 from ..seam.serialization import dumps
 from ..seam.snapshot import BackendEntry, ReplicaEntry
 from ..seam.worker import WorkerSpec
@@ -27,7 +27,7 @@ from .workers import Life, Worker, Workers
 
 __all__ = ["BackendReplicas"]
 
-_logger = logging.getLogger("engine.controller")
+_logger = Log("engine.controller")
 
 _ENTRY = "engine.serving.replica_worker:main"
 _STABLE_S = 10.0

@@ -9,7 +9,6 @@ operations on different ones run side by side.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Coroutine
 from contextlib import nullcontext
 from typing import Any
@@ -20,6 +19,7 @@ from ..errors import EngineError, InvalidArgument
 from ..seam.adapter import Adapter
 from ..seam.channel import Channel, ChannelListener
 from ..seam.detached import store_of
+from ..seam.log import Log
 from ..seam.snapshot import EndpointEntry
 from ..seam.worker import WorkerExit
 from .backend_plan import BackendPlan
@@ -33,7 +33,7 @@ from .workers import Worker, Workers
 
 __all__ = ["Controller"]
 
-_logger = logging.getLogger("engine.controller")
+_logger = Log("engine.controller")
 
 _APPLIED_TIMEOUT_S = 5.0
 _LEFT_ALONE_TIMEOUT_S = 1.0
@@ -142,20 +142,33 @@ class Controller:
         await self._adapter.stop()
         self._adapter.close()
 
+    def hurry(self) -> None:
+        """If it is being shut down, give calls in flight no more time."""
+        if self._closing:
+            self._workers.hurry()
+
     # -- backends ------------------------------------------------------------------------------------------------------
 
     async def create_backend(self, plan: BackendPlan) -> None:
         """Start a backend; it exists once all of its replicas are ready, or not at all.
+
+        If it is given up, nothing is left of it, and who creates a backend of this tag meanwhile waits for that.
 
         Raises:
             InvalidArgument: The tag is taken, also by a backend whose deletion goes on.
             BaseException: What a replica's constructor raised, why it did not become ready, or why the store does not
                 keep it.
         """
-        if plan.tag in self._backends:
+        while (there := self._backends.get(plan.tag)) is not None and not there.live:
+            async with there.lock:  # it is being created, or that is being taken back for whoever was interrupted
+                pass
+        if self._being_deleted(plan.tag):  # the new replicas would be taken for the old ones, whose names they have
+            raise InvalidArgument(
+                f"backend {plan.tag!r} is still being deleted: wait until delete_backend returns, or call it again to "
+                "wait for that"
+            )
+        if there is not None:
             raise InvalidArgument(f"backend {plan.tag!r} exists already: choose another tag or delete it first")
-        if plan.tag in self._leaving:  # the new replicas would be taken for the old ones, whose names they have
-            raise InvalidArgument(f"backend {plan.tag!r} is still being deleted: wait until delete_backend returns")
         backend = self._backends[plan.tag] = self._new_backend(plan)
         async with backend.lock:
             try:
@@ -234,7 +247,13 @@ class Controller:
         self._with_new(entry)  # before anything is started for it
         if entry.route is not None and not await self._ingresses.ensure_started():
             self._spawn(self._refill_ingresses())
-        await self._change_endpoints(self._with_new(entry))  # and afterwards: others change endpoints, too
+        try:
+            await self._change_endpoints(self._with_new(entry))  # and afterwards: others change endpoints, too
+        except asyncio.CancelledError:  # while an ingress took its time: whoever asked for it was interrupted
+            if self._endpoints.entries().get(entry.name) is entry:
+                self._endpoints = self._endpoints.without(entry.name)
+                self._publish_anyway()
+            raise
 
     async def delete_endpoint(self, name: str) -> None:
         """Remove a name; calls in flight finish.

@@ -7,17 +7,23 @@ platform starts it again and the controller takes over what it finds in the adap
 
 from __future__ import annotations
 
+from collections import deque
+from concurrent.futures import Future
 from typing import Any
 
 from ..calling.client import Client
 from ..calling.connectors import register_connector
 from ..config import HTTPOptions
+from ..errors import EngineError
 from ..seam.adapter import Adapter
 from ..seam.serialization import dumps, loads, pack_exception
-from .operations import Operation, Stop
+from .operations import GiveUp, Keyed, Operation, Stop
 from .runner import Runner
 
 __all__ = ["DetachedController"]
+
+_KEPT_KEYS = 100
+"""Operations that were given up lately: more than are on their way at a time."""
 
 
 class DetachedController:
@@ -34,6 +40,8 @@ class DetachedController:
         self._client = Client(engine_id, adapter)
         self._client.register()
         self._runner = Runner(engine_id, adapter, self._client, http)
+        self._futures: dict[str, Future[Any]] = {}  # of what is being done, by key
+        self._given_up: deque[str] = deque(maxlen=_KEPT_KEYS)  # that word may come before what it is about
 
     def wait_started(self) -> None:
         """Wait for the controller; raises what kept it from starting.
@@ -47,7 +55,7 @@ class DetachedController:
         """Do something and wait for it, from any thread.
 
         Args:
-            packed: The pickled `engine.control.operations.Operation`, or `engine.control.operations.Stop`.
+            packed: A pickled `engine.control.operations.Operation`, `Keyed` or not; `GiveUp`, or `Stop`.
 
         Returns:
             The pickled ``(result, packed exception or None, version)``. The version is that of the snapshot that rules
@@ -59,8 +67,24 @@ class DetachedController:
         except BaseException as error:
             return dumps((None, pack_exception(error), 0), "the error")
 
-    def _do(self, operation: Operation[Any] | Stop) -> Any:
+    def _do(self, operation: Keyed | GiveUp | Operation[Any] | Stop) -> Any:
+        if isinstance(operation, Keyed):
+            return self._do_keyed(operation.key, operation.operation)
+        if isinstance(operation, GiveUp):
+            self._given_up.append(operation.key)
+            future = self._futures.get(operation.key)
+            return future is not None and future.cancel()
         if isinstance(operation, Stop):  # also an engine whose controller cannot start can be shut down
             return self._runner.stop(operation.grace_s)
         self._runner.wait_started()
         return self._runner.run(operation)
+
+    def _do_keyed(self, key: str, operation: Operation[Any]) -> Any:
+        self._runner.wait_started()
+        future = self._futures[key] = Future()
+        try:
+            if key in self._given_up:
+                raise EngineError("this was given up")
+            return self._runner.run_as(future, operation)
+        finally:
+            del self._futures[key]

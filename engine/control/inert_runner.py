@@ -56,6 +56,9 @@ class InertRunner:
     def stop(self, grace_s: float) -> None:
         """There is nothing to stop."""
 
+    def hurry(self) -> None:
+        """There is nothing to hurry."""
+
     def leave(self, grace_s: float) -> None:
         """There is nothing to leave."""
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import logging
 from collections import defaultdict
 
 from ..config import HTTPOptions
 from ..errors import BackendStartError
 from ..seam.adapter import Adapter, Node, WatchesNodes
 from ..seam.ingress_server import load_server
+from ..seam.log import Log
 from ..seam.serialization import dumps_by_value
 from ..seam.worker import Listen, WorkerSpec
 from .backoff import backoff_s
@@ -19,7 +19,7 @@ from .workers import Life, Worker, Workers
 
 __all__ = ["IngressFleet"]
 
-_logger = logging.getLogger("engine.controller")
+_logger = Log("engine.controller")
 _START_TIMEOUT_S = 60.0
 _ENTRY = "engine.http.ingress_worker:main"
 _SERVER = "hypercorn"

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import logging
 from collections.abc import Callable
 from contextlib import suppress
 
+from ..seam.log import Log
 from .backoff import backoff_s
 from .checkpoint import Checkpoint, Picture
 
 __all__ = ["Keeper"]
 
-_logger = logging.getLogger("engine.controller")
+_logger = Log("engine.controller")
 
 
 class Keeper:

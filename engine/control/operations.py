@@ -26,6 +26,8 @@ __all__ = [
     "GetBackendConfig",
     "GetOptions",
     "GetURL",
+    "GiveUp",
+    "Keyed",
     "ListBackends",
     "ListEndpoints",
     "Operation",
@@ -185,6 +187,21 @@ class GetOptions:
         return controller.http_options
 
 
+class Keyed:
+    """An operation that whoever asked for it from another process can give up, by its key."""
+
+    def __init__(self, key: str, operation: Operation[Any]) -> None:
+        self.key = key
+        self.operation = operation
+
+
+class GiveUp:
+    """Give an operation up: whoever waited for it was interrupted."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+
+
 class Stop:
     """Shut the engine down: works also where the controller could not start, so it is its runner that does it."""
 
@@ -215,8 +232,12 @@ class Runs(Protocol):
     def run(self, operation: Operation[T]) -> T:
         """Have the controller do something and wait for it; this process then sees what it changed.
 
+        Whoever is interrupted while he waits has it given up: it is taken back or, where that is impossible, seen
+        through, and whatever is asked next finds it so.
+
         Raises:
             errors.EngineClosed: The engine was shut down meanwhile.
+            errors.WouldBlock: This is the thread that would have to do it.
             errors.RetryLater: The controller died meanwhile, and may or may not have done it.
             BaseException: What the operation raised.
         """
@@ -227,6 +248,9 @@ class Runs(Protocol):
 
     def stop(self, grace_s: float) -> None:
         """Shut the engine down; calls in flight get ``grace_s`` seconds (idempotent)."""
+
+    def hurry(self) -> None:
+        """If another thread is stopping the engine, leave calls in flight no more time. Does not block."""
 
     def leave(self, grace_s: float) -> None:
         """Be done with the engine: shut it down, or let go of it if it is to go on."""

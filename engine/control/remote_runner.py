@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import threading
 from typing import Any, TypeVar
@@ -10,7 +12,7 @@ from ..calling.client import Client
 from ..errors import EngineClosed, RetryLater
 from ..seam.detached import RemoteController
 from ..seam.serialization import dumps, loads, unpack_exception
-from .operations import REPEATABLE, GetURL, Operation, Stop
+from .operations import REPEATABLE, GetURL, GiveUp, Keyed, Operation, Stop
 
 __all__ = ["RemoteRunner"]
 
@@ -56,6 +58,9 @@ class RemoteRunner:
         finally:
             self._let_go(ended=True)
 
+    def hurry(self) -> None:
+        """See `engine.control.operations.Runs.hurry`: there is nothing that this process could hurry."""
+
     def leave(self, grace_s: float = 0.0) -> None:
         """See `engine.control.operations.Runs.leave`: the engine goes on."""
         self._let_go(ended=False)
@@ -67,10 +72,12 @@ class RemoteRunner:
 
     def _run(self, operation: Operation[Any] | Stop) -> Any:
         name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(operation).__name__).lower()
-        packed = dumps(operation, f"the arguments of {name}")
+        key = os.urandom(8).hex()
+        keyed = operation if isinstance(operation, Stop) else Keyed(key, operation)
+        packed = dumps(keyed, f"the arguments of {name}")
         while True:
             try:
-                outcome = self._controller.run(name, packed)
+                outcome = self._run_once(name, key, packed)
                 break
             except RetryLater:
                 if not isinstance(operation, REPEATABLE):
@@ -82,3 +89,12 @@ class RemoteRunner:
             raise unpack_exception(error)
         self._client.wait_applied(version, _APPLIED_TIMEOUT_S)
         return result
+
+    def _run_once(self, name: str, key: str, packed: bytes) -> bytes:
+        try:
+            return self._controller.run(name, packed)
+        except BaseException as error:
+            if not isinstance(error, Exception):  # an interrupt: of what was asked nobody would learn any more
+                with contextlib.suppress(Exception):
+                    self._controller.run("give_up", dumps(GiveUp(key), "the key"))
+            raise

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import enum
-import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -17,12 +16,13 @@ from ..errors import BackendStartError, EngineClosed, EngineError, ResourcesUnav
 from ..seam.adapter import Adapter, FindsPlaces
 from ..seam.control_messages import Drain, Drained, LogLine, Ready, Reconfigure, Reconfigured, StartFailed
 from ..seam.detached import KeepsState
+from ..seam.log import Log
 from ..seam.serialization import unpack_exception
 from ..seam.worker import WorkerExit, WorkerSpec
 
 __all__ = ["Life", "Worker", "Workers"]
 
-_logger = logging.getLogger("engine.controller")
+_logger = Log("engine.controller")
 _KEPT_LINES = 5
 _EXIT_MARGIN_S = 0.5
 """What a worker gets on top of its drain time to leave by itself, before it is killed."""
@@ -166,6 +166,12 @@ class Workers:
             worker.error = worker.error or _closed_error()
         await asyncio.gather(*[self.kill(worker) for worker in starting])
 
+    def hurry(self) -> None:
+        """Kill all workers, also those that are finishing what they hold. Does not wait for their ends."""
+        for worker in self._by_id.values():
+            if worker.watched:
+                self._adapter.kill_worker(worker.spec.worker_id)
+
     async def drain(self, worker: Worker, timeout_s: float) -> None:
         """Let a worker finish what it holds and leave; kill it if it takes longer than ``timeout_s`` seconds."""
         if not timeout_s:
@@ -260,9 +266,7 @@ class Workers:
     def _log(self, worker: Worker, line: LogLine) -> None:
         if line.logger == "stderr":
             worker.last_lines.append(line.text)
-        logger = logging.getLogger(f"engine.{worker.spec.name}")
-        if logger.isEnabledFor(line.level):
-            logger.log(line.level, "%s", line.text, extra={"worker_logger": line.logger})
+        Log(f"engine.{worker.spec.name}").log(line.level, "%s", line.text, extra={"worker_logger": line.logger})
 
 
 def _closed_error() -> EngineClosed:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
+from ..seam.log import Log
 from .heads import Headers
 
 __all__ = ["TEXT_TYPE", "Exchange", "printable"]
 
-_logger = logging.getLogger("engine.http")
+_logger = Log("engine.http")
 
 TEXT_TYPE = (b"content-type", b"text/plain; charset=utf-8")
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import traceback
 from collections.abc import Sequence
 from typing import Any
 
 from ..seam.ingress_server import ASGIApp, StreamBroken
+from ..seam.log import Log
 from .exchange import TEXT_TYPE, printable
 
 __all__ = ["ErrorGuard", "wrap_middlewares"]
 
-_logger = logging.getLogger("engine.http")
+_logger = Log("engine.http")
 
 
 class ErrorGuard:

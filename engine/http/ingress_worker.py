@@ -8,7 +8,6 @@ the worker sees to it that it dies with its engine.
 from __future__ import annotations
 
 import asyncio
-import logging
 import pickle
 import sys
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from ..config import HTTPOptions
 from ..seam.control_messages import Drain, Drained, Ping, Pong, Ready, StartFailed, Subscribe
 from ..seam.event_loop import close_event_loop, new_event_loop
 from ..seam.ingress_server import load_server
+from ..seam.log import Log
 from ..seam.serialization import pack_exception_briefly
 from ..seam.workplace import Surrounding, enter_engine, is_worker
 from .guard import wrap_middlewares
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["IngressSpec", "main"]
 
-log = logging.getLogger("engine.http")
+log = Log("engine.http")
 
 
 @dataclass(frozen=True)

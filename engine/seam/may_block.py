@@ -1,4 +1,4 @@
-"""Whether blocking here would stop an event loop: that of an async backend, or any that runs in this thread."""
+"""Whether blocking here would stop an event loop: an async backend's, the engine's own, or the one of this thread."""
 
 from __future__ import annotations
 
@@ -11,9 +11,20 @@ from ..errors import WouldBlock
 if TYPE_CHECKING:
     import asyncio
 
-__all__ = ["check_may_block", "mark_loop_thread", "running_asyncio_loop", "unmark_loop_thread"]
+__all__ = [
+    "check_may_block",
+    "check_not_own_thread",
+    "mark_busy_thread",
+    "mark_loop_thread",
+    "mark_own_thread",
+    "running_asyncio_loop",
+    "unmark_busy_thread",
+    "unmark_loop_thread",
+    "unmark_own_thread",
+]
 
-_loop_threads: set[int] = set()  # threads that run the event loop of an async backend
+_loop_threads: set[int] = set()  # threads that run the event loop of an async backend, or foreign code on an own thread
+_own_threads: set[int] = set()  # threads that run the controller of an engine
 
 
 def mark_loop_thread() -> None:
@@ -26,16 +37,60 @@ def unmark_loop_thread() -> None:
     _loop_threads.discard(threading.get_ident())
 
 
+def mark_own_thread() -> None:
+    """Declare that this thread runs the controller of an engine."""
+    _own_threads.add(threading.get_ident())
+
+
+def unmark_own_thread() -> None:
+    """Take `mark_own_thread` back."""
+    _own_threads.discard(threading.get_ident())
+
+
+def mark_busy_thread() -> bool:
+    """Declare that foreign code is about to run in this thread, if it is the engine's own: it must not block.
+
+    Only for as long, because it costs all other threads something on each call.
+
+    Returns:
+        Whether it was declared, and so is to be taken back by `unmark_busy_thread`.
+    """
+    thread = threading.get_ident()
+    if thread not in _own_threads or thread in _loop_threads:
+        return False
+    _loop_threads.add(thread)
+    return True
+
+
+def unmark_busy_thread() -> None:
+    """Take `mark_busy_thread` back."""
+    _loop_threads.discard(threading.get_ident())
+
+
 def check_may_block(what: str) -> None:
-    """Refuse to block the event loop that an async backend runs on.
+    """Refuse to block the event loop that an async backend, or the engine itself, runs on.
 
     Raises:
         errors.WouldBlock: This thread runs such a loop.
     """
     if _loop_threads and threading.get_ident() in _loop_threads:
+        check_not_own_thread(what)
         raise WouldBlock(
             f"{what} would block the event loop of this async backend: get the handle with "
             "get_handle(name, sync=False) and await it, or await the ref"
+        )
+
+
+def check_not_own_thread(what: str) -> None:
+    """Refuse to wait for the engine in the thread that would have to do it.
+
+    Raises:
+        errors.WouldBlock: This is such a thread.
+    """
+    if threading.get_ident() in _own_threads:
+        raise WouldBlock(
+            f"{what} would block the engine's own thread, in which handlers and filters of logging and callbacks run: "
+            "do it in another one (logging.handlers.QueueHandler, for one, hands log records over)"
         )
 
 

@@ -12,7 +12,6 @@ are taken one at a time, in the order in which they came.
 from __future__ import annotations
 
 import contextlib
-import logging
 import pickle
 import threading
 import time
@@ -34,6 +33,7 @@ from ..seam.channel import Channel, ChannelClosed
 from ..seam.control_messages import Drain, Ping, Pong, Reconfigure, Reconfigured
 from ..seam.error_text import message_of, summary_of, traceback_of
 from ..seam.http_request import RequestEnvelope, build_http_request
+from ..seam.log import Log
 from ..seam.messages import HTTP, INITIAL_CREDIT, Call, Cancel, Credit, End, Failure, FailureKind, Item, Message, Reply
 from ..seam.serialization import dumps, loads, loads_leniently, pack_exception, shorten_packed_exception
 from ..seam.service import ServiceLoop
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FAREWELL_S", "Job", "Replica", "awaited"]
 
-_logger = logging.getLogger("engine.backend")
+_logger = Log("engine.backend")
 FAREWELL_S = 1.0
 """How long a drained replica waits for its callers to hang up, so that no call is lost in a socket's buffer."""
 

@@ -6,11 +6,13 @@ standard library, and of that no more than it must. What looks at processes and 
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -23,6 +25,7 @@ __all__ = [
     "descendants",
     "disown",
     "eventually",
+    "interrupting",
     "is_running",
     "open_files",
 ]
@@ -55,6 +58,35 @@ def eventually(condition: Callable[[], _T], timeout_s: float = PATIENCE_S) -> _T
             raise AssertionError(f"still {value!r} after {timeout_s} s: {condition}")
         time.sleep(_POLL_S)
     return value
+
+
+@contextlib.contextmanager
+def interrupting(condition: Callable[[], object]) -> Iterator[None]:
+    """Press Ctrl-C, as far as this process can tell, once a condition holds. To be used in the main thread.
+
+    Args:
+        condition: Asked again and again, in another thread.
+
+    Raises:
+        KeyboardInterrupt: Wherever the body is when the condition comes to hold.
+        AssertionError: The body ended before that.
+    """
+    main = threading.get_ident()
+    pressed = threading.Event()
+
+    def press() -> None:
+        eventually(condition)
+        pressed.set()
+        signal.pthread_kill(main, signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    thread = threading.Thread(target=press, daemon=True)
+    thread.start()
+    try:
+        yield
+        assert pressed.is_set(), "it ended before it could be interrupted"
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class Gate:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ from typing import Any, NamedTuple
 from engine.errors import EngineClosed, InvalidArgument
 from engine.seam.adapter import AdapterEvents, Node
 from engine.seam.channel import Channel, ChannelListener
+from engine.seam.log import Log
 from engine.seam.messages import Control, Message
 from engine.seam.worker import Listen, WorkerExit, WorkerSpec
 from engine_wire import Acceptor, SocketChannel, notice_silence
@@ -45,7 +45,7 @@ from .watched import WatchedWorker, described_death
 
 __all__ = ["SECRET_BYTES", "ClusterAdapter"]
 
-_log = logging.getLogger("engine.ray")
+_log = Log("engine.ray")
 SECRET_BYTES = 32
 _STOP_PATIENCE_S = 5.0
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import pickle
 import time
@@ -22,6 +21,7 @@ from engine.control.detached import DetachedController
 from engine.errors import EngineClosed, EngineError, InvalidArgument, RetryLater
 from engine.seam.adapter import AdapterEvents
 from engine.seam.detached import RemoteController, StateStore
+from engine.seam.log import Log
 from engine.seam.worker import WorkerSpec
 from engine.seam.workplace import enter_worker
 
@@ -37,7 +37,7 @@ from .places import trifle
 
 __all__ = ["ControllerActor", "RayController", "create_controller", "find_controller"]
 
-_log = logging.getLogger("engine.ray")
+_log = Log("engine.ray")
 
 _INCARNATION = "~"
 """Between the id of a worker and that of the controller that started it, in the name of its actor."""

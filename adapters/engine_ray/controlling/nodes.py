@@ -6,14 +6,14 @@ Belongs to the controller's loop; Ray is asked in threads.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable
 
 from engine.seam.adapter import Node
+from engine.seam.log import Log
 
 __all__ = ["NodeWatch"]
 
-_log = logging.getLogger("engine.ray")
+_log = Log("engine.ray")
 _LOOK_EVERY_S = 1.0
 
 

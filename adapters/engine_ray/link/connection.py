@@ -15,12 +15,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine.errors import EngineClosed, EngineError, InvalidArgument
+from engine.seam.log import Log
 
 from .knocking import knock
 
 __all__ = ["check_connected", "cluster", "join", "leave", "started_here"]
 
-_log = logging.getLogger("engine.ray")
+_log = Log("engine.ray")
 
 _NONE_RUNS = "Could not find any running Ray instance"
 """How Ray says that there is no cluster, rather than one that it cannot connect to."""

@@ -15,6 +15,7 @@ import sys
 from typing import Any
 
 from engine.seam.control_messages import LogLine, StartFailed
+from engine.seam.log import Log
 from engine.seam.serialization import pack_exception_briefly
 from engine.seam.workplace import enter_worker
 from engine_wire.logs import LogToEngine
@@ -26,7 +27,7 @@ from .output import LineWriter
 
 __all__ = ["RayWorker"]
 
-_log = logging.getLogger("engine.ray")
+_log = Log("engine.ray")
 
 
 class RayWorker:

@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from engine import errors
+from engine.testing.instruments import eventually
 
 
 def ok(request):
@@ -175,6 +176,27 @@ def test_shutdown_lets_calls_finish(adapter, gate):
     assert ref.future().result(20) == "finished"
     closing.join(20)
     assert not closing.is_alive()
+
+
+@pytest.mark.parametrize("error", [SystemExit(0), KeyboardInterrupt()], ids=repr)
+def test_an_orderly_end_lets_calls_finish(adapter, gate, error):
+    """A handler of SIGTERM that exits, and Ctrl-C, leave ``with`` like this."""
+
+    def held(request):
+        gate.pass_through()
+        return "finished"
+
+    with pytest.raises(type(error)), adapter.engine() as engine:
+        engine.create_backend("held", held)
+        engine.create_endpoint("held", backend="held")
+        ref = engine.get_handle("held").remote()
+        gate.wait_for_arrivals(1)
+        future = ref.future()
+        opening = threading.Thread(target=lambda: (eventually(lambda: "closed" in repr(engine)), gate.open()))
+        opening.start()
+        raise error
+    opening.join()
+    assert future.result(20) == "finished"
 
 
 def test_two_engines_do_not_notice_each_other(adapter, client):

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from engine import errors, get_replica_context
-from engine.testing.instruments import Footprint, eventually
+from engine.testing.instruments import Footprint, eventually, interrupting
 
 
 def ok(request):
@@ -347,6 +347,60 @@ def test_a_deletion_by_force_waits_for_nobody(engine, serve, gate, pool, tmp_pat
     assert not gate.is_open()
     engine.create_backend(served.tag, ok)  # nothing is left of it
     engine.delete_backend(served.tag)
+
+
+def test_an_interrupted_creation_is_taken_back(engine, gate, gated):
+    with interrupting(gate.arrivals), pytest.raises(KeyboardInterrupt):
+        engine.create_backend("interrupted", gated)
+    gate.open()
+    engine.create_backend("interrupted", ok)  # at once, though the first one may take a moment to end
+    engine.create_endpoint("interrupted", backend="interrupted")
+    assert engine.get_handle("interrupted").call() == "ok"
+    with pytest.raises(errors.InvalidArgument, match="exists already"):
+        engine.create_backend("interrupted", ok)
+    engine.delete_endpoint("interrupted")
+    engine.delete_backend("interrupted")
+
+
+def test_an_interrupted_change_is_taken_back(engine, serve, gate, tmp_path):
+    served = serve(StuckOnce, tmp_path / "stuck", gate, config={"user_config": "old"}, route=None)
+    with interrupting(gate.arrivals), pytest.raises(KeyboardInterrupt):
+        engine.update_backend_config(served.tag, {"user_config": "new"})
+    gate.open()
+    assert engine.get_backend_config(served.tag).user_config == "old"
+    engine.update_backend_config(served.tag, {"max_queued_requests": 3})  # waits for the way back
+    assert served.call() == (f"{served.tag}#1", "old")
+    engine.update_backend_config(served.tag, {"user_config": "new"})
+    assert served.call() == (f"{served.tag}#1", "new")
+
+
+def test_an_interrupted_deletion_is_seen_through(engine, serve, gate):
+    def held(request):
+        gate.pass_through()
+        return "held"
+
+    served = serve(held, route=None)
+    ref = served.handle.remote()
+    gate.wait_for_arrivals(1)
+    engine.delete_endpoint(served.name)
+    with interrupting(lambda: served.tag not in engine.list_backends()), pytest.raises(KeyboardInterrupt):
+        engine.delete_backend(served.tag)
+    threading.Timer(0.05, gate.open).start()
+    engine.delete_backend(served.tag)  # at once, and waits for the end
+    assert engine.get(ref, timeout=20) == "held"
+    with pytest.raises(errors.InvalidArgument, match="there is no backend"):
+        engine.delete_backend(served.tag)
+
+
+def test_two_that_create_the_same(engine, gate, gated, pool):
+    """The second one hears what became of the first one's."""
+    creating = [pool.submit(outcome, engine.create_backend, "same", gated) for _ in range(2)]
+    gate.wait_for_arrivals(1)
+    gate.open()
+    results = sorted((creation.result(20) for creation in creating), key=repr)
+    assert isinstance(results[0], errors.InvalidArgument), results
+    assert results[1] is None
+    engine.delete_backend("same")
 
 
 def test_what_replicas_need_not_know_waits_for_no_call(engine, serve, gate):
