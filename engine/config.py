@@ -54,7 +54,7 @@ class BackendConfig:
     Attributes:
         num_replicas: Copies to run, at least 1.
         max_concurrent_queries: Calls one replica holds at once, queued and running. None means 8 for a sync callable
-            (twice ``max_batch_size`` if that is set) and 1,000,000 for an async one.
+            (twice ``max_batch_size`` if that is more than 1) and 1,000,000 for an async one.
         max_queued_requests: Calls each caller may queue once every replica is full; the next one fails with
             `errors.Overloaded` (HTTP 503). 0 rejects at once, None never does.
         max_batch_size: Calls passed together to a backend marked with `accept_batch`. None means 1.
@@ -111,7 +111,7 @@ class BackendConfig:
             return self.max_concurrent_queries
         if on_loop:
             return _MAX_ASYNC_QUERIES
-        return 2 * self.max_batch_size if self.max_batch_size is not None else _BLOCKING_QUERIES
+        return 2 * self.max_batch_size if self.max_batch_size not in (None, 1) else _BLOCKING_QUERIES
 
 
 _COUNTS = {

@@ -46,7 +46,7 @@ from .seam.resources import resources_of
 from .seam.serialization import dumps_by_value
 from .seam.snapshot import EndpointEntry
 from .seam.workplace import surrounding_engine, why_inert
-from .serving.user_callable import accepts_batches, runs_on_loop
+from .serving.user_callable import accepts_batches, check_servable, class_served, is_reconfigurable, runs_on_loop
 
 if TYPE_CHECKING:
     from .control.inert_runner import InertRunner
@@ -227,7 +227,8 @@ class Engine:
 
         Args:
             tag: Names the backend.
-            func_or_class: Called with one request for each call. A class is constructed once in each replica.
+            func_or_class: Called with one request for each call. A class is constructed once in each replica; an object
+                is pickled, and each replica gets a copy.
             init_args: For the class.
             config: A dict or `BackendConfig`; see there.
             ray_actor_options: What a replica needs: ``num_cpus``, ``num_gpus``, ``runtime_env={"env_vars": ...}``.
@@ -244,11 +245,11 @@ class Engine:
         if self._inert is not None:
             return self._inert.skip()
         _check_name(tag, "tag")
-        if not callable(func_or_class):
-            raise InvalidArgument(f"func_or_class must be a function or a class, not {func_or_class!r}")
+        check_servable(func_or_class)
         check_init_options(tag, func_or_class, init_kwargs)
         if (init_args or init_kwargs) and not isinstance(func_or_class, type):
-            raise InvalidArgument(f"backend {tag!r} is a function: only a class takes init arguments")
+            kind = "a function" if class_served(func_or_class) is None else "an object, constructed already"
+            raise InvalidArgument(f"backend {tag!r} is {kind}: only a class takes init arguments")
         plan = BackendPlan(
             tag=tag,
             definition=pack_definition(tag, func_or_class, init_args, init_kwargs),
@@ -256,7 +257,7 @@ class Engine:
             resources=resources_of(ray_actor_options),
             on_loop=runs_on_loop(func_or_class),
             batches=accepts_batches(func_or_class),
-            reconfigurable=isinstance(func_or_class, type) and callable(getattr(func_or_class, "reconfigure", None)),
+            reconfigurable=is_reconfigurable(func_or_class),
         )
         plan.check(plan.config)
         self._control(CreateBackend(plan))

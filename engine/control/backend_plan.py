@@ -35,10 +35,10 @@ class BackendPlan:
     """A backend as the application described it.
 
     Attributes:
-        definition: The pickled ``(function or class, init_args, init_kwargs)``.
+        definition: The pickled ``(function, class or object, init_args, init_kwargs)``.
         on_loop: It has an ``async def`` callable.
         batches: It has a callable marked with ``accept_batch``.
-        reconfigurable: It is a class with a ``reconfigure`` method.
+        reconfigurable: It has a ``reconfigure`` method.
     """
 
     tag: str
@@ -57,7 +57,7 @@ class BackendPlan:
             NotSerializable: ``user_config`` cannot be pickled.
         """
         dumps(config.user_config, f"config: user_config of backend {self.tag!r}")
-        if config.max_batch_size is not None and not self.batches:
+        if config.max_batch_size not in (None, 1) and not self.batches:
             raise InvalidArgument(
                 f"config: max_batch_size={config.max_batch_size} of backend {self.tag!r} needs a callable that takes "
                 "a list: mark the function or method with @accept_batch"

@@ -11,6 +11,7 @@ from ..config import BackendConfig
 from ..seam.control_messages import Reconfigure, Reconfigured
 from ..seam.serialization import pack_exception_briefly
 from ..seam.service import ServiceLoop
+from .batches import listed
 from .replica import FAREWELL_S, Job, Replica, awaited
 from .user_callable import Method
 
@@ -135,6 +136,8 @@ class BlockingReplica(Replica):
             return
         try:
             results = self._run_user_code(method.function, items)
+            if type(results) is not list:
+                results = self._run_user_code(listed, results, len(jobs))
         except BaseException as error:
             for job in jobs:
                 self._fail(job, error)

@@ -13,6 +13,7 @@ from ..seam.may_block import mark_loop_thread, unmark_loop_thread
 from ..seam.messages import End, Failure, Reply
 from ..seam.serialization import pack_exception_briefly
 from ..seam.service import ServiceLoop
+from .batches import listed
 from .farewell import begin_close, finish_close
 from .replica import FAREWELL_S, Job, Replica
 
@@ -149,6 +150,9 @@ class LoopReplica(Replica):
             return
         try:
             results = method.function(items)
+            if inspect.isawaitable(results):
+                results = await results
+            results = listed(results, len(jobs))
             if inspect.isawaitable(results):
                 results = await results
         except BaseException as error:

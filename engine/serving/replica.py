@@ -426,14 +426,13 @@ class Replica:
         return [(job, rest) for job, rest in left if rest is not None]
 
     def _one_each(self, jobs: list[Job], results: Any) -> list[Any]:
-        answers = list(results) if isinstance(results, (list, tuple)) else None
-        if answers is None or len(answers) != len(jobs):
-            size = f"a {type(results).__name__}" if answers is None else f"{len(answers)} results"
+        if not isinstance(results, list) or len(results) != len(jobs):
+            size = f"{len(results)} results" if isinstance(results, list) else f"a {type(results).__name__}"
             raise BackendError(
-                f"{self._name(jobs[0])} accepts batches and must return a list as long as the one it gets: "
-                f"it got {len(jobs)} requests and returned {size}"
+                f"{self._name(jobs[0])} accepts batches and must return a list as long as the one it gets (or a tuple, "
+                f"an array, a generator): it got {len(jobs)} requests and returned {size}"
             )
-        return answers
+        return results
 
 
 def _reason(error: Exception) -> str:

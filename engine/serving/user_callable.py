@@ -7,9 +7,19 @@ import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from ..errors import MethodNotFound
+from ..errors import InvalidArgument, MethodNotFound
 
-__all__ = ["LIFECYCLE", "Method", "UserCallable", "accept_batch", "accepts_batches", "runs_on_loop"]
+__all__ = [
+    "LIFECYCLE",
+    "Method",
+    "UserCallable",
+    "accept_batch",
+    "accepts_batches",
+    "check_servable",
+    "class_served",
+    "is_reconfigurable",
+    "runs_on_loop",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -22,26 +32,74 @@ def accept_batch(function: F) -> F:
     """Mark a function or method as taking a list of requests and returning an equally long list of results.
 
     How many calls at most come together, and how long the first of them waits for the others, are
-    `BackendConfig.max_batch_size` and `BackendConfig.batch_wait_timeout`.
+    `BackendConfig.max_batch_size` and `BackendConfig.batch_wait_timeout`. Instead of a list, the results may be a
+    tuple, an array or a generator.
+
+    Raises:
+        errors.InvalidArgument: It is a class, or nothing that can be called or marked.
     """
-    setattr(function, _MARK, True)
+    marked: Any = function.__func__ if isinstance(function, (staticmethod, classmethod)) else function
+    if inspect.isclass(marked):
+        raise InvalidArgument(
+            f"accept_batch marks a function or a method, not a class: put it on the method of {marked.__name__} that "
+            "takes a list, say __call__"
+        )
+    try:
+        setattr(marked, _MARK, True)
+    except AttributeError:
+        raise InvalidArgument(f"accept_batch cannot mark {marked!r}: mark a function that calls it") from None
     return function
 
 
-def accepts_batches(func_or_class: Any) -> bool:
-    """Whether a function, or any method of a class, is marked with `accept_batch`."""
-    if getattr(func_or_class, _MARK, False):
-        return True
-    return inspect.isclass(func_or_class) and any(
-        getattr(getattr(func_or_class, name, None), _MARK, False) for name in dir(func_or_class) if _is_open(name)
-    )
+def class_served(definition: Any) -> type | None:
+    """The class whose methods callers can name: what is served is that class, or an object of it.
+
+    Returns:
+        None for a function, and for what stands for one: a partial, a cache around one.
+    """
+    if inspect.isclass(definition):
+        return definition
+    kind = type(definition)
+    is_function = inspect.isroutine(definition) or isinstance(definition, functools.partial)
+    if is_function or "__wrapped__" in getattr(definition, "__dict__", ()) or kind.__module__ == "builtins":
+        return None
+    return kind
 
 
-def runs_on_loop(func_or_class: Any) -> bool:
-    """Whether a function or class has an ``async def`` callable; else its calls run one at a time."""
-    if not inspect.isclass(func_or_class):
-        return _is_async(func_or_class)
-    return any(_is_async(getattr(func_or_class, name, None)) for name in dir(func_or_class) if _is_open(name))
+def check_servable(definition: Any) -> None:
+    """Refuse what nobody could call.
+
+    Raises:
+        errors.InvalidArgument: It is neither a function, nor a class, nor an object with public methods.
+    """
+    served = class_served(definition)
+    if not callable(definition) and (served is None or not any(callable(method) for method in _methods_of(served))):
+        raise InvalidArgument(
+            f"func_or_class must be a function, a class, or an object with methods, not {definition!r}"
+        )
+
+
+def accepts_batches(definition: Any) -> bool:
+    """Whether a function, or any method of a class or object, is marked with `accept_batch`."""
+    served = class_served(definition)
+    return any(getattr(one, _MARK, False) for one in ([definition] if served is None else _methods_of(served)))
+
+
+def runs_on_loop(definition: Any) -> bool:
+    """Whether a function, class or object has an ``async def`` callable; else its calls run one at a time."""
+    served = class_served(definition)
+    return any(map(_is_async, [definition] if served is None else _methods_of(served)))
+
+
+def is_reconfigurable(definition: Any) -> bool:
+    """Whether a class or object has a ``reconfigure``."""
+    served = class_served(definition)
+    return served is not None and callable(getattr(served, "reconfigure", None))
+
+
+def _methods_of(served: type) -> list[Any]:
+    """What callers may call of a class, and its other public attributes."""
+    return [getattr(served, name, None) for name in dir(served) if _is_open(name)]
 
 
 def _is_private(name: str) -> bool:
@@ -96,20 +154,21 @@ def _wants_request(function: Callable[..., Any]) -> bool:
 
 
 class UserCallable:
-    """A function, or an instance of a class, and its public methods.
+    """A function, or an object and its public methods.
 
     Args:
         tag: The backend's tag, for messages; an attribute, too.
-        func_or_class: A function or another callable object, or the class to instantiate.
+        func_or_class: A function, the class to instantiate, or an object.
         init_args: For the class.
         init_kwargs: For the class.
     """
 
     def __init__(self, tag: str, func_or_class: Any, init_args: tuple[Any, ...], init_kwargs: dict[str, Any]) -> None:
         self.tag = tag
-        self._is_class = inspect.isclass(func_or_class)
+        self._has_methods = class_served(func_or_class) is not None
         self.on_loop = runs_on_loop(func_or_class)
-        self.subject = func_or_class(*init_args, **init_kwargs) if self._is_class else func_or_class
+        is_class = inspect.isclass(func_or_class)
+        self.subject = func_or_class(*init_args, **init_kwargs) if is_class else func_or_class
         self._methods: dict[str, Method] = {}
 
     def method(self, name: str) -> Method:
@@ -129,7 +188,7 @@ class UserCallable:
         Raises:
             MethodNotFound: The backend has no ``reconfigure``.
         """
-        function = getattr(self.subject, "reconfigure", None) if self._is_class else None
+        function = getattr(self.subject, "reconfigure", None) if self._has_methods else None
         if not callable(function):
             raise MethodNotFound(
                 f"backend {self.tag!r} has a user_config but no reconfigure(user_config) method to take it"
@@ -138,7 +197,7 @@ class UserCallable:
 
     def close(self) -> Any:
         """Call the backend's ``close``, if it has one; what that returned may have to be awaited."""
-        if self._is_class and inspect.getattr_static(self.subject, "close", None) is not None:
+        if self._has_methods and inspect.getattr_static(self.subject, "close", None) is not None:
             return self.subject.close()
         return None
 
@@ -153,7 +212,7 @@ class UserCallable:
             gc.collect()  # it may hold itself, by a bound method among its attributes for one
 
     def _find(self, name: str) -> Callable[..., Any]:
-        if not self._is_class:
+        if not self._has_methods:
             if name == "__call__":
                 return self.subject  # type: ignore[no-any-return]
             raise MethodNotFound(f"backend {self.tag!r} is a function and has no method {name!r}")

@@ -5,8 +5,12 @@ A batch of these tests either fills up, and then nobody waits, or its wait is ov
 
 from __future__ import annotations
 
+import asyncio
 import threading
+from collections import deque
+from itertools import count
 
+import numpy as np
 import pytest
 from starlette.requests import Request
 
@@ -145,6 +149,97 @@ def test_results_must_match_the_requests(serve, result, message):
         with pytest.raises(errors.BackendError, match=message):
             ref.future().result(20)
     assert [ref.future().result(20) for ref in [handle.remote("right") for _ in range(4)]] == [(4, "right")] * 4
+
+
+def _items(requests):
+    return (request.data * 2 for request in requests)
+
+
+@accept_batch
+def returns(requests):
+    kind = requests[0].data
+    if kind == "array":
+        return np.arange(3)
+    if kind == "rows":
+        return np.arange(6).reshape(3, 2)
+    return {"tuple": tuple, "generator": iter, "deque": deque}[kind](list(_items(requests)))
+
+
+@accept_batch
+async def returns_in_time(requests):
+    for item in _items(requests):
+        await asyncio.sleep(0)
+        yield item
+
+
+@accept_batch
+async def fails_in_time(requests):
+    yield 1
+    raise KeyError("batch")
+
+
+@accept_batch
+def fails_in_a_generator(requests):
+    return (1 // (number - 1) for number in range(3))
+
+
+THREE = {"max_batch_size": 3, "batch_wait_timeout": 50.0}
+
+
+def test_results_in_any_order_there_is(serve, engine):
+    handle = serve(returns, route=None, config=THREE).handle
+    for kind, expected in [
+        *[(kind, [kind * 2] * 3) for kind in ("tuple", "generator", "deque")],
+        ("array", [0, 1, 2]),
+        ("rows", [[0, 1], [2, 3], [4, 5]]),
+    ]:
+        results = engine.get([handle.remote(kind) for _ in range(3)], timeout=20)
+        assert [getattr(result, "tolist", lambda result=result: result)() for result in results] == expected
+    handle = serve(returns_in_time, route=None, config=THREE).handle
+    assert engine.get([handle.remote(number) for number in range(3)], timeout=20) == [0, 2, 4]
+
+
+@pytest.mark.parametrize(("backend", "kind"), [(fails_in_time, KeyError), (fails_in_a_generator, ZeroDivisionError)])
+def test_a_generator_of_results_that_fails(serve, backend, kind):
+    handle = serve(backend, route=None, config=THREE).handle
+    for ref in [handle.remote() for _ in range(3)]:
+        with pytest.raises(kind):
+            ref.future().result(20)
+
+
+def test_what_has_no_order_is_no_batch_of_results(serve):
+    @accept_batch
+    def backend(requests):
+        kinds = {"text": "abc", "bytes": b"abc", "dict": {1: 1, 2: 2, 3: 3}, "set": {1, 2, 3}, "endless": count()}
+        return kinds[requests[0].data]
+
+    handle = serve(backend, route=None, config=THREE).handle
+    for kind in ("text", "bytes", "dict", "set", "endless"):
+        for ref in [handle.remote(kind) for _ in range(3)]:
+            with pytest.raises(errors.BackendError, match="must return a list"):
+                ref.future().result(20)
+
+
+def test_a_class_is_not_marked_but_its_method_is(serve, engine):
+    class Backend:
+        @accept_batch
+        @staticmethod
+        def many(requests):
+            return [len(requests)] * len(requests)
+
+    with pytest.raises(errors.InvalidArgument, match="put it on the method of Backend"):
+        accept_batch(Backend)
+    with pytest.raises(errors.InvalidArgument, match="cannot mark"):
+        accept_batch(Backend().many.__call__)
+    handle = serve(Backend, route=None, config=THREE).handle.options(method_name="many")
+    assert engine.get([handle.remote(number) for number in range(3)], timeout=20) == [3, 3, 3]
+
+
+def test_batches_of_one_need_no_mark(serve, engine):
+    served = serve(lambda request: request.data, route=None, config={"max_batch_size": 1})
+    assert served.call("x") == "x"
+    with pytest.raises(errors.InvalidArgument, match="accept_batch"):
+        engine.update_backend_config(served.tag, {"max_batch_size": 2})
 
 
 @pytest.mark.parametrize("kind", ["sync", "async"])

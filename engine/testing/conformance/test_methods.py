@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 from starlette.requests import Request
 
@@ -196,3 +198,63 @@ def test_kinds_of_callables(serve):
 
     for backend in (function, coroutine, SyncClass, AsyncClass, lambda request: request.data + 1):
         assert serve(backend, route=None).call(1) == 2
+
+
+class Scaler:
+    """To be served as an object."""
+
+    def __init__(self, factor):
+        self.factor = factor
+        self.calls = 0
+
+    def __call__(self, request):
+        self.calls += 1
+        return request.data * self.factor
+
+    def count(self):
+        return self.calls
+
+    def reconfigure(self, factor):
+        self.factor = factor
+
+
+class AsyncScaler(Scaler):
+    async def later(self, value):
+        return value * self.factor
+
+
+class OnlyMethods:
+    def greet(self, name):
+        return f"hello {name}"
+
+
+@pytest.mark.parametrize("kind", [Scaler, AsyncScaler])
+def test_an_object_is_served_with_its_methods(serve, engine, kind):
+    scaler = kind(3)
+    served = serve(scaler, route=None)
+    assert served.call(2) == 6
+    assert served.call(method_name="count") == 1
+    assert scaler.calls == 0, "it is a copy that is served"
+    engine.update_backend_config(served.tag, {"user_config": 5})
+    assert served.call(2) == 10
+    if kind is AsyncScaler:
+        assert served.call(2, method_name="later") == 10
+    for name in ("factor", "_private", "reconfigure", "no_such"):
+        with pytest.raises(errors.MethodNotFound):
+            served.call(method_name=name)
+
+
+def test_an_object_need_not_be_callable(serve):
+    assert serve(OnlyMethods(), route=None).call("Ada", method_name="greet") == "hello Ada"
+
+
+def test_what_stands_for_a_function_is_one(serve, engine):
+    served = serve(functools.partial(Scaler(2)), route=None)
+    assert served.call(2) == 4
+    with pytest.raises(errors.MethodNotFound, match="is a function"):
+        served.call(method_name="func")
+    for nothing in (5, "text", None, [1], OnlyMethods.__dict__):
+        with pytest.raises(errors.InvalidArgument, match="a function, a class, or an object with methods"):
+            engine.create_backend("never", nothing)
+    with pytest.raises(errors.InvalidArgument, match="constructed already"):
+        engine.create_backend("never", Scaler(2), 3)
