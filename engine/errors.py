@@ -63,7 +63,10 @@ class ReplicaDied(RetryLater):
 
 
 class ResourcesUnavailable(RetryLater):
-    """What ``ray_actor_options`` asks for is not free here; the message says what was asked and what there is."""
+    """What is needed is not free here; the message says what, and what there is.
+
+    It is what ``ray_actor_options`` asks for, or file descriptors (HTTP: 503 with Retry-After).
+    """
 
 
 # -- fix the call --------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ def test_without_a_loop_there_is_an_error_and_an_end(monkeypatch, leaves_nothing
 
     monkeypatch.setattr(asyncio, "new_event_loop", lacking)
     engine = Engine(backend="inline")
-    with pytest.raises(OSError, match="Too many open files"):
+    with pytest.raises(errors.ResourcesUnavailable, match="no file descriptors left"):
         engine.create_backend("b", len)
     engine.shutdown()
     with pytest.raises(errors.EngineClosed):

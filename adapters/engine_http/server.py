@@ -26,15 +26,19 @@ _IMPORT_AFTER_S = 1.0
 
 def _import_full_lane_aside() -> None:
     # A thread of its own rather than the loop's executor, whose threads stay for ever.
-    threading.Thread(
-        target=importlib.import_module, args=("engine_http.full",), name="engine-import", daemon=True
-    ).start()
+    threading.Thread(target=_import_full_lane, name="engine-import", daemon=True).start()
+
+
+def _import_full_lane() -> None:
+    with contextlib.suppress(OSError):  # there are no descriptors left: then it is imported when it is needed
+        importlib.import_module("engine_http.full")
 
 
 class HypercornServer:
     """An `engine.seam.ingress_server.IngressServer`."""
 
     preload: tuple[str, ...] = (
+        "engine_http.accepting",
         "engine_http.connections",
         "engine_http.plain",
         "engine_http.settings",
@@ -66,6 +70,7 @@ class HypercornServer:
         Raises:
             engine.errors.InvalidArgument: A setting turned out to be wrong only now.
         """
+        from .accepting import Accepting
         from .connections import Connections
         from .server_context import ServerContext
         from .settings import build_config, tls_context
@@ -74,19 +79,19 @@ class HypercornServer:
         tls = tls_context(config)
         loop = asyncio.get_running_loop()
         connections = Connections(ServerContext(app, config, loop))
-        servers: list[asyncio.Server] = []
+        accepting: list[Accepting] = []
         try:
-            for sock in sockets:
-                own = sock.dup()  # a server closes its socket
-                own.setblocking(False)
-                server = await loop.create_server(
+            accepting.extend(
+                Accepting(
+                    sock,
+                    config.backlog,
                     connections.accept,
-                    sock=own,
-                    ssl=tls,
-                    backlog=config.backlog,
-                    ssl_handshake_timeout=config.ssl_handshake_timeout if tls is not None else None,
+                    loop,
+                    tls=tls,
+                    handshake_timeout_s=config.ssl_handshake_timeout,
                 )
-                servers.append(server)
+                for sock in sockets
+            )
             started()
             # not needed for the first answers, and slow to import: done aside, before somebody needs it
             later = loop.call_later(_IMPORT_AFTER_S, _import_full_lane_aside)
@@ -94,13 +99,11 @@ class HypercornServer:
                 await stopping()
             finally:
                 later.cancel()
-            for server in servers:
-                server.close()
+            for one in accepting:
+                one.stop()
             await connections.finish()
         finally:
-            for server in servers:
-                server.close()
+            for one in accepting:
+                one.stop()
+                await one.stopped()
             await connections.break_off(_CLOSE_TIMEOUT_S)
-            for server in servers:
-                with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(server.wait_closed(), _CLOSE_TIMEOUT_S)

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 from engine.errors import EngineClosed, EngineError, InvalidArgument, RemoteError, ResourcesUnavailable
 from engine.seam.adapter import AdapterBase, AdapterEvents
+from engine.seam.descriptors import is_shortage, shortage
 from engine.seam.log import Log
 from engine.seam.serialization import unpack_exception
 from engine.seam.worker import Listen, WorkerExit, WorkerSpec
@@ -298,7 +299,7 @@ class LocalAdapter(LocalConnector, AdapterBase):
 
 
 def _lacking(what: str, error: OSError) -> ResourcesUnavailable:
-    return ResourcesUnavailable(f"{what}: {error.strerror}; if it is about open files, raise their limit (ulimit -n)")
+    return shortage(error, what) if is_shortage(error) else ResourcesUnavailable(f"{what}: {error.strerror}")
 
 
 def _described(error: Exception) -> str:

@@ -8,11 +8,14 @@ proved that it knows it too (`engine_wire.lobby`). Channels that break are dropp
 
 from __future__ import annotations
 
+import contextlib
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from engine.seam.channel import Channel, ChannelListener
+from engine.seam.descriptors import REST_S, ShortageLog
+from engine.seam.log import Log
 
 from .addresses import accept_from
 from .channel import SocketChannel
@@ -23,7 +26,25 @@ if TYPE_CHECKING:
 
     from .lobby import Lobby, Watcher
 
-__all__ = ["Acceptor", "lobby_for"]
+__all__ = ["Acceptor", "closed_on_error", "lobby_for", "note_shortage"]
+
+_shortages = ShortageLog(Log("engine.wire"))
+
+
+def note_shortage(error: OSError) -> None:
+    """Tell the log that connections wait because there are no descriptors left to accept them."""
+    _shortages.say(error, "callers wait until there are some")
+
+
+@contextlib.contextmanager
+def closed_on_error(listening: Sequence[socket.socket]) -> Iterator[None]:
+    """Close sockets if an error leaves the block: whoever was to own them does not come to be."""
+    try:
+        yield
+    except BaseException:
+        for sock in listening:
+            sock.close()
+        raise
 
 
 def lobby_for(secret: bytes | None, admit: Callable[[socket.socket], None], watcher: Watcher) -> Lobby | None:
@@ -61,14 +82,18 @@ class Acceptor:
         self._loop = loop
         self._driver = LoopDriver(loop)
         self._channels: set[SocketChannel] = set()
-        self._lobby = lobby_for(secret, self._admit, self)
         self._timer: asyncio.TimerHandle | None = None  # of the lobby
+        self._resting: dict[socket.socket, asyncio.TimerHandle] = {}
+        with closed_on_error(self._listening):
+            self._lobby = lobby_for(secret, self._admit, self)
         for sock in self._listening:
             sock.setblocking(False)
-            loop.add_reader(sock.fileno(), self._on_connection, sock)
+            self._listen(sock)
 
     def close(self) -> None:
         """Stop accepting and close every channel (idempotent)."""
+        while self._resting:
+            self._resting.popitem()[1].cancel()
         for sock in self._listening:
             if sock.fileno() >= 0:
                 self._loop.remove_reader(sock.fileno())
@@ -86,8 +111,18 @@ class Acceptor:
         self._channels = {known for known in self._channels if not known.closed}
         return len(self._channels)
 
+    def _listen(self, listening: socket.socket) -> None:
+        self._resting.pop(listening, None)
+        self._loop.add_reader(listening.fileno(), self._on_connection, listening)
+
     def _on_connection(self, listening: socket.socket) -> None:
-        accepted = accept_from(listening)
+        try:
+            accepted = accept_from(listening)
+        except OSError as error:
+            note_shortage(error)
+            self._loop.remove_reader(listening.fileno())
+            self._resting[listening] = self._loop.call_later(REST_S, self._listen, listening)
+            return
         if accepted is None:
             return
         sock, peer = accepted

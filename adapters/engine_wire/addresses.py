@@ -19,6 +19,7 @@ from typing import Any
 
 from engine.errors import InvalidArgument
 from engine.seam.channel import ChannelClosed
+from engine.seam.descriptors import is_shortage, shortage
 
 __all__ = [
     "SILENCE_S",
@@ -107,6 +108,7 @@ def open_socket(address: str) -> tuple[socket.socket, bool]:
 
     Raises:
         engine.seam.channel.ChannelClosed: The address is none, or nobody listens there.
+        engine.errors.ResourcesUnavailable: There is no descriptor left for it.
     """
     scheme, _, rest = address.partition(":")
     if scheme == "unix":
@@ -128,6 +130,8 @@ def open_socket(address: str) -> tuple[socket.socket, bool]:
     except OSError as error:
         if sock is not None:
             sock.close()
+        if is_shortage(error):
+            raise shortage(error) from error
         raise ChannelClosed(unanswered(address, error.strerror)) from error
     return sock, False
 
@@ -150,12 +154,16 @@ def accept_from(listening: socket.socket) -> tuple[socket.socket, str] | None:
     """Accept one connection that waits.
 
     Returns:
-        The connected socket and its peer, for people; or None when it went away again, another process was faster,
-        or there is no descriptor left for it now.
+        The connected socket and its peer, for people; or None when it went away again, or another process was faster.
+
+    Raises:
+        OSError: There is no descriptor left for it now (`engine.seam.descriptors.is_shortage`).
     """
     try:
         sock, address = listening.accept()
-    except OSError:
+    except OSError as error:
+        if is_shortage(error):
+            raise
         return None
     if sock.family == socket.AF_UNIX:
         return sock, _process_behind(sock)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from engine.seam.channel import ChannelClosed, ChannelListener
+from engine.seam.descriptors import is_shortage, shortage
 
 from .addresses import open_socket, unanswered
 from .channel import SocketChannel
@@ -37,6 +38,7 @@ def connect(
 
     Raises:
         engine.seam.channel.ChannelClosed: Nobody listens there, as far as is known at once; later, the channel is lost.
+        engine.errors.ResourcesUnavailable: There are no descriptors left for it.
         ValueError: The secret is too short.
     """
     handshake: ClientHandshake | None = None
@@ -52,6 +54,8 @@ def connect(
             import asyncio
 
             driver = LoopDriver(asyncio.get_running_loop())
+        elif isinstance(poller, Poller):
+            poller.prepare()  # else it might lack descriptors only when a call is under way
         channel = SocketChannel(sock, listener, driver, greet=handshake is None, opening=opening)
         if opening is not None:
             written = channel.on_writable()
@@ -64,6 +68,8 @@ def connect(
             channel.watch()
     except OSError as error:
         sock.close()
+        if is_shortage(error):
+            raise shortage(error) from error
         raise ChannelClosed(unanswered(address, error.strerror)) from error
     except BaseException:
         sock.close()

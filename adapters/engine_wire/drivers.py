@@ -112,6 +112,7 @@ class Poller:
         self._name = name
         self._lock = threading.Lock()  # guards everything below
         self._kernel: _Kernel | None = None
+        self._spare: _Kernel | None = None  # for the time when it is needed
         self._thread: threading.Thread | None = None
         self._interest: dict[int, tuple[SocketChannel, int]] = {}
         self._closed = False
@@ -142,10 +143,24 @@ class Poller:
             channel.armed = False
             self._change(channel, remove=selectors.EVENT_READ | selectors.EVENT_WRITE)
 
+    def prepare(self) -> None:
+        """Take the descriptors that reading channels will need (idempotent).
+
+        Raises:
+            OSError: There are none left.
+        """
+        if self._kernel is None and self._spare is None:
+            with self._lock:
+                if self._kernel is None and self._spare is None and not self._closed:
+                    self._spare = _kernel()
+
     def close(self) -> None:
         """End the thread and release the descriptors (idempotent)."""
         with self._lock:
             self._closed = True
+            if self._spare is not None:
+                self._spare.close()
+                self._spare = None
             thread = self._thread
             if self._kernel is not None:
                 self._kernel.wake()
@@ -177,7 +192,8 @@ class Poller:
             raise
 
     def _start(self) -> _Kernel:
-        kernel = _kernel()
+        kernel = self._spare or _kernel()
+        self._spare = None
         thread = threading.Thread(target=self._run, args=(kernel,), name=self._name, daemon=True)
         try:
             thread.start()

@@ -13,13 +13,15 @@ from __future__ import annotations
 import selectors
 import socket
 import threading
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+from engine.seam.descriptors import REST_S
 from engine.seam.service import Service
 
-from .acceptor import Acceptor, lobby_for
+from .acceptor import Acceptor, closed_on_error, lobby_for, note_shortage
 from .addresses import accept_from
 from .channel import SocketChannel
 
@@ -109,7 +111,10 @@ class BlockingServiceLoop:
     def __init__(self, listening: Sequence[socket.socket], service: Service, *, secret: bytes | None = None) -> None:
         self._listening = tuple(listening)
         self._service = service
-        self._lobby = lobby_for(secret, self._admit, self)
+        with closed_on_error(self._listening):
+            self._lobby = lobby_for(secret, self._admit, self)
+        self._resting: set[socket.socket] = set()  # of those it listens on
+        self._rest_until = 0.0
         self._selector = selectors.DefaultSelector()
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.setblocking(False)
@@ -128,7 +133,7 @@ class BlockingServiceLoop:
         service = self._service
         for sock in self._listening:
             sock.setblocking(False)
-            self._selector.register(sock, selectors.EVENT_READ, partial(self._on_connection, sock))
+            self._listen(sock)
         self._selector.register(self._wake_in, selectors.EVENT_READ, self._on_wake)
         self._turn.acquire()
         service.attach(self)
@@ -202,6 +207,8 @@ class BlockingServiceLoop:
         """Read what there is, waiting at most ``timeout_s`` seconds for the first of it."""
         if self._lobby:  # there is one, and somebody waits in it
             timeout_s = self._look_after(self._lobby, timeout_s)
+        if self._resting:
+            timeout_s = self._rest(timeout_s)
         for key, events in self._selector.select(timeout_s and min(timeout_s, _LONGEST_POLL_S)):
             if isinstance(key.data, SocketChannel):
                 if events & selectors.EVENT_WRITE and key.data.on_writable():
@@ -244,8 +251,26 @@ class BlockingServiceLoop:
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
+    def _listen(self, listening: socket.socket) -> None:
+        self._selector.register(listening, selectors.EVENT_READ, partial(self._on_connection, listening))
+
+    def _rest(self, timeout_s: float | None) -> float | None:
+        remaining_s = self._rest_until - time.monotonic()
+        if remaining_s > 0:
+            return remaining_s if timeout_s is None else min(remaining_s, timeout_s)
+        while self._resting:
+            self._listen(self._resting.pop())
+        return timeout_s
+
     def _on_connection(self, listening: socket.socket) -> None:
-        accepted = accept_from(listening)
+        try:
+            accepted = accept_from(listening)
+        except OSError as error:
+            note_shortage(error)
+            self._selector.unregister(listening)
+            self._resting.add(listening)
+            self._rest_until = time.monotonic() + REST_S
+            return
         if accepted is None:
             return
         sock, peer = accepted

@@ -114,6 +114,7 @@ class Client:
 
         Raises:
             errors.EngineClosed: The engine cannot be reached.
+            errors.ResourcesUnavailable: There are no descriptors left to reach it with.
         """
         from ..seam.control_messages import Subscribe
         from .subscription import Subscription
@@ -132,6 +133,9 @@ class Client:
                     f"the engine of this handle was shut down, or cannot be reached from here: {error}"
                 ) from error
             subscription.seek(str(error))
+        except BaseException:  # no descriptor is left for a channel, or the secret is of no use
+            client.close()
+            raise
         in_time = subscription.first.wait(_ATTACH_TIMEOUT_S) or (
             may_return(connector, control_address) and subscription.first.wait(_RETURN_TIMEOUT_S - _ATTACH_TIMEOUT_S)
         )

@@ -19,6 +19,7 @@ from ..calling.client import Client
 from ..config import HTTPOptions
 from ..errors import EngineClosed
 from ..seam.adapter import Adapter
+from ..seam.descriptors import telling_shortages
 from ..seam.detached import store_of
 from ..seam.may_block import check_not_own_thread, mark_own_thread, unmark_own_thread
 
@@ -75,7 +76,8 @@ class Runner:
             check_not_own_thread("waiting for the engine to start")
             self._ready.wait()
         if self._failure is not None:
-            raise self._failure
+            with telling_shortages():
+                raise self._failure
 
     def run(self, operation: Operation[T]) -> T:
         """See `engine.control.operations.Runs.run`."""
@@ -93,7 +95,8 @@ class Runner:
                 if self._closed or self._loop is None:
                     raise EngineClosed("the engine was shut down")
                 self._loop.call_soon_threadsafe(self._begin, future, operation)
-            return future.result()
+            with telling_shortages():
+                return future.result()
         except CancelledError:
             raise EngineClosed("the engine was shut down") from None
         except BaseException:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import InvalidArgument
+from .descriptors import telling_shortages
 
 __all__ = ["load_adapter", "load_plugin"]
 
@@ -16,8 +17,10 @@ def load_adapter(name: str) -> Any:
 
     Raises:
         errors.InvalidArgument: There is none; the message lists those there are.
+        errors.ResourcesUnavailable: There are no descriptors left to import it with.
     """
-    return load_plugin(_GROUP, name, "backend")()
+    with telling_shortages():
+        return load_plugin(_GROUP, name, "backend")()
 
 
 def load_plugin(group: str, name: str, field: str) -> Any:

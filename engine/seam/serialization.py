@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 from ..errors import EngineError, NotSerializable, RemoteError, RemoteTraceback
+from .descriptors import is_shortage, shortage
 from .error_text import message_of, shortened, summary_of, traceback_of, type_name_of
 
 __all__ = [
@@ -99,6 +100,8 @@ def dumps_by_value(value: Any, what: str, error: type[EngineError] = NotSerializ
     try:
         return _by_value(value)
     except Exception as failure:
+        if is_shortage(failure):  # what pickling needs could not be imported
+            raise shortage(failure) from failure
         raise error(f"{what} cannot be pickled: {explain_unpicklable(value, failure)}") from failure
 
 
