@@ -238,6 +238,7 @@ def fork_a_child(host: WorkerHost, leave: str) -> None:
     ready, parent = os.pipe()
     pid = os.fork()
     if pid == 0:
+        os.setsid()  # else it would end with the worker
         logging.getLogger("mine").error("the child logs")
         host.tell(LogLine(40, "mine", "the child has no say"))
         os.write(parent, b"x")

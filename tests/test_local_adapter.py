@@ -237,7 +237,7 @@ async def test_control_bodies_wait_for_their_handler(adapter: LocalAdapter, reco
     await recorder.address("w")
     adapter.tell("w", Ping(4))
     assert await recorder.answer("w") == [(1, False), (2, False), (3, False), (4, False)]
-    assert any("a bad handler" in text for _, text in recorder.lines("w"))
+    assert ["engine.local"] == [logger for logger, text in recorder.lines("w") if "a bad handler" in text]
     assert await recorder.exit("w") == "exited"
 
 
@@ -346,6 +346,7 @@ async def test_a_child_that_user_code_forked_delays_nothing(
         assert "SIGKILL" in await recorder.exit("w")
         assert ("stderr", "mine: the child logs") in recorder.lines("w")
         assert not any("has no say" in text for _, text in recorder.lines("w"))
+        assert is_running(child), "it is in a session of its own"
     finally:
         leave.touch()
         await within(PATIENCE_S, lambda: not is_running(child))
@@ -453,7 +454,7 @@ async def test_streams_signals_and_modules_of_a_worker(adapter: LocalAdapter, re
         # whether what it starts ignores SIGINT, too, as a mask
         "int(__import__('subprocess').check_output(['grep', 'SigIgn', '/proc/self/status']).split()[1], 16) & 2",
     ]
-    await adapter.start_worker(spec("w", _workers.look, names, name="a long name of a worker"))
+    await adapter.start_worker(spec("w", _workers.look, names, name="replica.a long name.7"))
     found = list((await recorder.answer("w")).values())
     assert found == [
         "",
@@ -463,7 +464,7 @@ async def test_streams_signals_and_modules_of_a_worker(adapter: LocalAdapter, re
         False,
         False,
         ["MainThread", "engine-control"],
-        "a long name of",
+        "a long name.7",
         True,
         True,
         0,

@@ -25,7 +25,7 @@ from engine_local.gpus import GpuTable, visible_devices
 from engine_local.life import Stage
 from engine_local.orders import Exited, Forked, ForkFailed, Frames, Kill, pack
 from engine_local.output import LineReader
-from engine_local.process import describe_exit, die_with_parent
+from engine_local.process import describe_exit, die_with_parent, short_name
 
 # -- the engine's directory ----------------------------------------------------------------------------------------
 
@@ -341,6 +341,23 @@ def test_whatever_comes_first_a_worker_ends_once(
 )
 def test_exits_in_words(status: int, phrase: str) -> None:
     assert describe_exit(status) == phrase
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        ("engine-forks", b"engine-forks"),
+        ("replica.model.3", b"replica.model.3"),
+        ("replica.sentiment-analysis.12", b"sentiment-an.12"),
+        ("replica.sentiment-v1.1.12", b"sentiment-v1.12"),
+        ("ingress.1", b"ingress.1"),
+        ("no kind and no number at all", b"no kind and no "),
+        ("replica.model.123456789012345", b"model.123456789"),
+        ("replica.\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9.1", b"\xc3\xa9" * 6 + b".1"),
+    ],
+)
+def test_what_ps_shows_of_a_long_name(name: str, short: bytes) -> None:
+    assert short_name(name) == short
 
 
 def test_frames_arrive_whole_however_they_were_cut() -> None:

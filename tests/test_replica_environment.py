@@ -155,6 +155,14 @@ def test_replicas_are_random_each_in_its_own_way(engine):
     assert len(set(first.values())) == 3
 
 
+def test_where_setproctitle_is_installed_it_names_replicas(tmp_path, monkeypatch):
+    (tmp_path / "setproctitle.py").write_text("titles = []\nsetproctitle = titles.append\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with Engine(backend="local", http_options=HTTP) as engine:
+        titles = call(engine, lambda request: sys.modules["setproctitle"].titles)
+    assert titles == ["engine: engine-forks", "engine: replica.once.1"]
+
+
 def test_standard_input_is_empty(engine):
     assert call(engine, lambda request: sys.stdin.read()) == ""
 

@@ -94,6 +94,7 @@ class ForkServer:
         from .process import name_process
 
         gc.disable()  # nothing here makes cycles worth collecting, and a collection would unshare pages
+        _import_if_possible("setproctitle")  # names processes in full, for those who have installed it
         name_process("engine-forks")
         self._sock = socket.socket(fileno=self._descriptor)
         self._sock.set_inheritable(False)

@@ -9,11 +9,12 @@ import os
 import sys
 from typing import Any
 
-__all__ = ["describe_exit", "die_with_parent", "flush_c_streams", "kill_group", "name_process"]
+__all__ = ["describe_exit", "die_with_parent", "flush_c_streams", "kill_group", "name_process", "short_name"]
 
 _SIGKILL = 9
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
+_NAME_SIZE = 15  # bytes that the kernel keeps
 
 
 def die_with_parent(parent: int, by: int = _SIGKILL) -> None:
@@ -41,9 +42,23 @@ def kill_group(pid: int) -> None:
 
 
 def name_process(name: str) -> None:
-    """Show ``name`` (15 bytes of it) in ``ps`` and ``top`` (Linux)."""
+    """Show ``name`` in ``ps`` and ``top``: 15 bytes of it (Linux), and where `setproctitle` was imported, all of it."""
     if sys.platform == "linux":
-        _libc().prctl(_PR_SET_NAME, name.encode()[:15], 0, 0, 0)
+        _libc().prctl(_PR_SET_NAME, short_name(name), 0, 0, 0)
+    if "setproctitle" in sys.modules:
+        sys.modules["setproctitle"].setproctitle(f"engine: {name}")
+
+
+def short_name(name: str) -> bytes:
+    """Of a name like ``replica.TAG.NUMBER`` the 15 bytes that best tell it from others: no kind, but the number."""
+    short = name.encode()
+    if len(short) > _NAME_SIZE:
+        short = short.partition(b".")[2] or short
+    if len(short) > _NAME_SIZE:
+        head, dot, number = short.rpartition(b".")
+        tail = dot + number if head and len(number) < _NAME_SIZE // 2 else b""
+        short = short[: _NAME_SIZE - len(tail)].decode(errors="ignore").encode() + tail  # not half a character
+    return short
 
 
 def flush_c_streams() -> None:

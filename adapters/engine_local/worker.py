@@ -47,6 +47,7 @@ def run_worker(order: Spawn, descriptors: list[int]) -> NoReturn:
     _redirect(stdout, stderr)
     payload = order.payload if order.payload is not None else _read_all(others.pop())
     host = ChildHost(order.worker_id, control, others, order.address, LocalConnector(order.control_address))
+    host.log_name = "engine.local"
     code = 1
     try:
         host.start()

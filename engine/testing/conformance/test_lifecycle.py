@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import pytest
@@ -88,6 +89,21 @@ def test_a_constructor_on_a_loop_that_fails(engine, kind):
     with pytest.raises((ValueError, errors.RemoteError), match="failed"):
         engine.create_backend("never", Backend)
     assert "never" not in engine.list_backends()
+
+
+def test_no_replica_runs_the_programs_main_module(adapter, monkeypatch, tmp_path):
+    """As multiprocessing's `spawn` does: then every script would need a guard."""
+    script = tmp_path / "script.py"
+    script.write_text(f"open({str(tmp_path / 'was-run')!r}, 'w').close()\n")
+    main = types.ModuleType("__main__")
+    main.__file__ = str(script)
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    with adapter.engine() as engine:
+        engine.create_backend("b", lambda request: "ok")
+        engine.create_endpoint("b", backend="b")
+        assert engine.get_handle("b").call() == "ok"
+    assert not (tmp_path / "was-run").exists()
 
 
 # -- the end ---------------------------------------------------------------------------------------------------------
