@@ -531,9 +531,9 @@ class Engine:
 
         Returns:
             ``{"backends": {tag: {"replicas": {replica_tag: stage of its life}, "queued": calls, "in_flight": calls,
-            "dropped_copies": calls}}, "endpoints": {name: {"calls": made so far}}, "ingresses": {id: {"node": address,
-            "url": base URL}}}``. Calls over HTTP are those of the process that serves them, this one for
-            `asgi` and inline.
+            "queued_copies": calls, "dropped_copies": calls}}, "endpoints": {name: {"calls": made so far}}, "ingresses":
+            {id: {"node": address, "url": base URL}}}``. Calls over HTTP are those of the process that serves them, this
+            one for `asgi` and inline.
         """
         return self._control(Statistics([] if self._inert is not None else self._client.statistics()))
 

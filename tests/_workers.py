@@ -51,6 +51,9 @@ class Echo:
             channel.send(Reply(call.id, len(self._waiting), b"", call.payload))
         return 0 if self._waiting else None
 
+    def delayed(self) -> None:
+        pass
+
     def finished(self) -> bool:
         return self._finished
 

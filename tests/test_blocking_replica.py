@@ -86,6 +86,107 @@ def test_calls_are_answered_in_order(worlds: Any) -> None:
     assert world.replica.run_next() is None
 
 
+# -- long calls ------------------------------------------------------------------------------------------------------
+
+
+class Working:
+    """A backend that is found at its work: while it runs, the others' messages come in."""
+
+    def __init__(self, meanwhile: Any) -> None:
+        self.meanwhile = meanwhile
+
+    def __call__(self, request: Any) -> Any:
+        if request.data == "long":
+            self.meanwhile()
+        return request.data
+
+    @accept_batch
+    def many(self, requests: Any) -> Any:
+        return requests
+
+
+def test_those_that_wait_for_a_long_call_are_handed_back(worlds: Any) -> None:
+    def meanwhile() -> None:
+        world.replica.delayed()
+        assert world.caller.sent == [
+            Failure(number, load, FailureKind.BUSY, b"", b"") for number, load in ((2, 2), (3, 1))
+        ]
+
+    world = worlds(Working, meanwhile)
+    world.ask(python_call(1, "long"), python_call(2), python_call(3))
+    assert [(type(answer), answer.id) for answer in world.caller.sent[2:]] == [(Reply, 1)]
+
+
+def test_whoever_comes_again_waits_for_the_long_call(worlds: Any) -> None:
+    """It was told, so it knows of no better place. Who was not told is handed back, whether it waited or comes now."""
+    other = FakeChannel("other")
+
+    def meanwhile() -> None:
+        world.replica.delayed()
+        world.caller.answer(python_call(3, "again"))
+        world.replica._began = PAST  # as if it had run for long
+        world.replica.received(other, python_call(9, "new"))
+        world.replica.delayed()
+        assert [(message.id, message.kind) for message in other.sent] == [(9, FailureKind.BUSY)]
+        world.replica.received(other, python_call(10, "new, again"))
+
+    world = worlds(Working, meanwhile)
+    world.ask(python_call(1, "long"), python_call(2))
+    assert [(type(message), message.id) for message in world.caller.sent] == [(Failure, 2), (Reply, 1), (Reply, 3)]
+    assert [(type(message), message.id) for message in other.sent[1:]] == [(Reply, 10)]
+
+
+def test_what_was_told_of_one_long_call_says_nothing_of_the_next(worlds: Any) -> None:
+    world = worlds(Working, lambda: world.replica.delayed())
+    world.ask(python_call(1, "long"), python_call(2))
+    world.ask(python_call(3, "long"), python_call(4))
+    assert [(type(message), message.id) for message in world.caller.sent] == [
+        (Failure, 2),
+        (Reply, 1),
+        (Failure, 4),
+        (Reply, 3),
+    ]
+
+
+def test_a_call_that_waited_for_a_long_one_once_does_not_go_away_for_the_next(worlds: Any) -> None:
+    def meanwhile() -> None:
+        world.replica.delayed()
+        if len(world.caller.sent) == 1:
+            world.caller.answer(python_call(3, "long"))
+            world.caller.answer(python_call(4))
+
+    world = worlds(Working, meanwhile)
+    world.ask(python_call(1, "long"), python_call(2))
+    assert [message.id for message in world.caller.sent] == [2, 1, 3, 4]
+
+
+def test_a_batch_that_gathers_is_not_handed_back(worlds: Any) -> None:
+    world = worlds(Working, lambda: world.replica.delayed(), max_batch_size=4)
+    answers = world.ask(python_call(1, "long"), python_call(2, 2, method="many"), python_call(3, 3, method="many"))
+    assert [(type(answer), answer.id) for answer in answers] == [(Reply, 1), (Reply, 2), (Reply, 3)]
+
+
+def test_a_replica_that_leaves_finishes_what_waits(worlds: Any) -> None:
+    def meanwhile() -> None:
+        world.replica.control(Drain(20.0))
+        world.replica.delayed()
+
+    world = worlds(Working, meanwhile)
+    world.ask(python_call(1, "long"), python_call(2))
+    assert [(type(message), message.id) for message in world.caller.sent] == [(Reply, 1), (Reply, 2)]
+
+
+def test_a_caller_that_left_is_not_remembered_as_told(worlds: Any) -> None:
+    def meanwhile() -> None:
+        world.replica.delayed()
+        assert world.replica._told
+        world.caller.break_off()
+        assert not world.replica._told
+
+    world = worlds(Working, meanwhile)
+    world.ask(python_call(1, "long"), python_call(2))
+
+
 class Methods:
     def __init__(self, base: int = 0) -> None:
         self.base = base

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from fakes import a_call, backend_entry, snapshot
 
+from engine.calling import replica_set
 from engine.calling.caller import Caller
 from engine.calling.ref import Ref
 from engine.calling.slot import Slot
@@ -86,7 +87,7 @@ def name_of(call: Call) -> str:
     return str(pickle.loads(call.payload)[0][0])
 
 
-IDLE = {"queued": 0, "in_flight": 0, "dropped_copies": 0}
+IDLE = {"queued": 0, "in_flight": 0, "queued_copies": 0, "dropped_copies": 0}
 
 
 @pytest.fixture
@@ -317,6 +318,34 @@ def test_a_draining_replica_passes_its_calls_on(two: World) -> None:
     two.reply("r2")
     assert [slot.settled for slot in slots] == [1, 1]
     assert two.counted() == IDLE
+
+
+def test_a_call_that_is_handed_back_goes_to_an_idle_replica(two: World) -> None:
+    two.show(backend_entry("b", ["r1", "r2"], limit=8))
+    slots = [two.submit(name) for name in "abcd"]
+    (last,) = set(two.names("r1")[1:])
+    two.reply("r2", 0)
+    two.reply("r2", 1)
+    two.refuse("r1", kind=FailureKind.BUSY)
+    assert two.names("r2")[2:] == [last]
+    two.reply("r1", 0)
+    two.reply("r2")
+    assert [slot.settled for slot in slots] == [1] * 4
+    assert two.home.timers == [], "nobody has to look again: the answer of the long call says when there is room"
+    assert two.counted() == IDLE
+
+
+def test_calls_that_are_handed_back_keep_their_order(world: World) -> None:
+    world.show(backend_entry("b", ["r1"], limit=8))
+    for name in "abcd":
+        world.submit(name)
+    for index in (1, 2, 3):
+        world.refuse("r1", index, kind=FailureKind.BUSY)
+    world.reply("r1", 0)
+    for _ in "bcd":
+        world.reply("r1")
+    assert world.names("r1") == list("abcdbcd")
+    assert world.counted() == IDLE
 
 
 def test_the_retry_timer_is_set_once(world: World) -> None:
@@ -851,17 +880,61 @@ def test_a_copy_is_sent_and_its_answer_dropped(world: World) -> None:
     assert slot.settled == 1
 
 
-def test_copies_never_wait(world: World) -> None:
-    world.show(backend_entry("b", ["r1"], limit=9), backend_entry("s", ["r2"]), shadows=(("s", 1.0),))
-    for name in "abc":
+def test_copies_wait_for_room_in_a_queue_of_their_own(world: World) -> None:
+    shadowing = backend_entry("b", ["r1"], limit=9), backend_entry("s", ["r2"], max_queued=2)
+    world.show(*shadowing, shadows=(("s", 1.0),), endpoints={"e": {"b": 1.0}})
+    for name in "abcd":
         world.submit(name)
     assert world.names("r2") == ["a"]
-    assert world.counted("s") == {"queued": 0, "in_flight": 1, "dropped_copies": 2}
-    assert world.names("r1") == ["a", "b", "c"]
+    assert world.counted("s") == {**IDLE, "in_flight": 1, "queued_copies": 2, "dropped_copies": 1}
+    assert world.names("r1") == list("abcd")
+    for _ in "abc":
+        world.reply("r2")
+    assert world.names("r2") == list("abc")
+    assert world.counted("s") == {**IDLE, "dropped_copies": 1}
 
 
-@pytest.mark.parametrize("how", ["refused", "unreachable", "broken"])
-def test_a_copy_that_is_not_taken_is_dropped(world: World, how: str) -> None:
+def test_copies_wait_behind_the_calls_of_their_backend(world: World) -> None:
+    """Also behind those that come later: a copy delays nobody."""
+    shadowing = backend_entry("b", ["r1"], limit=9), backend_entry("s", ["r2"])
+    world.show(*shadowing, shadows=(("s", 1.0),))
+    world.submit("a")
+    world.submit("copied")
+    world.show(*shadowing, endpoints={"e": {"s": 1.0}})
+    slot = world.submit("own")
+    assert world.counted("s") == {**IDLE, "in_flight": 1, "queued": 1, "queued_copies": 1}
+    world.reply("r2")
+    assert world.names("r2") == ["a", "own"]
+    world.reply("r2")
+    assert slot.settled == 1
+    assert world.names("r2") == ["a", "own", "copied"]
+
+
+@pytest.mark.parametrize("how", ["late", "given up", "hopeless", "removed"])
+def test_copies_do_not_wait_for_ever(world: World, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shadowing = backend_entry("b", ["r1"], limit=9), backend_entry("s", ["r2"])
+    world.show(*shadowing, shadows=(("s", 1.0),))
+    for name in "abc":
+        world.submit(name)
+    assert world.counted("s")["queued_copies"] == 2
+    if how == "late":
+        monkeypatch.setattr(replica_set, "_COPY_PATIENCE_S", -1.0)
+        world.home.fire()
+    elif how == "given up":
+        world.caller.begin_close(EngineClosed("over"))
+    elif how == "hopeless":
+        world.show(shadowing[0], backend_entry("s", [], expecting=False), shadows=(("s", 1.0),))
+    else:
+        held = world.caller._router.replica_sets["s"]
+        world.show(shadowing[0])
+        assert not held.copies
+        return
+    assert world.counted("s") == {**IDLE, "in_flight": 0 if how == "hopeless" else 1, "dropped_copies": 2}
+    assert not world.home.timers or how != "late", "and nobody looks again"
+
+
+@pytest.mark.parametrize("how", ["refused", "handed back", "unreachable", "broken"])
+def test_a_copy_that_is_not_taken_is_sent_again(world: World, how: str) -> None:
     world.show(backend_entry("b", ["r1"], limit=9), backend_entry("s", ["r2"], limit=9), shadows=(("s", 1.0),))
     if how == "unreachable":
         world.adapter.unreachable = {"r2"}
@@ -872,8 +945,15 @@ def test_a_copy_that_is_not_taken_is_dropped(world: World, how: str) -> None:
     world.submit("b")
     if how == "refused":
         world.refuse("r2")
-    assert world.counted("s") == {**IDLE, "dropped_copies": 1}
-    assert not world.home.timers
+    elif how == "handed back":
+        world.refuse("r2", kind=FailureKind.BUSY)
+    else:
+        assert world.counted("s") == {**IDLE, "queued_copies": 1}
+        world.adapter.unreachable = set()
+    eventually(lambda: world.home.fire() or world.counted("s")["in_flight"] == 1)
+    assert world.names("r2")[-1] == "b"
+    world.reply("r2")
+    assert world.counted("s") == IDLE
 
 
 def test_a_shadow_that_dies_harms_nobody(world: World) -> None:

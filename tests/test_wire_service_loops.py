@@ -55,6 +55,7 @@ class Echo:
         self.attached = threading.Event()
         self.loop: ServiceLoop
         self.turns = 0
+        self.delays: list[str] = []
         self._work: deque[Callable[[], object]] = deque()
         self._leaving = False
 
@@ -83,6 +84,9 @@ class Echo:
             finally:
                 self.loop.step_in()
         return 0.0 if self._work else None
+
+    def delayed(self) -> None:
+        self.delays.append(threading.current_thread().name)
 
     def finished(self) -> bool:
         return self._leaving

@@ -32,6 +32,8 @@ class Mailbox:
         self._context: contextvars.Context | None = None
         self._turn = threading.RLock()  # held by whoever delivers to the worker
         self._out = False
+        self.meanwhile: Callable[[], object] = lambda: None
+        """Called after something came in while user code runs, by whoever posted it, with the turn."""
 
     def step_out(self) -> None:
         """The worker's thread is about to run user code."""
@@ -53,6 +55,7 @@ class Mailbox:
             try:
                 if self._out:
                     self.run_pending(0)
+                    self.meanwhile()
             finally:
                 self._turn.release()
 

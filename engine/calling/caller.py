@@ -30,6 +30,8 @@ from .slot import Slot
 __all__ = ["Caller"]
 
 _new = tuple.__new__  # a named tuple's own constructor takes longer
+_NOT_TAKEN = frozenset((FailureKind.REFUSED, FailureKind.DRAINING, FailureKind.BUSY))
+_COPIES_RETRY_S = 0.25
 _LAST_WORDS_S = 0.5
 """For what a replica answered before it died, and for its connection to break by itself, which says more."""
 _DEAD = "the engine has found it dead"
@@ -153,6 +155,7 @@ class Caller:
                     tag: {
                         "queued": len(replica_set.waiting),
                         "in_flight": sum(target.in_flight for target in replica_set.targets.values()),
+                        "queued_copies": len(replica_set.copies),
                         "dropped_copies": replica_set.dropped_copies,
                     }
                     for tag, replica_set in self._router.replica_sets.items()
@@ -200,9 +203,9 @@ class Caller:
         if slot is None:
             return
         target: Target = slot.target
-        refused = kind is Failure and message.kind in (FailureKind.REFUSED, FailureKind.DRAINING)  # type: ignore[union-attr]
-        self._settle(target, message.load, refused=refused)  # type: ignore[union-attr]
-        if refused:
+        taken = kind is not Failure or message.kind not in _NOT_TAKEN  # type: ignore[union-attr]
+        self._settle(target, message, taken=taken)  # type: ignore[arg-type]
+        if not taken:
             self._requeue(slot, target)
         elif not slot.given_up:
             slot.deliver(message)  # type: ignore[arg-type]
@@ -313,17 +316,19 @@ class Caller:
             self._channels.pop(channel, None)
         return channel
 
-    def _settle(self, target: Target, load: int, *, refused: bool) -> None:
+    def _settle(self, target: Target, answer: Reply | Failure | End, *, taken: bool) -> None:
         """A replica answered a call: count it out and use the room."""
         with self._lock:
             now = time.monotonic()
             replica_set = target.replica_set
-            if refused:
-                replica_set.refused(target, load, now)
+            if taken:
+                replica_set.answered(target, answer.load, now)
+            elif answer.kind == FailureKind.BUSY:  # type: ignore[union-attr]
+                replica_set.handed_back(target, answer.load, now)
             else:
-                replica_set.answered(target, load, now)
+                replica_set.refused(target, answer.load, now)
             hung_up = self._disconnect(target) if target.gone and not target.in_flight else None
-            ready = list(replica_set.next_placements(now)) if replica_set.waiting else ()
+            ready = list(replica_set.next_placements(now)) if replica_set.waiting or replica_set.copies else ()
         if hung_up is not None:
             hung_up.close()
         for slot, chosen in ready:
@@ -349,8 +354,12 @@ class Caller:
             slot.come_back()
             stays = self._router.replica_sets.get(replica_set.tag) is replica_set
             if isinstance(slot, CopySlot):
-                replica_set.dropped_copies += 1
-                slot.give_up()
+                if stays and self._closed is None and not replica_set.hopeless:
+                    replica_set.put_copy_back(slot)
+                    self._watch_copies(replica_set)
+                else:
+                    replica_set.dropped_copies += 1
+                    slot.give_up()
             elif stays and not slot.given_up:
                 failure = self._closed or replica_set.refusal()
                 if failure is None:
@@ -373,11 +382,29 @@ class Caller:
     def _submit_copy(self, call: Call, replica_set: ReplicaSet) -> None:
         copy = CopySlot(call=call)
         with self._lock:
-            target = replica_set.take(time.monotonic())
-            if target is None:
-                replica_set.dropped_copies += 1  # a copy never waits: it would hold memory for nobody
+            if self._closed is not None:
                 return
-        self._send(copy, target)
+            target = replica_set.place_copy(copy, time.monotonic())
+            if target is None:
+                self._watch_copies(replica_set)
+        if target is not None:
+            self._send(copy, target)
+
+    def _watch_copies(self, replica_set: ReplicaSet) -> None:
+        """See to it that copies which wait go on, or are dropped, also if nothing else happens here."""
+        if replica_set.copies and not replica_set.copies_watched and self._closed is None:
+            replica_set.copies_watched = True
+            self.home.call_later(_COPIES_RETRY_S, self._retry_copies, replica_set)
+
+    def _retry_copies(self, replica_set: ReplicaSet) -> None:
+        with self._lock:
+            replica_set.copies_watched = False
+            now = time.monotonic()
+            replica_set.drop_late_copies(now)
+            ready = list(replica_set.next_placements(now))
+            self._watch_copies(replica_set)
+        for slot, target in ready:
+            self._send(slot, target)
 
     def _schedule_retry(self, replica_set: ReplicaSet, delay_s: float, now: float) -> None:
         worthwhile = replica_set.waiting and replica_set.some_blocked(now)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import random
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from ..errors import NoReplica, Overloaded
 from ..seam.channel import Channel
@@ -22,6 +22,12 @@ RETRY_S = 0.005
 """How long a replica that refused is left alone. Other callers' calls end without our hearing of it, so look again."""
 UNREACHABLE_S = 0.05
 """How long one is left alone that cannot be reached."""
+_MAX_COPIES = 1000
+_MAX_COPY_BYTES = 64 << 20
+"""How many copies of shadowed calls wait, and how large they may be together: nobody asked for their results."""
+_COPY_PATIENCE_S = 30.0
+_QUICK_AGAIN = 64
+"""So many calls must a replica answer without handing another one back before calls wait there for each other."""
 _FRESH_S = 0.1
 """How long a replica's word on its load is believed. It only speaks when called, so an idle one would look busy."""
 
@@ -46,6 +52,7 @@ class Target:
         "position",
         "replica_set",
         "replica_tag",
+        "slow_for",
     )
 
     def __init__(self, replica_tag: str, address: str, replica_set: ReplicaSet) -> None:
@@ -56,6 +63,7 @@ class Target:
         self.in_flight = 0
         self.elsewhere = 0
         self.elsewhere_at = 0.0
+        self.slow_for = 0  # its calls are long: it gets one at a time, until it has answered so many
         self.blocked_until = 0.0  # it refused, or could not be reached: not before this time
         self.gone = False  # no longer in the snapshot: finish what is in flight, then close
         self.dead = False  # it left the snapshot because it died: what is in flight will not be answered
@@ -80,8 +88,11 @@ class ReplicaSet:
         self.tag = entry.tag
         self.targets: dict[str, Target] = {}
         self.waiting: deque[Slot] = deque()
-        self.dropped_copies = 0  # of shadowed calls that found no room
+        self.copies: deque[Slot] = deque()  # of shadowed calls, which wait behind all others
+        self.dropped_copies = 0  # those that found no room there, or waited too long
         self.retry_scheduled = False  # the caller's timer will look at `waiting` again
+        self.copies_watched = False  # the same for `copies`
+        self._copy_bytes = 0
         # Every target that may get a call is in one of two lists, so that choosing one takes the same time for any
         # number of them. Those that time alone makes better are noted as well.
         self._idle: list[Target] = []  # has nothing to do, as far as is known
@@ -144,13 +155,7 @@ class ReplicaSet:
 
     def put_back(self, slot: Slot) -> None:
         """Queue a call that its replica did not take: before those that came later, after those that came before it."""
-        earlier = 0
-        for waiting in self.waiting:
-            if waiting.since > slot.since:
-                break
-            earlier += 1
-        self.waiting.insert(earlier, slot)
-        slot.wait_in(self.waiting)
+        _put_in_order(self.waiting, slot)
 
     @property
     def hopeless(self) -> bool:
@@ -167,14 +172,23 @@ class ReplicaSet:
             )
         if self.max_queued is None or len(self.waiting) < self.max_queued:
             return None
+        # Those that slow replicas could hold, but better do not, are not among the calls for which there is no place.
+        queued = len(self.waiting) - sum(
+            self.limit - target.in_flight
+            for target in self.targets.values()
+            if target.slow_for and not target.blocked_until
+        )
+        if queued < self.max_queued:
+            return None
         return Overloaded(
             f"backend {self.tag!r}: all of its {len(self.targets)} replicas are full and "
-            f"{len(self.waiting)} calls of this caller wait already (max_queued_requests={self.max_queued}); "
+            f"{queued} calls of this caller wait already (max_queued_requests={self.max_queued}); "
             "retry later or raise num_replicas"
         )
 
     def give_up_waiting(self) -> list[Slot]:
         """Take everything from the queue."""
+        self._drop_copies(self.copies)
         waiting = list(self.waiting)
         self.waiting.clear()
         for slot in waiting:
@@ -190,6 +204,15 @@ class ReplicaSet:
             slot = self.waiting.popleft()
             slot.leave_queue()
             yield slot, target
+        while self.copies:
+            target = self.take(now)
+            if target is None:
+                return
+            copy = self._next_copy(now)
+            if copy is None:
+                self.withdrawn(target)
+                return
+            yield copy, target
 
     def take(self, now: float) -> Target | None:
         """Choose a replica and count one more call there."""
@@ -200,12 +223,62 @@ class ReplicaSet:
             self._file(target)
         return target
 
+    # -- copies of shadowed calls --------------------------------------------------------------------------------------
+
+    def place_copy(self, copy: Slot, now: float) -> Target | None:
+        """As `place`, for a copy that nobody waits for: behind all calls, and dropped where there is no room."""
+        copy.since = now
+        if not self.waiting and not self.copies:
+            target = self.take(now)
+            if target is not None:
+                return target
+        most = _MAX_COPIES if self.max_queued is None else min(self.max_queued, _MAX_COPIES)
+        if self.hopeless or len(self.copies) >= most or self._copy_bytes + _size(copy) > _MAX_COPY_BYTES:
+            self.dropped_copies += 1
+        else:
+            self._copy_bytes += _size(copy)
+            self.copies.append(copy)
+        return None
+
+    def put_copy_back(self, copy: Slot) -> None:
+        """As `put_back`, for a copy."""
+        self._copy_bytes += _size(copy)
+        _put_in_order(self.copies, copy)
+
+    def drop_late_copies(self, now: float) -> None:
+        """Drop those whose deadline has passed, or that have waited for long."""
+        self._drop_copies([copy for copy in self.copies if _is_late(copy, now)])
+
+    def _next_copy(self, now: float) -> Slot | None:
+        while self.copies:
+            copy = self.copies.popleft()
+            self._copy_bytes -= _size(copy)
+            if not _is_late(copy, now):
+                return copy
+            self.dropped_copies += 1
+        return None
+
+    def _drop_copies(self, late: Iterable[Slot]) -> None:
+        dropped = set(late)
+        self.dropped_copies += len(dropped)
+        self.copies = deque(copy for copy in self.copies if copy not in dropped)
+        self._copy_bytes = sum(map(_size, self.copies))
+
     # -- what becomes of calls that were placed ------------------------------------------------------------------------
 
     def answered(self, target: Target, load: int, now: float) -> None:
         """A replica answered a call, and said how many calls it holds."""
         self._count_out(target, load, now)
         target.blocked_until = 0.0
+        if target.slow_for:
+            target.slow_for -= 1
+        self._file(target)
+
+    def handed_back(self, target: Target, load: int, now: float) -> None:
+        """A replica is at a long call and has not begun this one: it gets one at a time from now on."""
+        self._count_out(target, load, now)
+        target.blocked_until = 0.0
+        target.slow_for = _QUICK_AGAIN
         self._file(target)
 
     def refused(self, target: Target, load: int, now: float) -> None:
@@ -263,7 +336,7 @@ class ReplicaSet:
         """Put a target into the list where it belongs, now that something about it has changed."""
         busy = target.in_flight
         pool: list[Target] | None
-        if target.gone or busy >= self.limit:
+        if target.gone or busy >= self.limit or (busy and target.slow_for):
             pool = None
         elif target.blocked_until:
             pool = None
@@ -304,3 +377,22 @@ class ReplicaSet:
             if target.elsewhere_at + _FRESH_S <= now:
                 target.elsewhere = 0
             self._file(target)
+
+
+def _put_in_order(queue: deque[Slot], slot: Slot) -> None:
+    earlier = 0
+    for waiting in queue:
+        if waiting.since > slot.since:
+            break
+        earlier += 1
+    queue.insert(earlier, slot)
+    slot.wait_in(queue)
+
+
+def _size(slot: Slot) -> int:
+    return len(slot.call.head) + len(slot.call.payload)
+
+
+def _is_late(copy: Slot, now: float) -> bool:
+    deadline = copy.call.deadline
+    return now - copy.since > _COPY_PATIENCE_S or (deadline is not None and now > deadline)

@@ -44,6 +44,7 @@ class FailureKind:
     REFUSED: Final = 1  # the replica is full: the router may place the call again
     DRAINING: Final = 2  # the replica takes no more calls: the router must place the call elsewhere
     ENGINE: Final = 3  # the engine itself failed the call; `payload` is the packed `EngineError`
+    BUSY: Final = 4  # the replica is at a long call and has not begun this one: the router may know of an idle replica
 
 
 class Call(NamedTuple):

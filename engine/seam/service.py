@@ -54,5 +54,8 @@ class Service(ChannelListener, Protocol):
         0 means there is more to do at once, None means nothing until a message comes.
         """
 
+    def delayed(self) -> None:
+        """Blocking services only: user code has run for a while. Called by whoever delivers messages meanwhile."""
+
     def finished(self) -> bool:
         """Whether the loop should stop."""

@@ -1,4 +1,9 @@
-"""A replica of plain callables: one call at a time, on its service loop's thread, between two reads of its sockets."""
+"""A replica of plain callables: one call at a time, on its service loop's thread, between two reads of its sockets.
+
+Short calls wait here for each other, so that the next one is at hand when one ends. While a long one runs, those that
+wait are handed back to their callers, who may know of an idle replica. A caller who sends one all the same, having
+been told, knows of none: that call waits here.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +13,9 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 from ..config import BackendConfig
+from ..seam.channel import Channel
 from ..seam.control_messages import Reconfigure, Reconfigured
+from ..seam.messages import Failure, FailureKind
 from ..seam.serialization import pack_exception_briefly
 from ..seam.service import ServiceLoop
 from .batches import listed
@@ -22,6 +29,9 @@ if TYPE_CHECKING:
 
 __all__ = ["BlockingReplica"]
 
+_LONG_S = 0.01
+"""How long a call runs before others, which wait for it, are handed back: what is shorter is not worth the way."""
+
 
 class BlockingReplica(Replica):
     """Runs plain callables one at a time on the service loop's thread."""
@@ -34,6 +44,8 @@ class BlockingReplica(Replica):
         self._batch_head: Job | None = None  # the call that `_batch_due` counts from
         self._batch_due: float | None = None  # when the batch at the head of the queue runs, full or not
         self._loop: asyncio.AbstractEventLoop | None = None  # for streams and stray coroutines; made when needed
+        self._began: float | None = None  # when the call that runs began; None also for batches, which fill meanwhile
+        self._told: set[Channel] = set()  # callers that were told that it is a long one
 
     def attach(self, loop: ServiceLoop) -> None:
         """See `engine.seam.service.Service.attach`."""
@@ -62,8 +74,38 @@ class BlockingReplica(Replica):
 
             close_event_loop(self._loop)
 
+    def lost(self, channel: Channel, reason: str) -> None:
+        """See `engine.seam.channel.ChannelListener.lost`."""
+        self._told.discard(channel)
+        super().lost(channel, reason)
+
     def _begin(self, job: Job) -> None:
         self._queue.append(job)
+        if self._began is None:
+            return
+        if job.channel in self._told:
+            job.kept = True
+        elif time.monotonic() - self._began >= _LONG_S:
+            self._hand_back()
+
+    def delayed(self) -> None:
+        """See `engine.seam.service.Service.delayed`."""
+        if self._began is not None:
+            self._hand_back()
+
+    def _hand_back(self) -> None:
+        """Let callers take elsewhere what waits for a long call; not while leaving, when all others may be gone."""
+        if self._drain_until is not None:
+            return
+        kept: deque[Job] = deque()
+        handed_back: list[Job] = []
+        for job in self._queue:
+            assert job.method is not None
+            (kept if job.kept or job.method.batched else handed_back).append(job)
+        self._queue = kept
+        for job in handed_back:
+            self._told.add(job.channel)
+            self._finish(job, Failure(job.call.id, 0, FailureKind.BUSY, b"", b""))
 
     def run_next(self) -> float | None:
         """See `engine.seam.service.Service.run_next`."""
@@ -81,7 +123,13 @@ class BlockingReplica(Replica):
             if due > 0:
                 return due
         else:
-            self._run_one(queue.popleft())
+            self._began = time.monotonic()
+            try:
+                self._run_one(queue.popleft())
+            finally:
+                self._began = None
+                if self._told:
+                    self._told.clear()
         # Another thread may have heard of more to do while user code ran.
         return 0.0 if self._queue or self._chores or self._drain_until is not None else None
 

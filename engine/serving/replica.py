@@ -54,13 +54,14 @@ FAREWELL_S = 1.0
 class Job:
     """A call the replica holds."""
 
-    __slots__ = ("call", "cancelled", "channel", "credit", "method", "more_credit", "request", "task")
+    __slots__ = ("call", "cancelled", "channel", "credit", "kept", "method", "more_credit", "request", "task")
 
     def __init__(self, channel: Channel, call: Call) -> None:
         self.channel = channel
         self.call = call
         self.method: Method | None = None
         self.cancelled = False
+        self.kept = False  # its caller knows that it has to wait here
         self.credit = INITIAL_CREDIT
         self.more_credit: asyncio.Event | None = None
         self.task: asyncio.Task[None] | None = None
@@ -158,6 +159,9 @@ class Replica:
     def _grace_s(self) -> float:
         """For how many seconds it may still be there."""
         return 0.0 if self._drain_until is None else self._drain_until - time.monotonic()
+
+    def delayed(self) -> None:
+        """See `engine.seam.service.Service.delayed`."""
 
     # -- the door --------------------------------------------------------------------------------------------------
 

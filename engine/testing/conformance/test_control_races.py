@@ -413,10 +413,11 @@ def test_what_replicas_need_not_know_waits_for_no_call(engine, serve, gate):
     served = serve(held, config={"max_concurrent_queries": 2}, route=None)
     refs = [served.handle.remote() for _ in range(2)]
     gate.wait_for_arrivals(1)
-    engine.update_backend_config(served.tag, {"max_queued_requests": 3, "graceful_shutdown_timeout_s": 1.0})
+    engine.update_backend_config(served.tag, {"max_queued_requests": 0, "graceful_shutdown_timeout_s": 1.0})
     engine.update_backend_config(served.tag, {"max_concurrent_queries": 3})
     refs.append(served.handle.remote())
-    eventually(lambda: engine.statistics()["backends"][served.tag]["in_flight"] == 3)
+    with pytest.raises(errors.Overloaded):
+        engine.get(served.handle.remote(), timeout=20)
     assert not gate.is_open()
     gate.open()
     assert engine.get(refs, timeout=20) == ["held"] * 3

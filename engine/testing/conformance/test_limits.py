@@ -140,6 +140,28 @@ def test_the_free_replica_gets_the_calls(serve, engine, gate):
     assert engine.get(held, timeout=20) not in free
 
 
+def test_the_free_replica_gets_the_calls_of_those_who_do_not_know_of_the_other_ones(serve, engine, gate):
+    """Each caller knows only its own calls. One that chooses a replica which is stuck gets its call back."""
+
+    def backend(request):
+        if request.query_params:
+            gate.pass_through()
+        return get_replica_context().replica_tag
+
+    served = serve(backend, config={"num_replicas": 2})
+    held = served.handle.remote(hold=1)
+    gate.wait_for_arrivals(1)
+    async_handle = engine.get_handle(served.name, sync=False)
+
+    async def calls():
+        return [await async_handle.call() for _ in range(5)]
+
+    free = {served.http_text() for _ in range(5)} | set(asyncio.run(calls())) | {served.handle.call() for _ in range(5)}
+    assert len(free) == 1
+    gate.open()
+    assert engine.get(held, timeout=20) not in free
+
+
 def test_calls_spread_over_replicas(serve):
     handle = serve(replica_tag, route=None, config={"num_replicas": 3}).handle
     counted = Counter(handle.call() for _ in range(300))

@@ -146,6 +146,23 @@ def test_shadow_fires_for_handles_and_http(shadowed, engine, journal):
     assert sorted(journal.lines(), key=int) == [str(number) for number in range(20)]
 
 
+def test_no_copy_is_lost_while_the_shadow_is_busy_for_a_moment(serve, engine, journal, gate):
+    def shadow(request):
+        gate.pass_through()
+        journal.add(request.query_params.get("n"))
+
+    served = serve(first, route=None)
+    shadowing = serve(shadow, route=None, config={"max_concurrent_queries": 1}).tag
+    engine.shadow_traffic(served.name, shadowing, 1.0)
+    for number in range(10):
+        assert served.handle.call(n=number) == "first"
+    counted = engine.statistics()["backends"][shadowing]
+    assert counted["queued_copies"] + counted["in_flight"] == 10
+    gate.open()
+    eventually(lambda: len(journal.lines()) == 10)
+    assert engine.statistics()["backends"][shadowing]["dropped_copies"] == 0
+
+
 def test_shadow_fires_with_its_proportion(shadowed, engine, journal):
     engine.shadow_traffic(shadowed.name, shadowed.shadow, 0.5)
     for number in range(200):
