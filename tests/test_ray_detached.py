@@ -166,7 +166,7 @@ def test_a_creator_that_leaves_its_block_lets_go(name: str) -> None:
 
 def test_names(name: str) -> None:
     with pytest.raises(
-        errors.InvalidArgument, match=f"there is no detached engine '{name}' on this cluster; there are:"
+        errors.InvalidArgument, match=f"there is no detached engine '{name}' on the Ray cluster at .*; there are:"
     ):
         Engine.connect(name)
     engine = Engine(backend="ray", name=name, detached=True, http_options=HTTP)

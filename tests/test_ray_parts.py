@@ -36,7 +36,7 @@ if why_not() is None:
     from engine_ray.calling.carried import CarriedError, CarriedResult, Errand, Filled, Placeholder, carried
     from engine_ray.calling.connector import RayConnector
     from engine_ray.calling.turns import Turns
-    from engine_ray.controlling import watched
+    from engine_ray.controlling import places, watched
     from engine_ray.controlling.cluster import ClusterAdapter
     from engine_ray.controlling.places import options_of, shortage, trifle
     from engine_ray.controlling.watched import WatchedWorker, described_death
@@ -103,6 +103,62 @@ def test_a_cluster_has_several_names(monkeypatch: pytest.MonkeyPatch, other: str
     connection._check_same(other)
     with pytest.raises(InvalidArgument, match="one cluster a process"):
         connection._check_same("127.0.0.1:6380")
+
+
+@pytest.mark.parametrize(
+    ("connected", "last", "said"),
+    [
+        ("10.0.0.5:6379", "10.0.0.6:6379", "the Ray cluster at 10.0.0.5:6379"),
+        (None, "10.0.0.6:6379", "the Ray cluster at 10.0.0.6:6379"),
+        (None, "", "the Ray cluster"),
+    ],
+)
+def test_how_messages_name_the_cluster(
+    monkeypatch: pytest.MonkeyPatch, connected: str | None, last: str, said: str
+) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: connected is not None)
+    monkeypatch.setattr(connection, "cluster", lambda: connected)
+    monkeypatch.setattr(connection, "_last", last)
+    assert connection.where() == said
+
+
+def test_a_search_that_fails_names_what_it_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray._private.services.find_bootstrap_address", lambda directory: "10.0.0.5:6379")
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.6:6379")
+    assert connection._sought(None) == "the Ray cluster at 10.0.0.6:6379, which RAY_ADDRESS names"
+    monkeypatch.delenv("RAY_ADDRESS")
+    assert connection._sought(None) == "the Ray cluster at 10.0.0.5:6379 that seems to run on this machine"
+
+
+@pytest.mark.parametrize(
+    ("mode", "variables", "said"),
+    [
+        ("DISABLED", {"RAY_AUTH_TOKEN": "secret"}, "without a token"),
+        ("TOKEN", {"RAY_AUTH_TOKEN": "secret", "RAY_AUTH_TOKEN_PATH": "/a/path"}, "with the token in RAY_AUTH_TOKEN"),
+        ("TOKEN", {"RAY_AUTH_TOKEN_PATH": "/a/path"}, "with the token in /a/path, as RAY_AUTH_TOKEN_PATH says"),
+        ("TOKEN", {}, "with the token in ~/.ray/auth_token"),
+    ],
+)
+def test_the_log_says_where_the_token_is_and_not_what_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    mode: str,
+    variables: dict[str, str],
+    said: str,
+) -> None:
+    from ray._raylet import AuthenticationMode
+
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("ray._raylet.get_authentication_mode", lambda: getattr(AuthenticationMode, mode))
+    monkeypatch.setattr(connection, "where", lambda: "the Ray cluster at 10.0.0.5:6379")
+    monkeypatch.setattr(connection, "_keeper", None)
+    with caplog.at_level("INFO", logger="engine.ray"):
+        connection.announce("e")
+    (line,) = caplog.messages
+    assert line == f"engine e is on the Ray cluster at 10.0.0.5:6379 (this program's own connection, {said})"
 
 
 # -- addresses -------------------------------------------------------------------------------------------------------
@@ -471,6 +527,7 @@ NODES = [
     {"NodeID": "2", "Alive": True, "NodeManagerAddress": "10.0.0.2", "Resources": {"CPU": 4.0, "GPU": 1.0, "tpu": 2.0}},
     {"NodeID": "3", "Alive": False, "NodeManagerAddress": "10.0.0.3", "Resources": {"CPU": 64.0}},
 ]
+CLUSTER = "the Ray cluster at 10.0.0.5:6379"
 FREE = {"1": {"CPU": 2.5, "memory": 1.5 * 2**30}, "2": {"CPU": 4.0, "GPU": 0.5}}
 
 
@@ -502,10 +559,11 @@ FREE = {"1": {"CPU": 2.5, "memory": 1.5 * 2**30}, "2": {"CPU": 4.0, "GPU": 0.5}}
     ],
 )
 def test_what_is_said_of_a_shortage(monkeypatch: pytest.MonkeyPatch, asked: Resources, said: str | None) -> None:
+    monkeypatch.setattr(places, "where", lambda: CLUSTER)
     monkeypatch.setattr("ray.nodes", lambda: NODES)
     monkeypatch.setattr("ray._private.state.available_resources_per_node", lambda: FREE)
     if said is not None:
-        said = "it asked for " + said.replace("...", "the cluster has free:")
+        said = "it asked for " + said.replace("...", f"{CLUSTER} has free:")
     assert shortage(asked) == said
 
 
@@ -514,18 +572,20 @@ def test_a_shortage_on_a_certain_node(monkeypatch: pytest.MonkeyPatch, num_cpus:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     node_id = "ab" * 28
+    monkeypatch.setattr(places, "where", lambda: CLUSTER)
     monkeypatch.setattr("ray.nodes", lambda: NODES)
     monkeypatch.setattr("ray._private.state.available_resources_per_node", lambda: {node_id: FREE["1"], "2": FREE["2"]})
     affinity = {"scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=False)}
     said = shortage(Resources(num_cpus=num_cpus, other=affinity))
     assert (said is not None) == lacks
-    assert said is None or f"scheduling_strategy NodeAffinity(node_id='{node_id}', soft=False); the cluster has" in said
+    assert said is None or f"scheduling_strategy NodeAffinity(node_id='{node_id}', soft=False); {CLUSTER} has" in said
 
 
 def test_what_is_said_of_a_cluster_without_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "where", lambda: CLUSTER)
     monkeypatch.setattr("ray.nodes", lambda: [])
     monkeypatch.setattr("ray._private.state.available_resources_per_node", dict)
-    assert shortage(Resources(num_gpus=1.0)) == "it asked for GPU 1; the cluster has free: nothing"
+    assert shortage(Resources(num_gpus=1.0)) == f"it asked for GPU 1; {CLUSTER} has free: nothing"
 
 
 @pytest.mark.parametrize(
@@ -947,7 +1007,7 @@ _QUESTIONS: dict[str, Callable[[Registry], object]] = {
 def test_whoever_asks_a_silent_control_plane_is_told_so(
     silent: FakeControlPlane, ask: Callable[[Registry], object]
 ) -> None:
-    with pytest.raises(RetryLater, match=r"does not answer .*Timed out.* is the head of the cluster alive") as caught:
+    with pytest.raises(RetryLater, match=r"does not answer .*Timed out.* is its head alive") as caught:
         ask(Registry("e"))
     assert caught.value.__cause__ is silent.away
 
@@ -955,7 +1015,7 @@ def test_whoever_asks_a_silent_control_plane_is_told_so(
 @pytest.mark.parametrize("ask", _QUESTIONS.values(), ids=_QUESTIONS)
 def test_who_has_left_ray_can_ask_nobody(monkeypatch: pytest.MonkeyPatch, ask: Callable[[Registry], object]) -> None:
     monkeypatch.setattr(registry, "_control_plane", lambda: None)
-    with pytest.raises(EngineClosed, match="not connected to Ray"):
+    with pytest.raises(EngineClosed, match="not connected to the Ray cluster"):
         ask(Registry("e"))
 
 

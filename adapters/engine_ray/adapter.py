@@ -81,6 +81,7 @@ class RayAdapter(ClusterAdapter):
                 connection.leave()
             raise
         self._process = os.getpid()
+        connection.announce(repr(name))
         return controller
 
 

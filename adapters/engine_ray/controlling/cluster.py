@@ -114,6 +114,7 @@ class ClusterAdapter(RayCaller):
             await self._nodes.look()
             address = Address(engine_id, self.node_id(), (*sockets, f"gcs:{connection.cluster()}"))
             self.control_address = await asyncio.to_thread(self._announce, registry, str(address))
+            connection.announce(engine_id)
         except BaseException:
             if self._running is not None and not self._outlives_process:
                 await self.stop()

@@ -29,7 +29,7 @@ from ..calling.addresses import symbolic
 from ..calling.courier import end_courier
 from ..link import connection
 from ..link.actors import NAMESPACE, actor_names, kill_actor, kill_named
-from ..link.connection import check_connected
+from ..link.connection import check_connected, where
 from ..link.registry import Entry, Registry
 from ..link.surroundings import Surroundings
 from .cluster import SECRET_BYTES, ClusterAdapter
@@ -203,12 +203,12 @@ class RayController:
                 raise EngineClosed("the engine was shut down") from error
             if isinstance(error, exceptions.ActorDiedError):
                 raise EngineClosed(
-                    "the controller of this engine was killed for good, by ray.kill or the like; shutdown() ends what "
-                    "is left of the engine"
+                    f"the controller of this engine on {where()} was killed for good, by ray.kill or the like; "
+                    "shutdown() ends what is left of the engine"
                 ) from error
             raise RetryLater(
-                f"the controller of the engine died while it was at {name!r}, and may have done it: see what "
-                "there is (list_backends, list_endpoints), then repeat it if need be"
+                f"the controller of the engine on {where()} died while it was at {name!r}, and may have done it: "
+                "see what there is (list_backends, list_endpoints), then repeat it if need be"
             ) from error
         return outcome
 
@@ -263,7 +263,7 @@ def create_controller(
         )
     except ValueError as error:
         raise InvalidArgument(
-            f"name={name!r}: there is a detached engine of this name already; take it over with "
+            f"name={name!r}: there is a detached engine of this name already on {where()}; take it over with "
             f"Engine.connect({name!r}), or shut it down first"
         ) from error
     try:
@@ -288,8 +288,8 @@ def find_controller(name: str, namespace: str | None, adapter: ClusterAdapter) -
         actor = ray.get_actor(_actor_name(name), namespace=namespace or NAMESPACE)
     except ValueError as error:
         known = ", ".join(repr(other) for other in _names(namespace or NAMESPACE)) or "none"
-        where = f"in namespace {namespace!r}" if namespace else "on this cluster"
-        raise InvalidArgument(f"there is no detached engine {name!r} {where}; there are: {known}") from error
+        space = f"in namespace {namespace!r} of" if namespace else "on"
+        raise InvalidArgument(f"there is no detached engine {name!r} {space} {where()}; there are: {known}") from error
     return RayController(actor, ray.get(actor.identify.remote()), adapter)
 
 

@@ -8,6 +8,8 @@ from typing import Any
 from engine.seam.resources import Resources
 from engine.seam.worker import WorkerSpec
 
+from ..link.connection import where
+
 __all__ = ["options_of", "shortage", "trifle"]
 
 _OURS = frozenset(
@@ -104,7 +106,7 @@ def shortage(asked: Resources) -> str | None:
         for node in ray.nodes()
         if node["Alive"]
     )
-    return f"it asked for {_listed(wanted | chosen)}; the cluster has free: {has or 'nothing'}"
+    return f"it asked for {_listed(wanted | chosen)}; {where()} has free: {has or 'nothing'}"
 
 
 _CHOOSING = ("accelerator_type", "label_selector", "placement_group", "scheduling_strategy")

@@ -17,6 +17,7 @@ from engine.seam.messages import Control, Message
 from engine.seam.worker import WorkerSpec
 from engine_wire import SocketChannel
 
+from ..link.connection import where
 from ..working.bodies import Bound, Leaving
 
 __all__ = ["WatchedWorker", "described_death"]
@@ -159,7 +160,7 @@ def described_death(error: BaseException | None) -> str:
         return f"failed: {error.cause if isinstance(error.cause, EngineError) else repr(error.cause)}"
     for sign, phrase in _DEATHS.items():
         if sign in text:
-            return phrase
+            return phrase.format(cluster=where())
     return f"died ({' '.join(text.split())})"
 
 
@@ -169,8 +170,8 @@ _DEATHS = {
     "node has died": _WITH_ITS_NODE,
     "node was terminated": _WITH_ITS_NODE,
     "all references to the actor were removed": (
-        "never ran: Ray could not bring its process up. Its logs on the nodes may say why; it happens, too, if the "
-        "program has a token of Ray's and the cluster wants none"
+        "never ran: {cluster} could not bring its process up. Its logs on the nodes may say why; it happens, too, if "
+        "the program has a token of Ray's and the cluster wants none"
     ),
     "unexpected": "died (killed by a signal, out of memory, or by a crash in native code; its standard error may say)",
 }

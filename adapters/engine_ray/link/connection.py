@@ -19,7 +19,7 @@ from engine.seam.log import Log
 
 from .knocking import knock
 
-__all__ = ["check_connected", "cluster", "join", "leave", "started_here"]
+__all__ = ["announce", "check_connected", "cluster", "join", "leave", "started_here", "where"]
 
 _log = Log("engine.ray")
 
@@ -30,6 +30,7 @@ _KNOCK_S = 10.0
 _lock = threading.Lock()  # guards the next two
 _keeper: _Connection | None = None
 _users = 0
+_last = ""  # the cluster that this process is connected to, or was last: for messages
 
 
 def join(address: str | None, options: Mapping[str, Any], *, start: bool = True) -> bool:
@@ -46,7 +47,7 @@ def join(address: str | None, options: Mapping[str, Any], *, start: bool = True)
     Raises:
         engine.errors.InvalidArgument: There is no such cluster, another one is connected, or an option is wrong.
     """
-    global _keeper, _users
+    global _keeper, _users, _last
     import ray
 
     if ray.util.client.ray.is_connected():
@@ -57,11 +58,13 @@ def join(address: str | None, options: Mapping[str, Any], *, start: bool = True)
     with _lock:
         if _keeper is None and ray.is_initialized():
             _check_same(address)
+            _last = cluster()
             return False
         if _keeper is None:
             keeper = _Connection(address, options, start=start)
             keeper.connect()
             _keeper = keeper
+            _last = cluster()
         else:
             _check_same(address)
         _users += 1
@@ -85,6 +88,38 @@ def cluster() -> str:
     return str(ray.get_runtime_context().gcs_address)
 
 
+def where() -> str:
+    """The cluster that this process is connected to, or was last, as messages name it."""
+    import ray
+
+    address = cluster() if ray.is_initialized() else _last
+    return f"the Ray cluster at {address}" if address else "the Ray cluster"
+
+
+def announce(engine: str) -> None:
+    """Tell the log which cluster an engine is on, and where Ray finds the token; never what it is."""
+    with _lock:
+        how = "this program's own connection" if _keeper is None else "started here" if _keeper.started else "connected"
+    _log.info("engine %s is on %s (%s, %s)", engine, where(), how, _token())
+
+
+def _token() -> str:
+    """Where Ray takes its token from, in the order in which it looks."""
+    import ray
+
+    raylet: Any = ray._raylet
+    try:
+        asked_for = raylet.get_authentication_mode() == raylet.AuthenticationMode.TOKEN
+    except Exception:  # this Ray knows of none, or has another way to say so
+        asked_for = False
+    if not asked_for:
+        return "without a token"
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return "with the token in RAY_AUTH_TOKEN"
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    return f"with the token in {path}, as RAY_AUTH_TOKEN_PATH says" if path else "with the token in ~/.ray/auth_token"
+
+
 def check_connected() -> None:
     """Refuse to ask anything of a Ray that this process has left: Ray would connect anew, to whatever it finds.
 
@@ -95,8 +130,8 @@ def check_connected() -> None:
 
     if not ray.is_initialized():
         raise EngineClosed(
-            "this process is not connected to Ray any more: ray.shutdown() was called, or the engine was shut down "
-            "that had connected it"
+            f"this process is not connected to {where()} any more: ray.shutdown() was called, or the engine was shut "
+            "down that had connected it"
         )
 
 
@@ -171,8 +206,8 @@ class _Connection:
         if self._address is not None:
             return f"address={self._address!r}: cannot connect to a Ray cluster there"
         return (
-            "cannot connect to the Ray cluster that RAY_ADDRESS names, or that seems to run on this machine (name one "
-            "by RayAdapter(address='host:port'), or take a new one by RayAdapter(address='local'))"
+            f"cannot connect to {_sought(self._options.get('_temp_dir'))} (name one by "
+            "RayAdapter(address='host:port'), or take a new one by RayAdapter(address='local'))"
         )
 
     def _init(self) -> None:
@@ -184,7 +219,8 @@ class _Connection:
         except (TypeError, ValueError, RuntimeError) as error:
             if isinstance(error, EngineError):
                 raise
-            raise InvalidArgument(f"RayAdapter: ray.init refused its arguments: {error}") from error
+            given = "" if self._address is None else f" (address={self._address!r})"
+            raise InvalidArgument(f"RayAdapter: ray.init refused its arguments{given}: {error}") from error
         finally:
             logger.removeFilter(_expected)
 
@@ -250,6 +286,16 @@ def _running(directory: str | None) -> str | None:
     _log.info("no Ray answers at %s, which was the last one that was started here", noted)
     others = sorted(services.find_gcs_addresses())
     return next((other for other in others if knock(other, _KNOCK_S) is None), None)
+
+
+def _sought(directory: str | None) -> str:
+    """The cluster that Ray looks for by itself, as messages name it."""
+    from ray._private import services
+
+    if named := os.environ.get("RAY_ADDRESS"):
+        return f"the Ray cluster at {named}, which RAY_ADDRESS names"
+    noted = services.find_bootstrap_address(directory)
+    return f"the Ray cluster{f' at {noted}' if noted else ''} that seems to run on this machine"
 
 
 _ADVICE = (

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 from engine.errors import EngineClosed, RetryLater
 
+from .connection import where
+
 __all__ = ["Entry", "Registry"]
 
 _NAMESPACE = b"engineroom"
@@ -117,13 +119,13 @@ def _asking() -> Iterator[Any]:
 
     control_plane = _control_plane()
     if control_plane is None:
-        raise EngineClosed("this process is not connected to Ray, or not any more: nobody can be asked for the engine")
+        raise EngineClosed(f"this process is not connected to {where()}: nobody can be asked for the engine")
     try:
         yield control_plane
     except RayError as error:
         raise RetryLater(
-            f"Ray's control plane does not answer ({error}): is the head of the cluster alive, and can it be reached "
-            "from this node?"
+            f"the control plane of {where()} does not answer ({error}): is its head alive, and can it be reached from "
+            "this node?"
         ) from error
 
 
