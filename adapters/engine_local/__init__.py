@@ -8,6 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import engine
+
+if not hasattr(engine, "__path__"):  # else whatever is imported next fails, and does not say why
+    raise ImportError(f"{engine.__file__!r} is imported in place of the package engine of engineroom: rename it")
+
 if TYPE_CHECKING:
     from .adapter import LocalAdapter
     from .connector import LocalConnector

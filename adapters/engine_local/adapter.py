@@ -69,18 +69,29 @@ class LocalAdapter(LocalConnector, AdapterBase):
             as nothing uses a GPU while they are imported. They see the environment the engine was started in.
         gpus: The devices to hand out, as ``CUDA_VISIBLE_DEVICES`` names them. By default those that variable shows
             when the engine starts, or else all of this machine.
+        python: The interpreter that runs replicas, where it cannot be the one that runs this process: in a frozen
+            application, say. It must be of the same version, and have the engine and what backends import.
 
     Raises:
-        engine.errors.InvalidArgument: ``preload`` is not a sequence of module names, or ``gpus`` names one twice.
+        engine.errors.InvalidArgument: ``preload`` is not a sequence of module names, ``gpus`` names one twice, or
+            ``python`` is not a path.
     """
 
-    def __init__(self, preload: Sequence[str] = (), gpus: Sequence[int | str] | None = None) -> None:
+    def __init__(
+        self,
+        preload: Sequence[str] = (),
+        gpus: Sequence[int | str] | None = None,
+        python: str | os.PathLike[str] | None = None,
+    ) -> None:
         super().__init__("")
         if isinstance(preload, str) or not all(isinstance(name, str) and name for name in preload):
             raise InvalidArgument(f"preload must be a list of module names, not {preload!r}")
         if isinstance(gpus, str):
             raise InvalidArgument(f"gpus must be a list of devices, not {gpus!r}")
+        if python is not None and (not isinstance(python, (str, os.PathLike)) or not os.fspath(python)):
+            raise InvalidArgument(f"python must be the path of an interpreter or None, not {python!r}")
         self._preload = tuple(preload)
+        self._python = None if python is None else os.fspath(python)
         self._devices = None if gpus is None else [str(device) for device in gpus]
         GpuTable(self._devices or ())
         # Only the loop that `start` ran on touches what follows.
@@ -192,7 +203,7 @@ class LocalAdapter(LocalConnector, AdapterBase):
         for launcher in self._launchers:
             if self._launchers[launcher] is shared and not launcher.retired:
                 return launcher
-        launcher = Launcher(self._preload, self._on_report, self._on_stuck, self._on_gone, loop)
+        launcher = Launcher(self._python, self._preload, self._on_report, self._on_stuck, self._on_gone, loop)
         self._launchers[launcher] = shared
         return launcher
 

@@ -49,14 +49,16 @@ class ForkServer:
         descriptor: The socket to the engine's process.
         engine_pid: That process.
         preload: The user's modules; one that cannot be imported is reported and ends the server.
+        own_path: What comes first in every worker's ``sys.path``, whatever the engine's process has there.
     """
 
-    def __init__(self, descriptor: int, engine_pid: int, preload: list[str]) -> None:
+    def __init__(self, descriptor: int, engine_pid: int, preload: list[str], own_path: list[str]) -> None:
         die_with_parent(engine_pid)
         self._pid = os.getpid()
         self._engine_pid = engine_pid
         self._descriptor = descriptor
         self._preload = preload
+        self._own_path = own_path
         self._later = list(_LATER)
         self._workers: dict[int, str] = {}  # by process id
         self._pids: dict[str, int] = {}
@@ -246,7 +248,7 @@ class ForkServer:
         """Take on the engine's paths and environment, which may have changed since the last worker."""
         import sys
 
-        sys.path[:] = order.sys_path
+        sys.path[:] = [*self._own_path, *(path for path in order.sys_path if path not in self._own_path)]
         try:
             os.chdir(order.cwd or "/")
         except OSError:

@@ -18,7 +18,6 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import engine.errors
@@ -26,6 +25,7 @@ from engine.errors import InvalidArgument
 from engine.seam.log import Log
 
 from . import boot
+from .interpreter import command, home_of
 from .orders import Frames, Kill, pack
 from .output import LineReader
 from .process import describe_exit, kill_group
@@ -44,6 +44,7 @@ class Launcher:
     """One fork server.
 
     Args:
+        python: The interpreter to run it, or None for the one that runs this process.
         preload: Modules for it to import.
         on_report: Gets its reports (`engine_local.orders`).
         on_stuck: Told once, when it is found stuck in an import.
@@ -57,6 +58,7 @@ class Launcher:
 
     def __init__(
         self,
+        python: str | None,
         preload: Sequence[str],
         on_report: Callable[[Any], None],
         on_stuck: Callable[[Launcher], None],
@@ -68,6 +70,8 @@ class Launcher:
         self._on_gone = on_gone
         self._loop = loop
         self._frames = Frames()
+        self._python = python or sys.executable
+        self._preloads = bool(preload)  # runs code of the user's before it says anything
         self._unsent: deque[tuple[memoryview, list[int]]] = deque()
         with contextlib.ExitStack() as undo, contextlib.ExitStack() as theirs:
             self._sock, end = socket.socketpair()
@@ -81,7 +85,7 @@ class Launcher:
                 theirs.callback(os.close, writer)
                 readers.append(reader)
                 writers.append(writer)
-            self._process = _start(end.fileno(), *writers)
+            self._process = _start(python, end.fileno(), *writers)
             undo.pop_all()
         self._output = [
             LineReader(readers[0], lambda line: _log.info("fork server: %s", line), loop),
@@ -93,7 +97,15 @@ class Launcher:
         self._reap_until = 0.0
         self._sock.setblocking(False)
         loop.add_reader(self._sock.fileno(), self._on_readable)
-        settings = {"engine_pid": os.getpid(), "preload": list(preload), "sys_path": search_path()}
+        settings: dict[str, Any] = {
+            "engine_pid": os.getpid(),
+            "version": sys.version_info[:2],
+            "preload": list(preload),
+            "sys_path": search_path(),
+            "homes": None,
+        }
+        if python is None:
+            settings["homes"] = [("engine", home_of(engine.errors)), ("engine_local", home_of(boot))]
         data = marshal.dumps(settings)
         self._queue(len(data).to_bytes(4, "little") + data, [])
 
@@ -211,16 +223,18 @@ class Launcher:
         for reader in self._output:
             reader.finish()
         code = self._process.returncode
-        self.gone.set_result(describe_exit(code << 8 if code >= 0 else -code))
+        phrase = describe_exit(code << 8 if code >= 0 else -code)
+        if code >= 0 and not self.heard and not self._preloads:
+            phrase += f" before it did anything (it should run in {self._python!r}, with the engine installed there)"
+        self.gone.set_result(phrase)
         self._on_gone(self, self.gone.result())
 
 
-def _start(descriptor: int, stdout: int, stderr: int) -> subprocess.Popen[bytes]:
-    # The flags make it as strict about warnings, as isolated and as optimised as this interpreter is.
+def _start(python: str | None, descriptor: int, stdout: int, stderr: int) -> subprocess.Popen[bytes]:
     flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
     try:
         return subprocess.Popen(
-            [sys.executable, *flags, boot.__file__, str(descriptor)],
+            command(python, flags, boot, descriptor),
             stdin=subprocess.DEVNULL,
             stdout=stdout,
             stderr=stderr,
@@ -229,7 +243,8 @@ def _start(descriptor: int, stdout: int, stderr: int) -> subprocess.Popen[bytes]
         )
     except (FileNotFoundError, PermissionError) as error:
         raise InvalidArgument(
-            f"cannot start the Python interpreter {sys.executable!r} ({error.strerror}): sys.executable must name one"
+            f"cannot start the Python interpreter {python or sys.executable!r} ({error.strerror}): "
+            f"{'python' if python is not None else 'sys.executable'} must name one"
         ) from error
 
 
@@ -237,7 +252,7 @@ def search_path() -> list[str]:
     """``sys.path``, and where this package and the core are if they were found otherwise."""
     paths = [path for path in sys.path if isinstance(path, str)]
     for module in (engine.errors, boot):
-        home = str(Path(str(module.__file__)).parent.parent)
+        home = home_of(module)
         if home not in paths:
             paths.append(home)
     return paths

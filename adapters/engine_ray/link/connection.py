@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -253,6 +254,11 @@ class _Connection:
             raise InvalidArgument(
                 "no Ray cluster runs on this machine: start one with `ray start --head`, or name another one by "
                 "RayAdapter(address='host:port')"
+            )
+        if getattr(sys, "frozen", False) or not sys.executable:  # Ray starts its processes with it
+            raise InvalidArgument(
+                f"cannot start a Ray cluster from this process: sys.executable, {sys.executable!r}, is no Python "
+                "interpreter; start one with `ray start --head`, and name it by RayAdapter(address='host:port')"
             )
         ray.init(address="local", **{"include_dashboard": False, **self._options})
         self.started = True
