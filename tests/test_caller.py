@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -825,9 +826,9 @@ def test_a_call_given_up_before_it_is_sent(world: World) -> None:
 def test_a_ref_expires_once_and_its_replica_is_told(world: World) -> None:
     ref = Ref(world.caller, "e")
     submit(world.caller, a_call("a"), ref)
-    ref.expire_after(0.5)
+    ref.expire_at(time.monotonic() + 0.5, 0.5)
     (call,) = world.calls("r1")
-    assert [timer.delay_s for timer in world.home.timers] == [0.5]
+    assert [timer.delay_s for timer in world.home.timers] == [pytest.approx(0.5, abs=0.4)]
     world.home.fire()
     with pytest.raises(DeadlineExceeded, match=r"^endpoint 'e' did not answer within timeout_s=0.5$"):
         ref.result()

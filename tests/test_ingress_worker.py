@@ -113,12 +113,12 @@ class Host:
 def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
     host = Host()
 
-    def attach(engine_id: str, connector: Any, control_address: str, request: Any) -> Any:
+    def subscribe(engine_id: str, connector: Any, control_address: str, request: Any) -> Any:
         assert (engine_id, connector, control_address) == ("e", host, "address")
         assert request == Subscribe(ingress=True, worker_id="w")
         return host.client
 
-    monkeypatch.setattr(Client, "attach", attach)
+    monkeypatch.setattr(Client, "subscribe", subscribe)
     monkeypatch.setattr(worker_module, "load_server", lambda name: HypercornServer())
     yield host
     host.sock.close()

@@ -443,7 +443,7 @@ def test_the_courier_need_not_know_what_is_in_the_arguments() -> None:
 
 
 def test_an_errand_survives_being_packed() -> None:
-    errand = Errand("source", 3, "e", "method", b"head", b"payload", None, 1.5)
+    errand = Errand("source", 3, "e", "method", b"head", b"payload", None, 1.5, 1.25)
     assert Errand(*pickle.loads(errand.packed())) == errand
 
 
@@ -1165,7 +1165,7 @@ def test_the_courier_leaves_when_the_engine_is_gone_and_every_call_was_answered(
     monkeypatch.setattr(courier, "_LAST_ANSWERS_S", 0.0)
     left: list[int] = []
     monkeypatch.setattr(courier, "_leave_process", left.append)
-    errand = Errand("source", 0, "e", "__call__", b"", packed(((), {})), None, None).packed()
+    errand = Errand("source", 0, "e", "__call__", b"", packed(((), {})), None, None, None).packed()
 
     async def main() -> None:
         own = courier.Courier("e", CONTROLLER, b"secret", [])

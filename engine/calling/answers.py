@@ -94,13 +94,19 @@ class ThreadSlot(Slot):
         self.error = error
         self.arrived.release()
 
-    def wait(self, caller: Submitter, timeout_s: float | None) -> Any:
-        """Drive the call's channel, or wait for whoever drives it; returns the call's result."""
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    def wait(self, caller: Submitter, timeout_s: float | None, deadline: float | None) -> Any:
+        """Drive the call's channel, or wait for whoever drives it; returns the call's result.
+
+        Args:
+            caller: Has the call.
+            timeout_s: How long the call may take, for those who are told that it took longer.
+            deadline: When that is over, or None.
+        """
         channel = self.channel
         if channel is not None and self.arrived.locked():
+            remaining_s = None if deadline is None else max(0.0, deadline - time.monotonic())
             try:
-                drove = channel.drive(lambda: not self.arrived.locked() or self.channel is not channel, timeout_s)
+                drove = channel.drive(lambda: not self.arrived.locked() or self.channel is not channel, remaining_s)
             except BaseException:
                 caller.cancel(self)
                 raise
@@ -157,8 +163,8 @@ async def answer_to(
     Args:
         caller: Of this loop.
         endpoint: Its name.
-        call: The call.
-        timeout_s: Seconds until it fails, or None.
+        call: The call, with its deadline.
+        timeout_s: How long it may take, for those who are told that it took longer; None without a deadline.
         shard_key: Calls with equal keys go to the same backend.
 
     Raises:
@@ -169,7 +175,10 @@ async def answer_to(
     loop = asyncio.get_running_loop()
     slot = TaskSlot(loop.create_future(), endpoint, call, shard_key)
     caller.submit(slot)
-    timer = None if timeout_s is None else loop.call_later(timeout_s, slot.expire, timeout_s)
+    deadline = call.deadline
+    timer = None
+    if deadline is not None and timeout_s is not None:
+        timer = loop.call_later(max(0.0, deadline - time.monotonic()), slot.expire, timeout_s)
     try:
         return await slot.future
     except BaseException:

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from ..errors import DeadlineExceeded
 from ..seam.connector import PlatformRefs
+from .answers import settled
 from .ref import Ref
 
-__all__ = ["PLAIN", "Arguments", "enveloped", "prepared", "prepared_async", "refs_in", "resolved", "when_all_done"]
+__all__ = [
+    "PLAIN",
+    "Arguments",
+    "enveloped",
+    "prepared",
+    "prepared_async",
+    "refs_in",
+    "remaining_s",
+    "resolved",
+    "when_all_done",
+]
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional ones, and those by name."""
@@ -18,39 +31,65 @@ PLAIN = frozenset((type(None), bool, int, float, str, bytes, list, tuple, dict))
 """Types that are neither refs nor requests; what they hold does not matter."""
 
 
-def prepared(args: tuple[Any, ...], kwargs: dict[str, Any], platform: PlatformRefs | None) -> Arguments:
+def prepared(
+    args: tuple[Any, ...], kwargs: dict[str, Any], platform: PlatformRefs | None, deadline: float | None
+) -> Arguments:
     """What to pickle; waits for the results of refs.
 
     Args:
         args: As the user passed them.
         kwargs: As the user passed them.
         platform: Knows the refs that are not the engine's own; None to leave those alone.
+        deadline: Until when to wait, or None for as long as it takes.
+
+    Raises:
+        errors.DeadlineExceeded: The deadline passed.
+        BaseException: What the call raised that a ref stands for.
     """
     refs = refs_in(args, kwargs)
     for ref in refs:
-        ref.result()
+        ref.result(remaining_s(deadline))
     if refs:
         args, kwargs = resolved(args, kwargs)
     if platform is not None and (refs := refs_in(args, kwargs, platform.is_ref)):
-        args, kwargs = _filled(args, kwargs, platform.is_ref, platform.results(refs, None))
+        results = platform.results(refs, remaining_s(deadline))
+        args, kwargs = _filled(args, kwargs, platform.is_ref, results)
     return enveloped(args), kwargs
 
 
-async def prepared_async(args: tuple[Any, ...], kwargs: dict[str, Any], platform: PlatformRefs | None) -> Arguments:
+async def prepared_async(
+    args: tuple[Any, ...], kwargs: dict[str, Any], platform: PlatformRefs | None, deadline: float | None
+) -> Arguments:
     """As `prepared`, on an event loop."""
     refs = refs_in(args, kwargs)
     if refs:
         for ref in refs:
-            await ref
+            await (ref if deadline is None else _result_by(ref, deadline))
         args, kwargs = resolved(args, kwargs)
     if platform is not None and (refs := refs_in(args, kwargs, platform.is_ref)):
-        results = [await platform.result(ref) for ref in refs]
+        results = [await platform.result(ref, remaining_s(deadline)) for ref in refs]
         args, kwargs = _filled(args, kwargs, platform.is_ref, results)
     if args and _passes_request(args):
         from ..seam.http_request import envelope_of_async, is_starlette_request
 
         args = tuple([await envelope_of_async(arg) if is_starlette_request(arg) else arg for arg in args])
     return args, kwargs
+
+
+def remaining_s(deadline: float | None) -> float | None:
+    """Seconds until then, at least 0."""
+    return None if deadline is None else max(0.0, deadline - time.monotonic())
+
+
+async def _result_by(ref: Ref, deadline: float) -> Any:
+    if not ref.done():
+        import anyio
+
+        with anyio.move_on_after(deadline - time.monotonic()):
+            await settled(ref.add_done_callback)
+        if not ref.done():
+            raise DeadlineExceeded("an argument did not come in time")
+    return ref.result(0)
 
 
 # -- requests ----------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..errors import EngineClosed, EngineError
@@ -34,8 +35,9 @@ _RETURN_TIMEOUT_S = 30.0
 
 _SHUT_DOWN = "the engine was shut down"
 
-_lock = threading.Lock()  # guards `_clients`, which maps engine ids: engines do not see each other
+_lock = threading.Lock()  # guards the next two, which map engine ids: engines do not see each other
 _clients: dict[str, Client] = {}
+_coming: dict[str, _Coming] = {}
 
 
 class Client:
@@ -73,32 +75,32 @@ class Client:
         return client if client is not None and client.pid == os.getpid() else None
 
     @classmethod
-    def attach(
-        cls,
-        engine_id: str,
-        connector: Connector,
-        control_address: str,
-        request: Subscribe | None = None,
-        *,
-        owns_connector: bool = False,
-    ) -> Client:
-        """This process's client of an engine that another process created; subscribes if there is none here yet.
+    def attach(cls, engine_id: str, subscribe: Callable[[], Client], timeout_s: float | None = None) -> Client | None:
+        """This process's client of an engine that another process created; all who need it wait for the same.
 
         Args:
             engine_id: The engine.
-            connector: Opens channels from this process.
-            control_address: Where the controller is.
-            request: What the controller is asked for; by default snapshots, for a caller that is no ingress.
-            owns_connector: Close the connector with the client.
+            subscribe: Makes the client (`subscribe`), if there is none yet. It runs in a thread of its own, so that
+                whoever is in a hurry can leave it alone: who comes later finds it done.
+            timeout_s: Seconds to wait, or None for as long as it takes, which `subscribe` bounds.
+
+        Returns:
+            The client, or None if there was none in time.
 
         Raises:
             errors.EngineClosed: The engine cannot be reached.
         """
-        with _attaching:
-            known = cls.find(engine_id)
-            if known is not None:
+        with _lock:
+            known, coming = _clients.get(engine_id), _coming.get(engine_id)
+            if known is not None and known.pid == os.getpid():
                 return known
-            return cls.subscribe(engine_id, connector, control_address, request, owns_connector=owns_connector)
+            begins = coming is None or coming.pid != os.getpid()
+            if begins:
+                coming = _coming[engine_id] = _Coming(engine_id, subscribe)
+        assert coming is not None
+        if begins:
+            coming.begin()
+        return coming.wait(timeout_s)
 
     @classmethod
     def subscribe(
@@ -110,7 +112,14 @@ class Client:
         *,
         owns_connector: bool = False,
     ) -> Client:
-        """A further client of such an engine, with a life of its own. As `attach`.
+        """A client of such an engine, with a life of its own.
+
+        Args:
+            engine_id: The engine.
+            connector: Opens channels from this process.
+            control_address: Where the controller is.
+            request: What the controller is asked for; by default snapshots, for a caller that is no ingress.
+            owns_connector: Close the connector with the client.
 
         Raises:
             errors.EngineClosed: The engine cannot be reached.
@@ -260,7 +269,40 @@ class Client:
             raise EngineClosed(self._why_closed)
 
 
-_attaching = threading.Lock()
+class _Coming:
+    """The way to an engine that is new to this process. A stopped one delays nobody who wants another one."""
+
+    def __init__(self, engine_id: str, subscribe: Callable[[], Client]) -> None:
+        self.pid = os.getpid()
+        self._engine_id = engine_id
+        self._subscribe = subscribe
+        self._client: Client | None = None
+        self._error: BaseException | None = None
+        self._over = threading.Event()
+
+    def begin(self) -> None:
+        thread = threading.Thread(target=self._run, name="engine-attach", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # at the end of the interpreter, which has no more threads to give
+            self._run()
+
+    def wait(self, timeout_s: float | None) -> Client | None:
+        self._over.wait(timeout_s)
+        if self._error is not None:
+            raise self._error
+        return self._client
+
+    def _run(self) -> None:
+        try:
+            self._client = self._subscribe()
+        except BaseException as error:
+            self._error = error
+        finally:
+            with _lock:
+                if _coming.get(self._engine_id) is self:
+                    del _coming[self._engine_id]
+            self._over.set()
 
 
 def _on_loop(loop: asyncio.AbstractEventLoop, function: Any, argument: Any) -> bool:

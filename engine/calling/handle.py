@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, overload
 
 from ..config import LONGEST_S
-from ..errors import EngineClosed, InvalidArgument
+from ..errors import DeadlineExceeded, EngineClosed, InvalidArgument
 from ..seam.connector import PlatformRefs
 from ..seam.may_block import check_may_block, running_asyncio_loop
 from ..seam.messages import PYTHON, Call
 from ..seam.serialization import dumps_arguments
 from ..seam.workplace import surrounding_engine
-from .answers import ThreadSlot, answer_to, open_answer
-from .arguments import PLAIN, enveloped, prepared, prepared_async, refs_in, resolved, when_all_done
+from .answers import ThreadSlot, answer_to, deadline_error, open_answer
+from .arguments import PLAIN, enveloped, prepared, prepared_async, refs_in, remaining_s, resolved, when_all_done
 from .caller import Caller
 from .client import Client
 from .connectors import connector_for
@@ -39,6 +39,8 @@ else:
 
 __all__ = ["AsyncHandle", "CallOptions", "Handle", "make_handle"]
 
+_EARLY_S = 0.01
+"""A platform's clock may say a little before ours that the time is over."""
 _HTTP_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 
@@ -135,15 +137,29 @@ class _BaseHandle:
         copy._client = self._client
         return copy
 
-    def _reach(self) -> Client:
+    def _deadline(self) -> float | None:
+        """When a call that begins now is over."""
+        timeout_s = self._options.timeout_s
+        return None if timeout_s is None else time.monotonic() + timeout_s
+
+    def _late(self, error: DeadlineExceeded, deadline: float | None) -> DeadlineExceeded:
+        """What to raise for what was raised on the way to the call: also an argument may have been late on its own."""
+        if deadline is None or time.monotonic() < deadline - _EARLY_S:
+            return error
+        assert self._options.timeout_s is not None
+        return deadline_error(self._endpoint, self._options.timeout_s)
+
+    def _reach(self, deadline: float | None) -> Client:
         client = self._client
         if client is None:
             if not self._engine_id:
                 self._settle()
-            client = Client.find(self._engine_id)
+            client = Client.find(self._engine_id) or Client.attach(
+                self._engine_id, self._subscribed, remaining_s(deadline)
+            )
             if client is None:
-                connector, made = connector_for(self._engine_id, self._adapter_name)
-                client = Client.attach(self._engine_id, connector, self._control_address, owns_connector=made)
+                assert self._options.timeout_s is not None
+                raise deadline_error(self._endpoint, self._options.timeout_s)
             self._client = client
         if client.pid != os.getpid():
             raise EngineClosed(
@@ -152,30 +168,38 @@ class _BaseHandle:
             )
         return client
 
+    def _expire(self, ref: Ref, deadline: float | None) -> None:
+        if deadline is not None:
+            assert self._options.timeout_s is not None
+            ref.expire_at(deadline, self._options.timeout_s)
+
+    def _subscribed(self) -> Client:
+        connector, made = connector_for(self._engine_id, self._adapter_name)
+        return Client.subscribe(self._engine_id, connector, self._control_address, owns_connector=made)
+
     def _settle(self) -> None:
         """Belong to the engine that this process works for: an inert one made this handle."""
         self._engine_id, self._adapter_name, self._control_address = surrounding_engine()
 
     def _start_on_platform(
-        self, client: Client, refs: PlatformRefs, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, refs: PlatformRefs, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None
     ) -> Any:
         args, kwargs, lifted = refs.lift(args, kwargs)
-        options = self._options
-        return refs.start(self._endpoint, self._call_of(args, kwargs), options.shard_key, lifted, options.timeout_s)
+        call = self._call_of(args, kwargs, deadline)
+        return refs.start(self._endpoint, call, self._options.shard_key, lifted, self._options.timeout_s)
 
-    def _call_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    def _call_of(self, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None) -> Call:
         options = self._options
         if len(args) > 1 and options.method_name == "__call__":
             raise InvalidArgument(
                 f"a backend takes one argument (and query parameters by name), not {len(args)}; "
                 "call a method with .options(method_name=...) to pass several"
             )
-        timeout = options.timeout_s
         return Call(
             0,
             PYTHON,
             options.method_name,
-            None if timeout is None else time.monotonic() + timeout,
+            deadline,
             "",
             self._head,
             dumps_arguments(args, kwargs, "the argument"),
@@ -234,19 +258,23 @@ class Handle(_BaseHandle, Generic[T_co]):
             errors.NotSerializable: An argument cannot be pickled.
             errors.EngineClosed: The engine was shut down before.
         """
-        client = self._reach()
+        deadline = self._deadline()
+        client = self._reach(deadline)
         client.check_open()
         if client.refs is not None:
-            return self._start_on_platform(client, client.refs, *prepared(args, kwargs, None))
+            try:
+                args, kwargs = prepared(args, kwargs, None, deadline)
+            except DeadlineExceeded as error:
+                raise self._late(error, deadline) from None
+            return self._start_on_platform(client.refs, args, kwargs, deadline)
         caller = client.thread_caller()
         ref = Ref(caller, self._endpoint)
         pending = refs_in(args, kwargs)
         if pending:
-            when_all_done(pending, lambda: self._start_resolved(caller, ref, args, kwargs))
+            when_all_done(pending, lambda: self._start_resolved(caller, ref, args, kwargs, deadline))
         else:
-            self._start(caller, ref, args, kwargs)
-        if self._options.timeout_s is not None:
-            ref.expire_after(self._options.timeout_s)
+            self._start(caller, ref, args, kwargs, deadline)
+        self._expire(ref, deadline)
         return ref
 
     def call(self, *args: Any, **kwargs: Any) -> T_co:
@@ -258,24 +286,34 @@ class Handle(_BaseHandle, Generic[T_co]):
             BaseException: Whatever the backend raised.
         """
         check_may_block("a sync handle's call()")
-        client = self._reach()
+        options = self._options
+        timeout_s = options.timeout_s
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        client = self._reach(deadline)
         caller = client.thread_caller()
         if kwargs or len(args) != 1 or type(args[0]) not in PLAIN:
-            args, kwargs = prepared(args, kwargs, client.refs)
-        slot = ThreadSlot(self._endpoint, self._call_of(args, kwargs), self._options.shard_key)
+            try:
+                args, kwargs = prepared(args, kwargs, client.refs, deadline)
+            except DeadlineExceeded as error:
+                raise self._late(error, deadline) from None
+        slot = ThreadSlot(self._endpoint, self._call_of(args, kwargs, deadline), options.shard_key)
         caller.submit(slot)
-        return slot.wait(caller, self._options.timeout_s)  # type: ignore[no-any-return]
+        return slot.wait(caller, timeout_s, deadline)  # type: ignore[no-any-return]
 
-    def _start(self, caller: Caller, ref: Ref, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ref.stand_for(self._call_of(enveloped(args), kwargs), self._options.shard_key)
+    def _start(
+        self, caller: Caller, ref: Ref, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None
+    ) -> None:
+        ref.stand_for(self._call_of(enveloped(args), kwargs, deadline), self._options.shard_key)
         caller.submit(ref)
 
-    def _start_resolved(self, caller: Caller, ref: Ref, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _start_resolved(
+        self, caller: Caller, ref: Ref, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None
+    ) -> None:
         if ref.done():
             return
         try:
             args, kwargs = resolved(args, kwargs)
-            self._start(caller, ref, args, kwargs)
+            self._start(caller, ref, args, kwargs, deadline)
         except BaseException as error:
             ref.fail(error)
 
@@ -315,49 +353,58 @@ class AsyncHandle(_BaseHandle, Generic[T_co]):
 
         The call starts when this coroutine is awaited.
         """
-        client = self._reach() if self._client is not None else await self._reach_aside()
+        deadline = self._deadline()
+        client = self._reach(deadline) if self._client is not None else await self._reach_aside(deadline)
         client.check_open()
+        try:
+            args, kwargs = await prepared_async(args, kwargs, None, deadline)
+        except DeadlineExceeded as error:
+            raise self._late(error, deadline) from None
         if client.refs is not None:
-            return self._start_on_platform(client, client.refs, *await prepared_async(args, kwargs, None))
+            return self._start_on_platform(client.refs, args, kwargs, deadline)
         caller = client.thread_caller() if running_asyncio_loop() is None else client.loop_caller()
-        args, kwargs = await prepared_async(args, kwargs, None)
-        return self._started(caller, args, kwargs)
+        return self._started(caller, args, kwargs, deadline)
 
-    async def _reach_aside(self) -> Client:
+    async def _reach_aside(self, deadline: float | None) -> Client:
         """As `_reach`, for the first time: a process that is new to the engine subscribes, which blocks a thread."""
         if not self._engine_id:
             self._settle()
         if Client.find(self._engine_id) is None:
             from anyio import to_thread
 
-            return await to_thread.run_sync(self._reach)
-        return self._reach()
+            return await to_thread.run_sync(self._reach, deadline)
+        return self._reach(deadline)
 
-    def _started(self, caller: Caller, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ref:
+    def _started(self, caller: Caller, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None) -> Ref:
         ref = Ref(caller, self._endpoint)
-        ref.stand_for(self._call_of(args, kwargs), self._options.shard_key)
+        ref.stand_for(self._call_of(args, kwargs, deadline), self._options.shard_key)
         caller.submit(ref)
-        if self._options.timeout_s is not None:
-            ref.expire_after(self._options.timeout_s)
+        self._expire(ref, deadline)
         return ref
 
     async def call(self, *args: Any, **kwargs: Any) -> T_co:
         """Make a call and await its result. Cancelling the await gives the call up. As `Handle.call`."""
         loop = running_asyncio_loop()
-        client = self._reach() if self._client is not None else await self._reach_aside()
-        if kwargs or len(args) != 1 or type(args[0]) not in PLAIN:
-            args, kwargs = await prepared_async(args, kwargs, client.refs)
-        if loop is None:
-            return await self._call_by_ref(client.thread_caller(), args, kwargs)  # type: ignore[no-any-return]
         options = self._options
-        call = self._call_of(args, kwargs)
+        deadline = None if options.timeout_s is None else time.monotonic() + options.timeout_s
+        client = self._reach(deadline) if self._client is not None else await self._reach_aside(deadline)
+        if kwargs or len(args) != 1 or type(args[0]) not in PLAIN:
+            try:
+                args, kwargs = await prepared_async(args, kwargs, client.refs, deadline)
+            except DeadlineExceeded as error:
+                raise self._late(error, deadline) from None
+        if loop is None:
+            return await self._call_by_ref(client.thread_caller(), args, kwargs, deadline)  # type: ignore[no-any-return]
+        call = self._call_of(args, kwargs, deadline)
         answer = await answer_to(
             client.loop_caller(), self._endpoint, call, options.timeout_s, shard_key=options.shard_key
         )
         return open_answer(answer)  # type: ignore[no-any-return]
 
-    async def _call_by_ref(self, caller: Caller, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        ref = self._started(caller, args, kwargs)
+    async def _call_by_ref(
+        self, caller: Caller, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None
+    ) -> Any:
+        ref = self._started(caller, args, kwargs, deadline)
         try:
             return await ref
         finally:

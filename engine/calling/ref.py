@@ -144,11 +144,12 @@ class Ref(Slot, Generic[T_co]):
         """See `Slot.fail`."""
         self._settle(None, error)
 
-    def expire_after(self, timeout_s: float) -> None:
-        """Fail with `DeadlineExceeded` unless the result comes in time."""
+    def expire_at(self, deadline: float, timeout_s: float) -> None:
+        """Fail with `DeadlineExceeded` unless the result comes before the deadline, ``timeout_s`` after the call."""
         assert self._caller is not None
         if not self.done():
-            self._timer = self._caller.home.call_later(timeout_s, self._expire, timeout_s)
+            delay_s = max(0.0, deadline - time.monotonic())
+            self._timer = self._caller.home.call_later(delay_s, self._expire, timeout_s)
 
     def _expire(self, timeout_s: float) -> None:
         if not self.done():

@@ -98,7 +98,9 @@ class _Worker:
         server = load_server(spec.server)
         request = Subscribe(ingress=True, worker_id=spec.worker_id)
         # It blocks this loop, which serves nobody yet.
-        client = Client.attach(spec.engine_id, self._host.connector(), spec.control_address, request)
+        client = Client.find(spec.engine_id) or Client.subscribe(  # inline, the engine's own
+            spec.engine_id, self._host.connector(), spec.control_address, request
+        )
         options = spec.options
         self._ingress = Ingress(
             client,

@@ -29,10 +29,11 @@ class PlatformRefs(Protocol):
 
         Args:
             endpoint: Its name.
-            call: Neither its ``id`` nor its ``deadline`` is looked at.
+            call: Its ``id`` is not looked at.
             shard_key: Calls with equal keys go to the same backend.
             lifted: The refs taken out of its arguments, waited for first.
-            timeout_s: Seconds until the call fails with `engine.errors.DeadlineExceeded`, or None.
+            timeout_s: How many seconds the call may take, up to its deadline, or None: for those who are told by
+                `engine.errors.DeadlineExceeded` that it took longer.
 
         Returns:
             The platform's ref. Every error arrives through it.
@@ -46,7 +47,7 @@ class PlatformRefs(Protocol):
             BaseException: What a call raised, as its own type.
         """
 
-    async def result(self, ref: Any) -> Any:
+    async def result(self, ref: Any, timeout_s: float | None) -> Any:
         """As `results`, for one ref, without blocking the running asyncio or trio loop."""
 
     def wait(self, refs: list[Any], num_returns: int, timeout_s: float | None) -> tuple[list[Any], list[Any]]:

@@ -38,7 +38,8 @@ class Errand(NamedTuple):
     Attributes:
         source: Who made it.
         number: Of all that this source made, from 0 on.
-        timeout_s: Seconds until it fails, or None.
+        timeout_s: How many seconds it may take, or None.
+        left_s: How many of them are left.
 
     The others are those of `engine.seam.messages.Call`, and its shard key.
     """
@@ -51,6 +52,7 @@ class Errand(NamedTuple):
     payload: bytes
     shard_key: str | None
     timeout_s: float | None
+    left_s: float | None
 
     def packed(self) -> bytes:
         """As bytes, for `pickle.loads`."""

@@ -63,7 +63,7 @@ class Courier:
         # As an ingress is, it is waited for when routes change: a call made after that must follow them.
         try:
             request = Subscribe(ingress=True, worker_id="courier")
-            self._client = Client.attach(engine_id, connector, control_address, request, owns_connector=True)
+            self._client = Client.subscribe(engine_id, connector, control_address, request, owns_connector=True)
         except EngineClosed:
             if connector.returns(control_address):
                 _leave_process(1)  # Ray starts an actor again that died, but never one whose constructor raised
@@ -83,12 +83,11 @@ class Courier:
         self._held += 1
         self._idle.clear()
         try:
-            source, number, endpoint, method, head, payload, shard_key, timeout_s = pickle.loads(errand)
-            deadline = None if timeout_s is None else time.monotonic() + timeout_s
+            source, number, endpoint, method, head, payload, shard_key, timeout_s, left_s = pickle.loads(errand)
+            deadline = None if left_s is None else time.monotonic() + left_s
             await self._turns.take(source, number)
             if lifted:
-                payload = _filled(payload, await self._wait_for(lifted, endpoint, timeout_s))
-                timeout_s = None if deadline is None else max(0.0, deadline - time.monotonic())
+                payload = _filled(payload, await self._wait_for(lifted, endpoint, timeout_s, left_s))
             call = Call(0, PYTHON, method, deadline, "", head, payload)
             caller = self._client.loop_caller()
             answer = await answer_to(caller, endpoint, call, timeout_s, shard_key=shard_key)
@@ -102,12 +101,14 @@ class Courier:
             return carried(answer.payload)
         raise CarriedError(answer.payload)  # a failure: only HTTP calls are answered by streams
 
-    async def _wait_for(self, refs: Sequence[Any], endpoint: str, timeout_s: float | None) -> list[Any]:
+    async def _wait_for(
+        self, refs: Sequence[Any], endpoint: str, timeout_s: float | None, left_s: float | None
+    ) -> list[Any]:
         """The results of refs, unless the call's time or the engine ends before."""
         results = asyncio.ensure_future(_results_of(refs))
         over = asyncio.ensure_future(self._over.wait())
         try:
-            await asyncio.wait({results, over}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({results, over}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
             if results.done():
                 return results.result()
         finally:

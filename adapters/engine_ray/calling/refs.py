@@ -12,6 +12,7 @@ import functools
 import itertools
 import os
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 from engine.config import LONGEST_S
@@ -101,6 +102,7 @@ class RayRefs:
             call.payload,
             shard_key,
             timeout_s,
+            None if call.deadline is None else max(0.0, call.deadline - time.monotonic()),
         ).packed()
         return courier.carry.remote(errand, lifted) if lifted else courier.carry.remote(errand)
 
@@ -115,15 +117,22 @@ class RayRefs:
             raise self._translated(error, timeout_s) from _cause_of(error)
         return results
 
-    async def result(self, ref: Any) -> Any:
+    async def result(self, ref: Any, timeout_s: float | None) -> Any:
         """See `engine.seam.connector.PlatformRefs.result`."""
         check_connected()
         if running_asyncio_loop() is None:
             from anyio import to_thread
 
-            return (await to_thread.run_sync(functools.partial(self.results, [ref], None)))[0]
+            return (await to_thread.run_sync(functools.partial(self.results, [ref], timeout_s)))[0]
+        future = asyncio.wrap_future(ref.future())
         try:
-            return await asyncio.wrap_future(ref.future())
+            if timeout_s is not None:
+                await asyncio.wait([future], timeout=timeout_s)
+                if not future.done():
+                    raise DeadlineExceeded(f"the result of a ref did not come within {timeout_s:g} s")
+            return await future
+        except DeadlineExceeded:
+            raise
         except Exception as error:
             raise self._translated(error, None) from _cause_of(error)
 

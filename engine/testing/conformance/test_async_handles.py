@@ -114,6 +114,22 @@ async def test_timeout_option(held, gate):
     assert await held.call(2) == 2
 
 
+@pytest.mark.parametrize("way", ["call", "remote"])
+async def test_a_timeout_covers_the_arguments_that_are_on_their_way(serve, held, gate, awaitable_refs, way):
+    late = await held.remote(1)
+    waiting = serve(lambda request: request.data, route=None)
+
+    async def call(timeout_s):
+        answer = await getattr(waiting.ahandle.options(timeout_s=timeout_s), way)(late)
+        return answer if way == "call" else await answer
+
+    with pytest.raises(errors.DeadlineExceeded, match=rf"{waiting.name}.*timeout_s=0\.1"):
+        await call(0.1)
+    assert not gate.is_open()
+    gate.open()
+    assert await call(20) == 1
+
+
 async def test_cancelled_callers_leave_quietly(held, gate, awaitable_refs):
     with anyio.move_on_after(0.05) as scope:
         await held.call(1)

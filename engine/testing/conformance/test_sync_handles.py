@@ -175,6 +175,20 @@ def test_timeout_option(held, gate):
     assert held.options(timeout_s=20).call(3) == 3
 
 
+def test_a_timeout_covers_the_arguments_that_are_on_their_way(serve, held, gate):
+    late = held.remote(1)
+    waiting = serve(lambda request: request.data, route=None)
+    for arguments in ([late], [[1], late]):
+        method = {} if len(arguments) == 1 else {"method_name": "several"}
+        with pytest.raises(errors.DeadlineExceeded, match=rf"{waiting.name}.*timeout_s=0\.1"):
+            waiting.handle.options(timeout_s=0.1, **method).call(*arguments)
+    with pytest.raises(errors.DeadlineExceeded):
+        waiting.handle.options(timeout_s=0.1).remote(late).future().result(20)
+    assert not gate.is_open()
+    gate.open()
+    assert waiting.handle.options(timeout_s=20).call(late) == 1
+
+
 def test_timeout_while_queued(serve, gate, journal):
     def backend(request):
         journal.add(request.data)
