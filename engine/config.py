@@ -130,7 +130,7 @@ class HTTPOptions:
     Attributes:
         location: ``"HeadOnly"`` runs the ingress where the engine was created, ``"EveryNode"`` on every node;
             ``"NoServer"`` and None run none.
-        host: Address to bind.
+        host: Address to bind; None runs no server, like ``location=None``.
         port: Port to bind; 0 picks a free one.
         middlewares: ASGI middlewares, the first one outermost: `starlette.middleware.Middleware` objects, or
             callables that take the application and return one.
@@ -146,7 +146,7 @@ class HTTPOptions:
     """
 
     location: str | None = "HeadOnly"
-    host: str = "127.0.0.1"
+    host: str | None = "127.0.0.1"
     port: int = 8000
     middlewares: Sequence[Any] = ()
     workers: int = 1
@@ -159,8 +159,8 @@ class HTTPOptions:
         if self.location not in ("HeadOnly", "EveryNode", "NoServer", None):
             allowed = '"HeadOnly", "EveryNode", "NoServer" or None'
             raise InvalidArgument(f"http_options: location must be {allowed}, not {self.location!r}")
-        if not isinstance(self.host, str) or not self.host:
-            raise InvalidArgument(f"http_options: host must be an address or host name, not {self.host!r}")
+        if self.host is not None and (not isinstance(self.host, str) or not self.host):
+            raise InvalidArgument(f"http_options: host must be an address, a host name or None, not {self.host!r}")
         _check_integer("http_options", "port", self.port, 0, most=65535)
         _check_integer("http_options", "workers", self.workers, 1)
         _check_integer("http_options", "max_body_bytes", self.max_body_bytes, 0)
@@ -180,7 +180,7 @@ class HTTPOptions:
     @property
     def serves(self) -> bool:
         """Whether the engine runs HTTP servers of its own."""
-        return self.location in ("HeadOnly", "EveryNode")
+        return self.location in ("HeadOnly", "EveryNode") and self.host is not None
 
     @classmethod
     def of(cls, value: HTTPOptions | Mapping[str, Any] | None) -> HTTPOptions:

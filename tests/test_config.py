@@ -171,6 +171,7 @@ def test_it_travels() -> None:
         ("location", "NoServer"),
         ("location", None),
         ("host", "::1"),
+        ("host", None),
         ("port", 0),
         ("port", 65535),
         ("workers", 2),
@@ -190,8 +191,8 @@ def test_http_takes(field: str, value: Any) -> None:
     ("field", "value", "allowed"),
     [
         ("location", "Nowhere", '"HeadOnly", "EveryNode", "NoServer" or None'),
-        ("host", "", "an address or host name"),
-        ("host", None, "an address or host name"),
+        ("host", "", "an address, a host name or None"),
+        ("host", 5, "an address, a host name or None"),
         ("port", -1, "an integer from 0 to 65535"),
         ("port", 65536, "an integer from 0 to 65535"),
         ("port", "80", "an integer from 0 to 65535"),
@@ -234,6 +235,7 @@ def test_what_http_does_not_know_is_the_servers() -> None:
 )
 def test_where_http_is_served(location: str | None, serves: bool) -> None:
     assert HTTPOptions(location=location).serves is serves
+    assert not HTTPOptions(location=location, host=None).serves
 
 
 # -- ray_actor_options -----------------------------------------------------------------------------------------------

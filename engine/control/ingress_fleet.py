@@ -40,7 +40,7 @@ class IngressFleet:
         self._adapter = adapter
         self._workers = workers
         self._http = http
-        self._listen = Listen(http.host, http.port, int(http.server_options.get("backlog", 1024)))
+        self._listen = Listen(http.host or "", http.port, int(http.server_options.get("backlog", 1024)))
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)  # by node
         self._running: dict[str, list[Worker]] = {}  # by node
         self._wanted = False

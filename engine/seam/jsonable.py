@@ -23,7 +23,7 @@ def to_json(value: Any) -> bytes:
 
     Beside what JSON knows, it takes numpy arrays and scalars (and what else has ``dtype`` and ``tolist``), dataclasses,
     pydantic models, dates, times and time spans (in seconds), `Decimal` (as a string), `UUID`, `Path`, enumerations,
-    sets and other collections, and bytes that are UTF-8.
+    sets and other collections, exceptions (their text), and bytes that are UTF-8.
 
     Raises:
         ResultNotSerializable: Some part of it has no form in JSON; the message says which.
@@ -86,6 +86,8 @@ def _simplify(value: Any) -> Any:
             return _NO_FORM
     if isinstance(value, os.PathLike):
         return os.fspath(value)
+    if isinstance(value, Exception):
+        return str(value)
     if isinstance(value, type):
         return _NO_FORM
     if hasattr(value, "tolist") and hasattr(value, "dtype"):

@@ -75,15 +75,16 @@ async def test_errors_and_methods(serve, engine):
         assert (await client.get(served.route, headers={"X-SERVE-CALL-METHOD": "other"})).text == "other"
 
 
-@pytest.mark.parametrize("location", ["NoServer", None])
-async def test_without_a_server_of_its_own(own_engine, location):
+@pytest.mark.parametrize("options", [{"location": "NoServer"}, {"location": None}, {"host": None}])
+async def test_without_a_server_of_its_own(own_engine, options):
     def build():
-        engine = own_engine(location=location)
+        engine = own_engine(**options)
         engine.create_backend("describe", describe)
         engine.create_endpoint("describe", backend="describe", route="/describe")
         return engine
 
     engine = await anyio.to_thread.run_sync(build)
+    assert engine.http_url is None
     async with client_of(engine.asgi) as client:
         assert (await client.get("/describe")).json()["path"] == "/describe"
         await anyio.to_thread.run_sync(engine.delete_endpoint, "describe")

@@ -57,6 +57,7 @@ BODIES = {
     "datetime": (lambda: WHEN, JSON, b'"2024-02-29T12:30:01+00:00"'),
     "date-inside": (lambda: {"day": DAY}, JSON, b'{"day":"2024-02-29"}'),
     "pydantic": (lambda: Model(name="x", when=DAY), JSON, b'{"name":"x","when":"2024-02-29"}'),
+    "exception-inside": (lambda: {"errors": [ValueError("no luck")]}, JSON, b'{"errors":["no luck"]}'),
     "pydantic-inside": (lambda: [Model(name="x", when=DAY)], JSON, b'[{"name":"x","when":"2024-02-29"}]'),
     "uuid": (lambda: uuid.UUID(int=5), JSON, b'"00000000-0000-0000-0000-000000000005"'),
     "set": (lambda: {5}, JSON, b"[5]"),
