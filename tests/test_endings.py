@@ -43,6 +43,44 @@ assert handle.call() == 'ok'
 """
 WAIT = "sys.stdout.write('ready\\n'); sys.stdout.flush(); sys.stdin.readline()\n"
 
+FORKED = """
+import multiprocessing, socket, sys
+from engine import Engine
+
+def backend(request):
+    return 'ok'
+
+def refused(port):
+    try:
+        socket.create_connection(('127.0.0.1', port), 20).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+def child(reader):
+    reader.recv()
+
+port = 0
+children = []
+for _ in range(2):  # the second engine takes the port that the first had, and its child still holds
+    engine = Engine(backend=sys.argv[1], http_options={'port': port})
+    engine.create_backend('b', backend)
+    engine.create_endpoint('b', backend='b', route='/b')
+    port = int(engine.http_url.rpartition(':')[2])
+    assert not refused(port)
+    reader, writer = multiprocessing.Pipe()
+    process = multiprocessing.get_context('fork').Process(target=child, args=(reader,))
+    process.start()
+    children.append((process, writer))
+    engine.shutdown()
+    assert refused(port), 'the child has kept the port'
+for process, writer in children:
+    writer.send(None)
+    process.join()
+    assert process.exitcode == 0
+print('all right')
+"""
+
 DRAINED = """
 import asyncio, os, pathlib, signal, sys, threading
 from engine import Engine
@@ -276,3 +314,9 @@ def test_an_engine_outlives_the_thread_that_made_it():
         pid = engine.get_handle("b").call()
         assert is_running(pid)
         assert engine.get_handle("b").call() == pid
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a listening socket ends with its last holder")
+@pytest.mark.parametrize("adapter", ["local", "inline"])
+def test_a_fork_of_the_program_keeps_no_port(adapter):
+    assert run_python("-c", FORKED, adapter).strip() == "all right"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import sys
 import tempfile
 import threading
 from collections import deque
@@ -418,6 +419,18 @@ def test_an_acceptor_counts_and_closes_its_channels(path: str) -> None:
             connect(f"unix:{path}", FakeListener(), on_loop=True, poller=poller)
 
     asyncio.run(main())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a listening socket ends with its last holder")
+@pytest.mark.parametrize("kind", [BlockingServiceLoop, AsyncServiceLoop])
+def test_nobody_is_left_to_connect_to_a_copy_of_a_socket(kind: Any, path: str, poller: Poller) -> None:
+    """Processes that were forked from this one have one, and answer nobody."""
+    listening = listen_unix(path)
+    with listening.dup():
+        with serving(kind, Echo(on_loop=kind is AsyncServiceLoop), listening):
+            pass
+        with pytest.raises(ChannelClosed, match="nobody answers"):
+            connect(f"unix:{path}", FakeListener(), on_loop=False, poller=poller)
 
 
 def test_addresses_that_lead_nowhere(path: str, poller: Poller) -> None:

@@ -17,7 +17,7 @@ from engine.seam.channel import Channel, ChannelListener
 from engine.seam.descriptors import REST_S, ShortageLog
 from engine.seam.log import Log
 
-from .addresses import accept_from
+from .addresses import accept_from, close_listening
 from .channel import SocketChannel
 from .drivers import LoopDriver
 
@@ -97,7 +97,7 @@ class Acceptor:
         for sock in self._listening:
             if sock.fileno() >= 0:
                 self._loop.remove_reader(sock.fileno())
-                sock.close()
+                close_listening(sock)
         if self._timer is not None:
             self._timer.cancel()
         if self._lobby is not None:

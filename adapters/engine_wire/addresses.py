@@ -25,6 +25,7 @@ __all__ = [
     "SILENCE_S",
     "UNACKNOWLEDGED_S",
     "accept_from",
+    "close_listening",
     "listen_tcp",
     "listen_unix",
     "notice_silence",
@@ -172,6 +173,19 @@ def accept_from(listening: socket.socket) -> tuple[socket.socket, str] | None:
     except OSError:
         pass  # it is gone already, as whoever reads will find
     return sock, _host_and_port(address)
+
+
+def close_listening(sock: socket.socket) -> None:
+    """Close a listening socket, for other processes that have it, too (idempotent).
+
+    A process that the owner's was forked to has it without knowing, and would keep accepting in the kernel what nobody
+    answers. Only Linux can end that.
+    """
+    try:
+        sock.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass  # it is closed, or the system knows nothing to shut down in it
+    sock.close()
 
 
 def _unix_name(path: str) -> str | bytes:

@@ -13,6 +13,8 @@ from typing import Any
 from engine.errors import InvalidArgument
 from engine.seam.worker import Listen
 
+from .addresses import close_listening
+
 __all__ = ["ListeningSockets", "bind_shared"]
 
 
@@ -44,9 +46,9 @@ class ListeningSockets:
         return dataclasses.replace(listen, port=self._sockets[listen].getsockname()[1])
 
     def close(self) -> None:
-        """Close all sockets (idempotent)."""
+        """Close all sockets, for forks of this process as well (idempotent)."""
         while self._sockets:
-            self._sockets.popitem()[1].close()
+            close_listening(self._sockets.popitem()[1])
 
 
 def bind_shared(listen: Listen, *, alone: bool) -> socket.socket:

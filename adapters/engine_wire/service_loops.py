@@ -22,7 +22,7 @@ from engine.seam.descriptors import REST_S
 from engine.seam.service import Service
 
 from .acceptor import Acceptor, closed_on_error, lobby_for, note_shortage
-from .addresses import accept_from
+from .addresses import accept_from, close_listening
 from .channel import SocketChannel
 
 if TYPE_CHECKING:
@@ -303,5 +303,7 @@ class BlockingServiceLoop:
             if isinstance(key.data, SocketChannel):
                 key.data.close()
         self._selector.close()
-        for sock in (self._wake_in, self._wake_out, *self._listening):
-            sock.close()
+        for sock in self._listening:
+            close_listening(sock)
+        self._wake_in.close()
+        self._wake_out.close()
