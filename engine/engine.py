@@ -177,6 +177,7 @@ class Engine:
         self._id = engine_id
         self._pid = os.getpid()
         self._closed = False
+        self._mounted: Any = None  # what `asgi` gives
         self._shutdown_lock = threading.RLock()  # a signal handler may shut down what is shutting down
 
     def _unhook(self) -> None:
@@ -508,10 +509,12 @@ class Engine:
 
     @property
     def asgi(self) -> Any:
-        """The ingress as an ASGI application, to mount in another one (on an asyncio server)."""
+        """The ingress as an ASGI application, to mount in another one (on an asyncio server). Always the same one."""
         self._check_open()
         if self._inert is not None:
             return self._inert.asgi
+        if self._mounted is not None:
+            return self._mounted
         from .http.guard import wrap_middlewares
         from .http.ingress import Ingress
 
@@ -522,7 +525,8 @@ class Engine:
             request_timeout_s=http.request_timeout_s,
             debug=http.debug,
         )
-        return wrap_middlewares(ingress, http.middlewares, debug=http.debug)
+        self._mounted = wrap_middlewares(ingress, http.middlewares, debug=http.debug)
+        return self._mounted
 
     # -- life ----------------------------------------------------------------------------------------------------------
 

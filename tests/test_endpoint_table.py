@@ -34,6 +34,14 @@ def test_a_name_or_a_route_is_taken_once() -> None:
     TABLE.without("routed").with_new(entry("new", "/r"))
 
 
+def test_routes_that_differ_in_names_are_one() -> None:
+    table = TABLE.with_new(entry("user", "/u/{name}")).with_new(entry("number", "/u/{n:int}"))
+    for route in ("/u/{id}", "/u/{id:str}"):
+        with pytest.raises(InvalidArgument, match=r"by endpoint 'user' as '/u/\{name\}', which the same paths"):
+            table.with_new(entry("new", route))
+    table.with_new(entry("new", "/u/{name}/{id}"))
+
+
 def test_what_does_not_exist_is_not_changed() -> None:
     for change in (
         lambda: TABLE.without("other"),

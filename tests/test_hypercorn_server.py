@@ -320,6 +320,19 @@ async def test_chunked_bodies_both_ways() -> None:
         assert answer.endswith(b"1\r\n0\r\n1\r\n1\r\n1\r\n2\r\n0\r\n\r\n")
 
 
+async def test_an_absolute_target() -> None:
+    async with serving() as server:
+        for target in ("http://example.org:80/a%20b?c=d", "HTTP://example.org:80?e"):
+            answer = await exchange(
+                server, f"GET {target} HTTP/1.1\r\nhost: other\r\nconnection: close\r\n\r\n".encode()
+            )
+            assert answer.startswith(b"HTTP/1.1 200"), answer
+    first, second = server.app.scopes
+    assert (first["path"], first["raw_path"], first["query_string"]) == ("/a b", b"/a%20b", b"c=d")
+    assert (second["path"], second["query_string"]) == ("/", b"e")
+    assert [value for name, value in first["headers"] if name == b"host"] == [b"example.org:80"]
+
+
 async def test_http_1_0() -> None:
     async with serving() as server:
         server.app.may_answer.set()

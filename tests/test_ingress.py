@@ -191,6 +191,15 @@ async def test_a_request_becomes_a_call() -> None:
     assert app.in_flight == 0
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+async def test_names_in_headers_are_those_of_handles(encoding: str) -> None:
+    _, app = make(echo)
+    async with http(app) as browser:
+        headers = {"X-SERVE-CALL-METHOD": "größe".encode(encoding), "X-SERVE-SHARD-KEY": "Jürgen".encode(encoding)}
+        response = await browser.get("/echo", headers=headers)
+    assert (response.json()["method"], response.json()["key"]) == ("größe", "Jürgen")
+
+
 async def test_headers_choose_method_and_shard_key() -> None:
     _, app = make(echo)
     async with http(app) as browser:

@@ -6,13 +6,16 @@ import json
 import pickle
 import subprocess
 import sys
+import threading
 from typing import Any
 
 import pytest
+from starlette.authentication import AuthCredentials, SimpleUser
 from starlette.requests import Request
 
 from engine.errors import InvalidArgument
 from engine.request import ServeRequest
+from engine.seam import scope_extras
 from engine.seam.http_request import (
     RequestEnvelope,
     build_http_request,
@@ -326,3 +329,86 @@ async def test_a_consumed_request_cannot_be_passed_on() -> None:
 def test_a_scope_that_cannot_be_pickled() -> None:
     with pytest.raises(InvalidArgument, match="cannot be pickled"):
         envelope_of(foreign(path_params={"f": lambda: None}))
+
+
+# -- what middlewares leave ----------------------------------------------------------------------------------------
+
+
+def arrived(extras: dict[str, Any]) -> Any:
+    """The request that a backend gets of such a scope."""
+    return build_http_request(pickle.dumps(trim_scope({**scope(), **extras})), b"")
+
+
+class Ill:
+    """Breaks whoever touches it, in one of several ways."""
+
+    def __init__(self, how: str) -> None:
+        self.how = how
+
+    def __reduce__(self) -> Any:
+        if self.how == "packing":
+            raise ZeroDivisionError("cannot be packed")
+        if self.how == "size":
+            return bytes, (2_000_000,), bytes(2_000_000)
+        return divmod, (1, 0)
+
+
+@pytest.fixture
+def refusals(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scope_extras, "_refused", set())
+
+
+def test_what_middlewares_leave_arrives(refusals: None, caplog: pytest.LogCaptureFixture) -> None:
+    left = {
+        "user": SimpleUser("Ada"),
+        "auth": AuthCredentials(["read"]),
+        "session": {"cart": [1, 2]},
+        "state": {"tenant": "acme", "lock": threading.Lock()},
+        "own": {"deep": (1, b"2")},
+        # what frameworks and servers leave for themselves is not missed
+        "app": threading.Lock(),
+        "router": threading.Lock(),
+        "starlette.exception_handlers": threading.Lock(),
+        "extensions": {"x": threading.Lock()},
+        "asgi": {"version": "3.0"},
+    }
+    for _ in range(2):
+        request = arrived(left)
+        assert request.user.display_name == "Ada"
+        assert request.auth.scopes == ["read"]
+        assert request.session == {"cart": [1, 2]}
+        assert request.state.tenant == "acme"
+        assert not hasattr(request.state, "lock")
+        assert request.scope["own"] == {"deep": (1, b"2")}
+        assert "app" not in request.scope
+    assert [record.getMessage() for record in caplog.records] == [
+        "a part of a request does not reach its backend: request.state.lock cannot be pickled: "
+        f"a lock, {left['state']['lock']!r} (TypeError: cannot pickle '_thread.lock' object)"  # type: ignore[index]
+    ]
+    again = build_http_request(pickle.dumps(trim_scope(arrived(left).scope)), b"")  # a backend passes it on
+    assert (again.user.display_name, again.state.tenant) == ("Ada", "acme")
+
+
+@pytest.mark.parametrize("how", ["packing", "size", "unpacking"])
+def test_what_cannot_travel_is_left_out_and_named_once(
+    how: str, refusals: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(3):
+        request = arrived({"ill": Ill(how), "well": 1})
+        assert request.scope["well"] == 1
+        assert "ill" not in request.scope
+    (record,) = caplog.records
+    assert "request.scope['ill']" in record.getMessage()
+
+
+def test_names_that_never_end_are_forgotten(refusals: None) -> None:
+    for number in range(3000):
+        arrived({f"ill-{number}": Ill("size")} if number < 3 else {"state": {f"{number}": threading.Lock()}})
+    assert len(scope_extras._refused) <= 1000
+
+
+def test_a_plain_request_has_nothing_of_the_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scope_extras, "pack_extras", None)
+    plain = {key: value for key, value in scope().items() if key in trim_scope.__globals__["_PLAIN_KEYS"]}
+    trim_scope({**plain, "headers": [], "state": {}, "extensions": {}, "asgi": {}})
+    trim_scope(plain | {"headers": []})

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import re
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 import h2.errors
 import h2.events
 import h2.exceptions
+import h11
 from hypercorn.events import Closed, Event, RawData, Updated
 from hypercorn.protocol.events import Event as StreamEvent
 from hypercorn.protocol.events import Response, StreamClosed
@@ -36,6 +38,7 @@ __all__ = ["FullLane"]
 
 log = Log("engine.http")
 
+_ABSOLUTE = re.compile(rb"https?://([^/?#]+)(.*)", re.IGNORECASE)
 _WRITE_AT_ONCE = 64 * 1024
 """More than this is not held back to join it with what follows."""
 
@@ -252,7 +255,20 @@ class _Tasks:
 
 
 class _H1(H11Protocol):
-    """Hypercorn's HTTP/1.1, which tells clients when it is going to close."""
+    """Hypercorn's HTTP/1.1, which tells clients when it is going to close, and serves targets as proxies get them."""
+
+    async def _create_stream(self, request: h11.Request) -> None:
+        absolute = _ABSOLUTE.match(request.target)
+        if absolute is not None:
+            authority, target = absolute.groups()
+            headers = [(name, value) for name, value in request.headers.raw_items() if name.lower() != b"host"]
+            request = h11.Request(
+                method=request.method,
+                headers=[(b"host", authority), *headers],  # it counts more than the header, says RFC 9112
+                target=target if target.startswith(b"/") else b"/" + target,
+                http_version=request.http_version,
+            )
+        await super()._create_stream(request)
 
     async def stream_send(self, event: StreamEvent) -> None:
         if isinstance(event, Response) and event.status_code >= 200 and self.context.terminated.is_set():

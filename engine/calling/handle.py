@@ -69,6 +69,7 @@ class CallOptions:
             raise InvalidArgument(f"shard_key must be a str or None, not {self.shard_key!r}")
         if not isinstance(self.http_method, str) or self.http_method.upper() not in _HTTP_METHODS:
             raise InvalidArgument(f"http_method must be one of {', '.join(_HTTP_METHODS)}, not {self.http_method!r}")
+        object.__setattr__(self, "http_method", self.http_method.upper())  # as it arrives over HTTP
         timeout = self.timeout_s
         if timeout is not None and (
             isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 <= timeout <= LONGEST_S

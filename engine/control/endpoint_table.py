@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from ..errors import InvalidArgument
+from ..http.routes import route_shape
 from ..seam.snapshot import EndpointEntry
 
 __all__ = ["EndpointTable"]
@@ -33,9 +34,12 @@ class EndpointTable:
         """
         if entry.name in self._entries:
             raise InvalidArgument(f"endpoint {entry.name!r} exists already: choose another name or delete it first")
-        for other in self._entries.values():
-            if entry.route is not None and entry.route == other.route:
-                raise InvalidArgument(f"route {entry.route!r} is taken by endpoint {other.name!r}")
+        if entry.route is not None:
+            shape = route_shape(entry.route)
+            for other in self._entries.values():
+                if other.route is not None and route_shape(other.route) == shape:
+                    same = "" if other.route == entry.route else f" as {other.route!r}, which the same paths match"
+                    raise InvalidArgument(f"route {entry.route!r} is taken by endpoint {other.name!r}{same}")
         return self._with(entry)
 
     def without(self, name: str) -> EndpointTable:

@@ -135,9 +135,9 @@ class Ingress:
             elif name == b"x-request-id":
                 given_id = value
             elif name == b"x-serve-call-method":
-                call_method = value.decode("latin-1").strip()
+                call_method = _text(value).strip()
             elif name == b"x-serve-shard-key":
-                shard_key = value.decode("latin-1")
+                shard_key = _text(value)
         request_id = f"{random.getrandbits(64):016x}" if given_id is None else _request_id(given_id)
         exchange = Exchange(scope, send, request_id)
 
@@ -331,6 +331,14 @@ def _request_id(given: bytes) -> str:
     """A client's request id is passed on only as far as it is harmless in a header and in a log."""
     cleaned = _NOT_IN_REQUEST_ID.sub("", given.decode("latin-1"))[:_LONGEST_REQUEST_ID]
     return cleaned or f"{random.getrandbits(64):016x}"
+
+
+def _text(value: bytes) -> str:
+    """The text of a header that handles have as text, too: clients send UTF-8, and some of them Latin-1."""
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value.decode("latin-1")
 
 
 def _below(path: str, root_path: str) -> str:

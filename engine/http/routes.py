@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from ..seam.snapshot import EndpointEntry, RoutingSnapshot
 
-__all__ = ["Match", "NotFound", "RouteTable", "WrongMethod", "validate_route"]
+__all__ = ["Match", "NotFound", "RouteTable", "WrongMethod", "route_shape", "validate_route"]
 
 _CONVERTORS = ("str", "int", "float", "path", "uuid")
 _PARAMETER = re.compile(r"\{([a-zA-Z_][a-zA-Z0-9_]*)(?::([a-zA-Z_][a-zA-Z0-9_]*))?\}")
@@ -132,3 +132,8 @@ def validate_route(route: object) -> str:
     if set(_PARAMETER.sub("", route)) & {"{", "}"}:
         raise InvalidArgument(f"route {route!r}: a parameter is written {{name}} or {{name:convertor}}")
     return route
+
+
+def route_shape(route: str) -> str:
+    """What tells routes apart, their text without the names of parameters: the same paths match equal shapes."""
+    return _PARAMETER.sub(lambda parameter: f"{{{parameter[2] or 'str'}}}", route)

@@ -43,8 +43,11 @@ _PLAIN_KEYS = (
 )
 
 
+_EXTRAS = "engine.extras"
+
+
 def trim_scope(scope: Mapping[str, Any]) -> dict[str, Any]:
-    """Keep those parts of an ASGI scope that another process can use."""
+    """Keep those parts of an ASGI scope that another process can use; what middlewares left as `scope_extras`."""
     trimmed = {}
     for key in _PLAIN_KEYS:
         value = scope.get(key, _ABSENT)
@@ -52,6 +55,13 @@ def trim_scope(scope: Mapping[str, Any]) -> dict[str, Any]:
             trimmed[key] = value
     # a server may give any iterable of pairs, and pairs that are lists
     trimmed["headers"] = [(name, value) for name, value in scope.get("headers", ())]
+    from_server = len(trimmed) + ("asgi" in scope) + ("extensions" in scope) + ("state" in scope)
+    if len(scope) != from_server or scope.get("state"):
+        from .scope_extras import pack_extras
+
+        extras = pack_extras(scope, trimmed)
+        if extras:
+            trimmed[_EXTRAS] = extras
     return trimmed
 
 
@@ -70,7 +80,13 @@ def build_http_request(head: bytes, body: bytes) -> BufferedRequest:
         from .buffered_request import BufferedRequest
 
         _buffered_request = BufferedRequest
-    return _buffered_request(pickle.loads(head), body)
+    scope = pickle.loads(head)
+    extras = scope.pop(_EXTRAS, None)
+    if extras:
+        from .scope_extras import restore_extras
+
+        restore_extras(scope, extras)
+    return _buffered_request(scope, body)
 
 
 # -- Starlette requests passed to a handle -------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -45,6 +47,27 @@ class Door:
             await self.app(scope, receive, send)
 
 
+class Visitor:
+    """A class of the program itself."""
+
+    def __init__(self, name):
+        self.name = name
+
+
+class Welcome:
+    """Leaves what is known of the client to those inside, as middlewares for sessions and authentication do."""
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] == "http":
+            scope["user"] = Visitor("Ada")
+            scope["session"] = {"visits": 3}
+            scope.setdefault("state", {}).update(tenant="acme", lock=threading.Lock())
+        await self.app(scope, receive, send)
+
+
 @pytest.fixture(scope="module")
 def engine(adapter):
     """An engine with a chain of middlewares, all of which every test of this module passes."""
@@ -54,6 +77,7 @@ def engine(adapter):
         Middleware(Tag, name="outer"),
         Door,
         lambda app: Tag(app, "inner"),
+        Welcome,
     ]
     with adapter.engine(middlewares=middlewares) as engine:
         yield engine
@@ -67,6 +91,13 @@ def test_order(serve):
     response = serve(seen).http()
     assert response.json() == ["outer", "inner"]
     assert response.headers.get_list("x-left") == ["inner", "outer"]
+
+
+def test_what_they_leave_reaches_backends(serve):
+    def known(request):
+        return [request.user.name, request.session, request.state.tenant, hasattr(request.state, "lock")]
+
+    assert serve(known).http_json() == ["Ada", {"visits": 3}, "acme", False]
 
 
 def test_they_do_not_touch_handles(serve):

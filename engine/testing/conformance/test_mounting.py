@@ -55,6 +55,7 @@ async def test_mounted_beside_own_routes(serve, engine, request, kind):
 
 
 async def test_as_the_whole_application(serve, engine):
+    assert engine.asgi is engine.asgi
     served = serve(describe)
     async with client_of(engine.asgi) as client:
         assert (await client.get(served.route)).json()["path"] == served.route

@@ -85,6 +85,7 @@ ROWS = [
     ),
     Row("method-default", read_method, ["GET"]),
     Row("method-post", read_method, ["POST"], verb="POST", options={"http_method": "POST"}),
+    Row("method-in-lower-case", read_method, ["POST"], verb="POST", options={"http_method": "post"}),
     Row("method-delete", read_method, ["DELETE"], verb="DELETE", options={"http_method": "DELETE"}),
     Row("json-object", read_json, NESTED, verb="POST", http={"json": NESTED}, data=(NESTED,)),
     Row("json-array", read_json, [1, [2]], verb="POST", http={"json": [1, [2]]}, data=([1, [2]],)),
