@@ -378,9 +378,10 @@ class Replica:
         return Failure(call.id, 0, kind, head, body)
 
     def _log(self, what: str, job: Job, error: BaseException) -> None:
-        try:
-            _logger.error("%s, request %s", what, job.call.request_id, exc_info=error)
-        except BaseException:  # of the error itself, asked for its text, or of a handler of the application's
+        logged = False
+        with contextlib.suppress(BaseException):  # of the error itself, asked for its text in the main thread
+            logged = _logger.error("%s, request %s", what, job.call.request_id, exc_info=error)
+        if not logged:
             with contextlib.suppress(BaseException):
                 _logger.error("%s, request %s\n%s", what, job.call.request_id, traceback_of(error))
 
