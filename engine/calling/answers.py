@@ -124,7 +124,10 @@ class ThreadSlot(Slot):
                 assert timeout_s is not None
                 raise deadline_error(self.endpoint, timeout_s)
         if self.error is not None:
-            raise self.error
+            try:
+                raise self.error
+            finally:
+                self.error = None  # it knows this frame, and the call: they would keep each other in memory
         return open_answer(self.answer)
 
 
@@ -187,6 +190,7 @@ async def answer_to(
     finally:
         if timer is not None:
             timer.cancel()
+        del slot  # what its future raises knows this frame: they would keep each other in memory
 
 
 class StreamSlot(Slot):

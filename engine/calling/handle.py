@@ -316,7 +316,7 @@ class Handle(_BaseHandle, Generic[T_co]):
             args, kwargs = resolved(args, kwargs)
             self._start(caller, ref, args, kwargs, deadline)
         except BaseException as error:
-            ref.fail(error)
+            ref.fail(error.with_traceback(None))  # which knows this frame, and so the ref
 
 
 class AsyncHandle(_BaseHandle, Generic[T_co]):

@@ -310,6 +310,8 @@ class Replica:
             await self._outside(task())
         except BaseException as error:
             self._log(f"the background task of {self._name(job)} failed", job, error)
+        finally:
+            del task  # what it raised knows this frame: they would keep each other in memory
 
     async def _stream(self, job: Job, streamed: Any) -> None:
         call = job.call
@@ -336,6 +338,7 @@ class Replica:
             if failure is not None and not job.cancelled:
                 self._log(f"{self._name(job)} failed in the middle of its stream", job, failure)
             self._finish(job, End(call.id, 0, failure is not None or job.cancelled))
+        failure = None  # it knows this frame, and the request: they would keep each other in memory
         if streamed.background is not None:
             await self._background(streamed.background, job)
 
