@@ -9,7 +9,7 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -34,6 +34,7 @@ from engine.seam.messages import Call, Cancel, Control, Credit, End, Failure, Fa
 from engine.seam.snapshot import BackendEntry, RoutingSnapshot
 from engine.testing.fakes import FakeAdapter, FakeChannel, FakeHome, FakeSlot
 from engine.testing.instruments import PATIENCE_S, eventually
+from engine.testing.strikes import struck
 
 
 def submit(caller: Caller, call: Call, slot: Slot) -> None:
@@ -1190,3 +1191,115 @@ def test_nothing_is_lost_or_counted_twice_among_threads(impatient_interpreter: N
             finished.set()
         timing.result(PATIENCE_S)
     world.caller.close()
+
+
+# -- signal handlers that raise ----------------------------------------------------------------------------------------
+
+
+def each_strike(*backends: BackendEntry) -> Iterator[tuple[World, Callable[[Callable[[], object]], str]]]:
+    """A fresh world for each place at which a handler can strike, and what strikes there while it runs a function."""
+    for place in range(2000):
+        world = World()
+        world.show(*backends)
+        passed = []
+
+        def strike(function: Callable[[], object], place: int = place, passed: list[str] = passed) -> str:
+            passed.append(struck(function, place, KeyboardInterrupt()))
+            return passed[-1]
+
+        yield world, strike
+        world.caller.close()
+        if not any(passed):
+            assert place > 5
+            return
+    raise AssertionError("it never passed all places")
+
+
+def settle(world: World, *replicas: str) -> None:
+    """Let replicas answer all that they were sent, until nothing more is."""
+    answered: set[int] = set()
+    for _ in range(20):
+        world.home.fire()
+        for channel in world.adapter.channels:
+            for call in channel.of_type(Call):
+                if call.id not in answered and not channel.closed:
+                    answered.add(call.id)
+                    channel.answer(Reply(call.id, 0, b"", b"result"))
+
+
+def test_an_answer_is_taken_wherever_it_is_interrupted() -> None:
+    """It is told again then, as a channel does; the calls that waited for its place go on, each once."""
+    for world, strike in each_strike(backend_entry("b", ["r1"])):
+        slots = [world.submit(name) for name in "abcd"]
+        answer = Reply(world.calls("r1")[0].id, 0, b"", b"result")
+        where = strike(lambda world=world, answer=answer: world.channel("r1").answer(answer))
+        if where:
+            world.channel("r1").answer(answer)
+        assert world.names("r1") == ["a", "b"], where
+        settle(world)
+        assert world.names("r1") == ["a", "b", "c", "d"], where
+        assert all(slot.heard and slot.error is None for slot in slots), where
+        assert world.counted() == IDLE, where
+        assert "pending=0" in repr(world.caller), where
+
+
+def test_a_refused_call_goes_elsewhere_wherever_that_is_interrupted() -> None:
+    for world, strike in each_strike(backend_entry("b", ["r1", "r2"])):
+        held, waiting = [world.submit("a"), world.submit("b")], world.submit("c")
+        refusing = world.channel("r1" if "a" in world.names("r1") else "r2")
+        (call,) = refusing.of_type(Call)
+        refusal = Failure(call.id, 9, FailureKind.REFUSED, b"", b"")
+        where = strike(lambda refusing=refusing, refusal=refusal: refusing.answer(refusal))
+        if where:
+            refusing.answer(refusal)
+        settle(world)
+        assert all(slot.heard and slot.error is None for slot in (*held, waiting)), where
+        sent = sorted(name_of(call) for channel in world.adapter.channels for call in channel.of_type(Call))
+        assert sent == ["a", "a", "b", "c"], where
+        assert world.counted() == IDLE, where
+
+
+@pytest.mark.parametrize("opened", [True, False])
+def test_a_lost_channel_is_seen_to_wherever_that_is_interrupted(opened: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replica_set, "UNREACHABLE_S", 1e-6)
+    for world, strike in each_strike(backend_entry("b", ["r1"])):
+        held, waiting = world.submit("a"), world.submit("b")
+        channel = world.channel("r1")
+        channel.opened = opened
+        where = strike(channel.break_off)
+        if where:
+            channel.break_off()
+        for _ in range(20):
+            settle(world)
+        assert isinstance(held.error, ReplicaDied) if opened else held.heard, where
+        assert waiting.heard, where
+        assert world.counted() == IDLE, where
+        assert "pending=0" in repr(world.caller), where
+
+
+def test_a_call_interrupted_while_it_is_made_is_given_up_and_no_other() -> None:
+    for world, strike in each_strike(backend_entry("b", ["r1", "r2"])):
+        other = world.submit("other")
+        mine = FakeSlot("mine")
+        where = strike(lambda world=world, mine=mine: submit(world.caller, a_call("mine"), mine))
+        last = [world.submit("last") for _ in range(2)]
+        settle(world)
+        assert other.heard and all(slot.heard for slot in last), where
+        assert mine.heard or where
+        assert world.counted() == IDLE, where
+        assert "pending=0" in repr(world.caller), where
+
+
+def test_giving_up_may_be_interrupted() -> None:
+    for world, strike in each_strike(backend_entry("b", ["r1"])):
+        held, waiting = world.submit("a"), world.submit("b")
+        strike(lambda world=world, held=held: world.caller.cancel(held))
+        where = strike(lambda world=world, waiting=waiting: world.caller.cancel(waiting))
+        if where:
+            world.caller.cancel(held)
+            world.caller.cancel(waiting)
+        assert world.channel("r1").of_type(Cancel), where
+        last = world.submit("last")
+        settle(world)
+        assert last.heard and not held.heard and not waiting.heard, where
+        assert world.counted() == IDLE, where

@@ -13,6 +13,7 @@ from fakes import backend_entry
 from engine.calling import replica_set
 from engine.calling.answers import CopySlot
 from engine.calling.replica_set import RETRY_S, UNREACHABLE_S, ReplicaSet, Target
+from engine.calling.slot import Slot
 from engine.errors import NoReplica, Overloaded
 from engine.seam.messages import PYTHON, Call
 from engine.seam.snapshot import ReplicaEntry
@@ -33,8 +34,9 @@ def place(known: ReplicaSet, name: str = "", now: float = NOW) -> str | None:
 
 def placed(known: ReplicaSet, now: float = NOW) -> list[tuple[str, str]]:
     """Which waiting calls go where now."""
-    placements = known.next_placements(now)
-    return [(slot.name, target.replica_tag) for slot, target in placements if isinstance(slot, FakeSlot)]
+    slots: list[Slot] = []
+    known.next_placements(now, slots)
+    return [(slot.name, slot.target.replica_tag) for slot in slots if isinstance(slot, FakeSlot)]
 
 
 def hold(known: ReplicaSet, key: str, count: int) -> None:
@@ -331,7 +333,7 @@ def test_copies_that_wait_are_bounded_in_number_and_in_bytes(monkeypatch: pytest
     assert known.dropped_copies == 2
     for left in (10, 5):
         known.answered(known.targets["r1"], 0, NOW)
-        list(known.next_placements(NOW))
+        known.next_placements(NOW, [])
         assert known._copy_bytes == left
 
 
@@ -341,7 +343,9 @@ def test_a_copy_whose_deadline_has_passed_is_not_sent() -> None:
     for deadline in (NOW + 1, NOW + 3, None):
         known.place_copy(copy_of(1, deadline), NOW)
     known.answered(known.targets["r1"], 0, NOW)
-    [(copy, _)] = known.next_placements(NOW + 2)
+    placements: list[Slot] = []
+    known.next_placements(NOW + 2, placements)
+    [copy] = placements
     assert (copy.call.deadline, known.dropped_copies, len(known.copies)) == (NOW + 3, 1, 1)
     known.drop_late_copies(NOW + 20)
     assert len(known.copies) == 1
@@ -351,7 +355,9 @@ def test_a_copy_whose_deadline_has_passed_is_not_sent() -> None:
     known.place_copy(copy_of(1), NOW)
     known.place_copy(copy_of(1, NOW), NOW)
     known.answered(known.targets["r1"], 0, NOW)
-    assert list(known.next_placements(NOW + 1)) == []
+    placements: list[Slot] = []
+    known.next_placements(NOW + 1, placements)
+    assert placements == []
     assert known.targets["r1"].in_flight == 0
 
 

@@ -651,7 +651,7 @@ def _torn(heard: list[Message], sent: list[Message]) -> bool:
 def test_no_strike_loses_a_message_or_the_role(setting: Setting, error: type[BaseException], armed: bool) -> None:
     """Whatever was sent arrives whole, and every answer is delivered."""
     places = itertools.takewhile(lambda place: _survives_a_strike(setting, place, error("struck"), armed), range(1000))
-    assert 50 < len(list(places)) < 1000
+    assert 20 < len(list(places)) < 1000
 
 
 def _survives_a_strike(setting: Setting, place: int, error: BaseException, armed: bool) -> bool:
@@ -668,7 +668,7 @@ def _survives_a_strike(setting: Setting, place: int, error: BaseException, armed
         channel.drive(lambda: reply(2) in listener.heard, None)
 
     where = struck(exchange, place, error)
-    assert "driven" not in repr(channel), where
+    eventually(lambda: "driven" not in repr(channel))
     channel.watch()  # as whoever gives a call up
     eventually(lambda: "open_calls=0 unsent=0" in repr(channel))
     channel.send(call(4))
@@ -689,7 +689,7 @@ def _survives_a_strike(setting: Setting, place: int, error: BaseException, armed
 @POLLER
 def test_no_strike_tears_what_takes_several_reads_and_writes(setting: Setting) -> None:
     places = itertools.takewhile(lambda place: _survives_a_strike_at_length(setting, place), range(1000))
-    assert 50 < len(list(places)) < 1000
+    assert 20 < len(list(places)) < 1000
 
 
 def _survives_a_strike_at_length(setting: Setting, place: int) -> bool:

@@ -122,11 +122,7 @@ class FullLane:
             if not connection.closing:
                 raise
         finally:
-            try:
-                await self._protocol.handle(Closed())
-            finally:
-                del self._protocol  # which knows this lane, too: they would keep each other in memory
-                self._args.clear()
+            await self._protocol.handle(Closed())
 
     async def _handle(self, data: bytes) -> None:
         try:

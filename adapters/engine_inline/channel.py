@@ -51,13 +51,20 @@ class Mailbox:
         self._turn.acquire()
 
     def _deliver_meanwhile(self) -> None:
-        while self._out and not self._items.empty() and self._turn.acquire(False):
-            try:
-                if self._out:
-                    self.run_pending(0)
-                    self.meanwhile()
-            finally:
-                self._turn.release()
+        turn = self._turn
+        mine = turn._is_owned()  # type: ignore[attr-defined]
+        try:
+            while self._out and not self._items.empty() and turn.acquire(False):
+                try:
+                    if self._out:
+                        self.run_pending(0)
+                        self.meanwhile()
+                finally:
+                    turn.release()
+        except BaseException:  # raised by a signal handler, perhaps between taking the turn and the next line
+            while not mine and turn._is_owned():  # type: ignore[attr-defined]
+                turn.release()
+            raise
 
     def bind(self, loop: asyncio.AbstractEventLoop) -> None:
         """Deliver on this loop from now on, starting with what came before. Called on the loop's thread."""

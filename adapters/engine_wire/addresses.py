@@ -26,6 +26,7 @@ __all__ = [
     "UNACKNOWLEDGED_S",
     "accept_from",
     "close_listening",
+    "is_foreign",
     "listen_tcp",
     "listen_unix",
     "notice_silence",
@@ -133,8 +134,15 @@ def open_socket(address: str) -> tuple[socket.socket, bool]:
             sock.close()
         if is_shortage(error):
             raise shortage(error) from error
+        if is_foreign(error):
+            raise
         raise ChannelClosed(unanswered(address, error.strerror)) from error
     return sock, False
+
+
+def is_foreign(error: OSError) -> bool:
+    """Whether this is no failure of the operating system, but what a signal handler raised, say a `TimeoutError`."""
+    return error.errno is None
 
 
 def notice_silence(sock: socket.socket) -> None:

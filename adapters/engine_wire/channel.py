@@ -38,6 +38,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from engine.seam.channel import ChannelClosed, ChannelListener
 from engine.seam.messages import Call, End, Failure, Message, Reply
 
+from .addresses import is_foreign
 from .protocol import GREETING, Decoder, ProtocolError, encode
 
 if TYPE_CHECKING:
@@ -171,6 +172,8 @@ class SocketChannel:
                 except BlockingIOError:
                     pass
                 except OSError as error:
+                    if is_foreign(error):
+                        raise
                     unsent.clear()
                     raise ChannelClosed(f"the peer is gone ({error.strerror})") from error
                 if not unsent[0]:
@@ -203,7 +206,9 @@ class SocketChannel:
                         del unsent[0]
             except BlockingIOError:
                 return False
-            except OSError:
+            except OSError as error:
+                if is_foreign(error):
+                    raise
                 unsent.clear()
             return True
 
@@ -318,6 +323,8 @@ class SocketChannel:
         except BlockingIOError:
             return
         except OSError as error:
+            if is_foreign(error):
+                raise
             self.lose(f"the connection broke ({error.strerror})")
             return
         if ended:
@@ -382,8 +389,10 @@ class SocketChannel:
             self._driver.forget(self)
             try:
                 self.sock.shutdown(socket.SHUT_RDWR)  # wakes a thread that drives the channel
-            except OSError:
-                pass  # the peer was faster
+            except OSError as error:
+                if is_foreign(error):
+                    raise
+                # else the peer was faster
         me = threading.Lock()
         with me:
             self._leave(me)

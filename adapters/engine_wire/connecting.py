@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from engine.seam.channel import ChannelClosed, ChannelListener
 from engine.seam.descriptors import is_shortage, shortage
 
-from .addresses import open_socket, unanswered
+from .addresses import is_foreign, open_socket, unanswered
 from .channel import SocketChannel
 from .drivers import LoopDriver, Poller, Undriven
 from .opening import Opening
@@ -70,6 +70,8 @@ def connect(
         sock.close()
         if is_shortage(error):
             raise shortage(error) from error
+        if is_foreign(error):
+            raise
         raise ChannelClosed(unanswered(address, error.strerror)) from error
     except BaseException:
         sock.close()

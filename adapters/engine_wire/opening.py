@@ -12,7 +12,7 @@ import select
 import socket
 from typing import TYPE_CHECKING
 
-from .addresses import unanswered
+from .addresses import is_foreign, unanswered
 from .protocol import GREETING
 
 if TYPE_CHECKING:
@@ -59,11 +59,11 @@ class Opening:
                 return self._advance()
             except BlockingIOError:
                 pass
-            except OSError as error:
+            except BaseException as error:
+                if not isinstance(error, OSError) or is_foreign(error):
+                    self._fail("opening it was interrupted")  # nobody knows any more what was sent and received
+                    raise
                 self._fail(f"the connection broke ({error.strerror})")
-            except BaseException:  # raised by a signal handler: nobody knows any more what was sent and received
-                self._fail("opening it was interrupted")
-                raise
         return None
 
     def _advance(self) -> bytes | None:

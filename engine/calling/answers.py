@@ -86,48 +86,51 @@ class ThreadSlot(Slot):
 
     def deliver(self, message: Reply | Failure | Item | End) -> None:
         """See `Slot.deliver`."""
-        self.answer = message
-        self.arrived.release()
+        if self.arrived.locked():  # else it is told a second time
+            self.answer = message
+            self._wake()
 
     def fail(self, error: EngineError) -> None:
         """See `Slot.fail`."""
-        self.error = error
-        self.arrived.release()
+        if self.arrived.locked():
+            self.error = error
+            self._wake()
 
-    def wait(self, caller: Submitter, timeout_s: float | None, deadline: float | None) -> Any:
-        """Drive the call's channel, or wait for whoever drives it; returns the call's result.
+    def _wake(self) -> None:
+        try:
+            self.arrived.release()
+        except RuntimeError:
+            pass  # somebody has told it just now
+
+    def wait(self, caller: Submitter, timeout_s: float | None, deadline: float | None) -> None:
+        """Drive the call's channel, or wait for whoever drives it, until the answer is there.
+
+        Whoever calls this gives the call up if that raises.
 
         Args:
             caller: Has the call.
             timeout_s: How long the call may take, for those who are told that it took longer.
             deadline: When that is over, or None.
+
+        Raises:
+            errors.DeadlineExceeded: It was not there in time.
         """
         channel = self.channel
         if channel is not None and self.arrived.locked():
             remaining_s = None if deadline is None else max(0.0, deadline - time.monotonic())
-            try:
-                drove = channel.drive(lambda: not self.arrived.locked() or self.channel is not channel, remaining_s)
-            except BaseException:
-                caller.cancel(self)
-                raise
-            if not drove:
+            if not channel.drive(lambda: not self.arrived.locked() or self.channel is not channel, remaining_s):
                 channel.watch()
         remaining = -1.0 if deadline is None else max(0.0, deadline - time.monotonic())
-        try:
-            arrived = self.arrived.acquire(timeout=remaining)
-        except BaseException:
-            caller.cancel(self)
-            raise
-        if not arrived:
+        if not self.arrived.acquire(timeout=remaining):
             caller.cancel(self)
             if self.arrived.locked():
                 assert timeout_s is not None
                 raise deadline_error(self.endpoint, timeout_s)
+
+    def open(self) -> Any:
+        """The call's result, once it is there."""
         if self.error is not None:
-            try:
-                raise self.error
-            finally:
-                self.error = None  # it knows this frame, and the call: they would keep each other in memory
+            raise self.error
         return open_answer(self.answer)
 
 
@@ -177,12 +180,12 @@ async def answer_to(
 
     loop = asyncio.get_running_loop()
     slot = TaskSlot(loop.create_future(), endpoint, call, shard_key)
-    caller.submit(slot)
     deadline = call.deadline
     timer = None
-    if deadline is not None and timeout_s is not None:
-        timer = loop.call_later(max(0.0, deadline - time.monotonic()), slot.expire, timeout_s)
     try:
+        caller.submit(slot)
+        if deadline is not None and timeout_s is not None:
+            timer = loop.call_later(max(0.0, deadline - time.monotonic()), slot.expire, timeout_s)
         return await slot.future
     except BaseException:
         caller.cancel(slot)
@@ -190,7 +193,6 @@ async def answer_to(
     finally:
         if timer is not None:
             timer.cancel()
-        del slot  # what its future raises knows this frame: they would keep each other in memory
 
 
 class StreamSlot(Slot):

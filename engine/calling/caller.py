@@ -6,6 +6,11 @@ written by the thread that makes it, and its answer delivered by whoever reads t
 A call that was given up still counts against its replica until the replica's answer comes, so that no slot is ever
 leaked or counted twice. When a replica dies, its calls fail with `ReplicaDied`; calls it refused or never got are
 routed again. Its connection breaks then; or a snapshot has the news, if its machine is gone and all is silent.
+
+A signal handler of the application may raise anywhere in here (`engine_wire.channel` tells where Python runs them).
+What each slot says of itself, and what each target holds, changes between two such places; all else can be made anew
+from that (`_mend`), by whoever is struck or, failing that, by whoever comes next. Calls of others that a struck thread
+had in hand it sends before it passes the exception on; its own it gives up.
 """
 
 from __future__ import annotations
@@ -57,6 +62,7 @@ class Caller:
         self._ids = itertools.count(1)
         self._pending: dict[int, Slot] = {}  # single dict operations only, which need no lock
         self._closed: EngineError | None = None
+        self._torn = False  # what the lock guards is being changed, or whoever did was struck
 
     def __repr__(self) -> str:
         return f"<Caller {'loop' if self.home.on_loop else 'threads'} pending={len(self._pending)} {self._router}>"
@@ -68,11 +74,14 @@ class Caller:
 
         A call that is routed ``again`` is neither counted nor copied a second time.
         """
-        if self._router.snapshot is not self._current():
-            self.apply(self._current())
         copies: list[ReplicaSet] = []
+        target: Target | None = None
         try:
+            if self._router.snapshot is not self._current():
+                self.apply(self._current())
             with self._lock:
+                if self._torn:
+                    self._mend()
                 if self._closed is not None:
                     raise self._closed
                 if slot.given_up:  # meanwhile: it must be neither queued nor copied
@@ -84,28 +93,61 @@ class Caller:
                     if endpoint.entry.shadows:
                         copies = list(self._router.shadows(endpoint))
                 now = time.monotonic()
-                target = replica_set.place(slot, now)
+                self._torn = True
+                try:
+                    target = replica_set.place(slot, now)
+                except EngineError:
+                    self._torn = False  # it raises before it changes anything
+                    raise
                 if target is None:
                     self._schedule_retry(replica_set, RETRY_S, now)
+                else:
+                    slot.target = target
+                    target.holds[slot] = None
+                self._torn = False
+            if target is not None:
+                self._send(slot, watch=again or not slot.drives)  # again: its thread drives another channel
+            for copy in copies:
+                self._submit_copy(call, copy)
         except EngineError as error:
             slot.fail(error)
-            return
-        if target is not None:
-            self._send(slot, target, watch=again or not slot.drives)  # again: its thread drives another channel
-        for copy in copies:
-            self._submit_copy(call, copy)
+        except BaseException:
+            self._recover([])
+            if again:
+                self._send_all([slot])
+            else:
+                self._abandon(slot)
+            raise
+
+    def _abandon(self, slot: Slot) -> None:
+        """Give a call up that this thread may have been about to send."""
+        if not slot.waited:
+            channel = slot.channel
+            if channel is None or not channel.awaits(slot.call_id):
+                self._pending.pop(slot.call_id, None)
+                self._withdraw(slot)
+        self.cancel(slot)
 
     def cancel(self, slot: Slot) -> None:
         """Give a call up: its slot hears nothing any more, and the replica need not run it (idempotent)."""
-        with self._lock:
-            if slot.given_up:
-                return
-            # From here on the slot only stands for the answer that is due: whoever takes it sees that there is no
-            # call to deliver to. Taking the slot out here instead would race with the thread that reads the answer.
-            slot.give_up()
-            channel, call_id = slot.channel, slot.call_id
-            if channel is None or self._pending.get(call_id) is not slot:
-                return
+        try:
+            with self._lock:
+                if slot.given_up:
+                    return
+                # From here on the slot only stands for the answer that is due: whoever takes it sees that there is no
+                # call to deliver to. Taking the slot out here instead would race with the thread that reads the answer.
+                slot.give_up()
+            self._tell_given_up(slot)
+        except BaseException:
+            with self._lock:
+                slot.give_up()
+            self._tell_given_up(slot)
+            raise
+
+    def _tell_given_up(self, slot: Slot) -> None:
+        channel, call_id = slot.channel, slot.call_id
+        if channel is None or self._pending.get(call_id) is not slot:
+            return
         try:
             channel.send(Cancel(call_id))
             channel.watch()
@@ -125,26 +167,35 @@ class Caller:
 
     def apply(self, snapshot: RoutingSnapshot) -> None:
         """Take a newer snapshot; calls queued for what is gone are routed again."""
-        with self._lock:
-            left, homeless = self._router.apply(snapshot)
-            hung_up = [self._disconnect(target) for target in left if not target.in_flight]
-            for target in left:
-                if target.dead and target.channel is not None:
-                    # not at once, and not here: `lost` tells slots, which may not happen under the lock
-                    delay_s = _LAST_WORDS_S if target.channel.opened else 0.0
-                    self.home.call_later(delay_s, self.lost, target.channel, _DEAD)
-            ready = [
-                placement
-                for replica_set in self._router.replica_sets.values()
-                for placement in replica_set.next_placements(time.monotonic())
-            ]
-        for channel in hung_up:
-            if channel is not None:
-                channel.close()
-        for slot in homeless:
-            self._route_again(slot)
-        for slot, target in ready:
-            self._send(slot, target)
+        left: list[Target] = []
+        homeless: list[Slot] = []
+        ready: list[Slot] = []
+        try:
+            with self._lock:
+                if self._torn:
+                    self._mend()
+                self._torn = True
+                self._router.apply(snapshot, left, homeless)
+                hung_up = [self._disconnect(target) for target in left if not target.in_flight]
+                for target in left:
+                    if target.dead and target.channel is not None:
+                        # not at once, and not here: `lost` tells slots, which may not happen under the lock
+                        delay_s = _LAST_WORDS_S if target.channel.opened else 0.0
+                        self.home.call_later(delay_s, self.lost, target.channel, _DEAD)
+                for replica_set in self._router.replica_sets.values():
+                    replica_set.next_placements(time.monotonic(), ready)
+                self._torn = False
+            for channel in hung_up:
+                if channel is not None:
+                    channel.close()
+            for slot in homeless:
+                self._route_again(slot)
+            self._send_all(ready)
+        except BaseException:
+            self._recover(ready)
+            for slot in homeless:
+                self._route_again(slot)
+            raise
 
     def statistics(self) -> dict[str, Any]:
         """What this caller counted and holds."""
@@ -199,43 +250,66 @@ class Caller:
             return
         if kind is not Reply and not isinstance(message, (Failure, End)):
             return
-        slot = self._pending.pop(message.id, None)  # type: ignore[union-attr]
+        call_id = message.id  # type: ignore[union-attr]
+        slot = self._pending.get(call_id)
         if slot is None:
             return
-        target: Target = slot.target
         taken = kind is not Failure or message.kind not in _NOT_TAKEN  # type: ignore[union-attr]
-        self._settle(target, message, taken=taken)  # type: ignore[arg-type]
+        if slot.call_id == call_id:  # else it is told a second time, and the call is on its way again
+            self._settle(slot, message, taken=taken)  # type: ignore[arg-type]
+        if self._pending.get(call_id) is not slot:
+            return  # somebody else has found the channel lost, and told the slot
         if not taken:
-            self._requeue(slot, target)
+            self._requeue(slot, call_id)
         elif not slot.given_up:
             slot.deliver(message)  # type: ignore[arg-type]
+        self._pending.pop(call_id, None)
 
     def lost(self, channel: Channel, reason: str) -> None:
         """See `ChannelListener.lost`: the replica's calls fail, its place stays blocked for a while.
 
         Calls that it cannot have received are routed again.
         """
-        with self._lock:
-            target = self._channels.pop(channel, None)
-            if target is None:
-                return
-            target.channel = None
-            now = time.monotonic()
-            dead = [
-                slot
-                for slot in list(self._pending.values())
-                if slot.channel is channel and self._pending.pop(slot.call_id, None) is slot
-            ]
-            target.replica_set.unreachable(target, len(dead), now)
-            self._schedule_retry(target.replica_set, UNREACHABLE_S, now)
+        dead: list[Slot] = []
+        target: Target | None = None
+        try:
+            with self._lock:
+                if self._torn:
+                    self._mend()
+                target = self._channels.get(channel)
+                if target is None:
+                    return
+                now = time.monotonic()
+                held = [slot for slot in target.holds if slot.channel is channel]
+                self._torn = True
+                pending = self._pending
+                for slot in held:
+                    call_id = slot.call_id
+                    if call_id in pending:  # else it is not sent yet, as its sender will find out
+                        del target.holds[slot], pending[call_id]
+                        dead += (slot,)
+                target.channel = None
+                target.replica_set.unreachable(target, len(dead), now)
+                self._schedule_retry(target.replica_set, UNREACHABLE_S, now)
+                del self._channels[channel]
+                self._torn = False
+            self._bury(channel, target, dead, reason)
+        except BaseException:
+            self._recover([])
+            self.lost(channel, reason)
+            self._bury(channel, target, dead, reason)
+            raise
+
+    def _bury(self, channel: Channel, target: Target | None, dead: list[Slot], reason: str) -> None:
         channel.close()
-        if not channel.opened:
-            for slot in dead:
-                self._requeue(slot, target)
+        if target is None:
             return
         fate = "it was ended on purpose" if target.gone and not target.dead else "it is being replaced"
-        for slot in dead:
-            if not slot.given_up:
+        while dead:
+            slot = dead[0]
+            if not channel.opened:
+                self._requeue(slot, slot.call_id)
+            elif not slot.given_up:
                 slot.fail(
                     self._closed
                     or ReplicaDied(
@@ -243,22 +317,27 @@ class Caller:
                         "and the call may have run: repeat it only if that is safe"
                     )
                 )
+            del dead[0]
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
-    def _send(self, slot: Slot, target: Target, *, watch: bool = True) -> None:
+    def _send(self, slot: Slot, *, watch: bool = True) -> None:
+        """Send a call to the target that it was placed on; does nothing if that was done before."""
+        target: Target = slot.target
+        channel = slot.channel
+        if slot not in target.holds or (channel is not None and self._was_sent(slot, channel)):
+            return
         call = slot.call
         if slot.given_up:  # meanwhile
-            self._withdraw(target)
+            self._withdraw(slot)
             return
-        call_id = next(self._ids)
-        channel: Channel | None = None
+        call_id = slot.call_id = next(self._ids)
         try:
             channel = target.channel or self._connect(target)
             if slot.given_up:  # opening may take long
-                self._withdraw(target)
+                self._withdraw(slot)
                 return
-            slot.send_on(channel, call_id, target)
+            slot.send_on(channel)
             self._pending[call_id] = slot
             channel.send(_new(Call, (call_id, *call[1:])))
             if watch:
@@ -266,21 +345,43 @@ class Caller:
         except ChannelClosed as error:
             self._not_sent(slot, target, call_id, channel, str(error))
         except EngineError as error:
-            if channel is None or self._pending.pop(call_id, None) is slot:
-                self._withdraw(target)
+            if slot.call_id == call_id and slot in target.holds:
+                self._withdraw(slot)
+                self._pending.pop(call_id, None)
                 slot.fail(error)
+
+    def _was_sent(self, slot: Slot, channel: Channel) -> bool:
+        if channel.awaits(slot.call_id):
+            channel.watch()
+            return True
+        self._pending.pop(slot.call_id, None)
+        slot.come_back()
+        return False
 
     def _not_sent(self, slot: Slot, target: Target, call_id: int, channel: Channel | None, reason: str) -> None:
         # What the slot says may be of a later try already: whoever reads the channel may have found it lost meanwhile,
         # taken the slot out and sent the call elsewhere. Then there is nothing left to do here but for the channel.
-        mine = channel is None or self._pending.pop(call_id, None) is slot
-        if mine:
+        mine = False
+        try:
             with self._lock:
-                target.replica_set.unreachable(target, 1, time.monotonic())
-        if channel is not None:
-            self.lost(channel, reason)
-        if mine:
-            self._requeue(slot, target)
+                if self._torn:
+                    self._mend()
+                if slot.call_id == call_id and slot in target.holds:
+                    self._torn = mine = True
+                    del target.holds[slot]
+                    target.replica_set.unreachable(target, 1, time.monotonic())
+                    self._torn = False
+            if channel is not None:
+                self.lost(channel, reason)
+            if mine:
+                self._pending.pop(call_id, None)
+                self._requeue(slot, call_id)
+        except BaseException:
+            self._recover([])
+            if mine:
+                self._pending.pop(call_id, None)
+                self._requeue(slot, call_id)
+            raise
 
     def _connect(self, target: Target) -> Channel:
         """Open a target's channel, or return the one that somebody else has opened meanwhile."""
@@ -316,79 +417,165 @@ class Caller:
             self._channels.pop(channel, None)
         return channel
 
-    def _settle(self, target: Target, answer: Reply | Failure | End, *, taken: bool) -> None:
+    def _settle(self, slot: Slot, answer: Reply | Failure | End, *, taken: bool) -> None:
         """A replica answered a call: count it out and use the room."""
-        with self._lock:
-            now = time.monotonic()
-            replica_set = target.replica_set
-            if taken:
-                replica_set.answered(target, answer.load, now)
-            elif answer.kind == FailureKind.BUSY:  # type: ignore[union-attr]
-                replica_set.handed_back(target, answer.load, now)
-            else:
-                replica_set.refused(target, answer.load, now)
-            hung_up = self._disconnect(target) if target.gone and not target.in_flight else None
-            ready = list(replica_set.next_placements(now)) if replica_set.waiting or replica_set.copies else ()
-        if hung_up is not None:
-            hung_up.close()
-        for slot, chosen in ready:
-            self._send(slot, chosen)
-
-    def _withdraw(self, target: Target) -> None:
-        """A call that was placed is not sent: use the room."""
-        with self._lock:
-            replica_set = target.replica_set
-            replica_set.withdrawn(target)
-            hung_up = self._disconnect(target) if target.gone and not target.in_flight else None
-            ready = list(replica_set.next_placements(time.monotonic()))
-        if hung_up is not None:
-            hung_up.close()
-        for slot, chosen in ready:
-            self._send(slot, chosen)
-
-    def _requeue(self, slot: Slot, target: Target) -> None:
-        """Route a call again that its replica did not take, at the place it had; and see to those behind it."""
-        replica_set = target.replica_set
-        failure: EngineError | None = None
-        with self._lock:
-            slot.come_back()
-            stays = self._router.replica_sets.get(replica_set.tag) is replica_set
-            if isinstance(slot, CopySlot):
-                if stays and self._closed is None and not replica_set.hopeless:
-                    replica_set.put_copy_back(slot)
-                    self._watch_copies(replica_set)
+        ready: list[Slot] = []
+        try:
+            with self._lock:
+                if self._torn:
+                    self._mend()
+                target: Target = slot.target
+                if slot not in target.holds:
+                    return
+                now = time.monotonic()
+                replica_set = target.replica_set
+                self._torn = True
+                del target.holds[slot]
+                if taken:
+                    replica_set.answered(target, answer.load, now)
+                elif answer.kind == FailureKind.BUSY:  # type: ignore[union-attr]
+                    replica_set.handed_back(target, answer.load, now)
                 else:
-                    replica_set.dropped_copies += 1
-                    slot.give_up()
-            elif stays and not slot.given_up:
-                failure = self._closed or replica_set.refusal()
-                if failure is None:
-                    replica_set.put_back(slot)
-            now = time.monotonic()
-            self._schedule_retry(replica_set, RETRY_S, now)
-            ready = list(replica_set.next_placements(now))
-        if failure is not None:
-            slot.fail(failure)
-        elif not stays:
-            self._route_again(slot)
-        for queued, chosen in ready:
-            self._send(queued, chosen)
+                    replica_set.refused(target, answer.load, now)
+                hung_up = self._disconnect(target) if target.gone and not target.in_flight else None
+                if replica_set.waiting or replica_set.copies:
+                    replica_set.next_placements(now, ready)
+                self._torn = False
+            if hung_up is not None:
+                hung_up.close()
+            if ready:
+                self._send_all(ready)
+        except BaseException:
+            self._recover(ready)
+            raise
+
+    def _withdraw(self, slot: Slot) -> None:
+        """A call that was placed is not sent: use the room."""
+        ready: list[Slot] = []
+        try:
+            with self._lock:
+                if self._torn:
+                    self._mend()
+                target: Target | None = slot.target
+                if target is None or slot not in target.holds:
+                    return
+                self._torn = True
+                del target.holds[slot]
+                replica_set = target.replica_set
+                replica_set.withdrawn(target)
+                hung_up = self._disconnect(target) if target.gone and not target.in_flight else None
+                replica_set.next_placements(time.monotonic(), ready)
+                self._torn = False
+            if hung_up is not None:
+                hung_up.close()
+            self._send_all(ready)
+        except BaseException:
+            self._recover(ready)
+            raise
+
+    def _requeue(self, slot: Slot, call_id: int) -> None:
+        """Route a call again that its replica did not take, at the place it had; and see to those behind it."""
+        replica_set = slot.target.replica_set
+        failure: EngineError | None = None
+        stays = True
+        ready: list[Slot] = []
+        try:
+            with self._lock:
+                if self._torn:
+                    self._mend()
+                self._torn = True
+                if slot.call_id == call_id and slot.queue is None and slot not in slot.target.holds:
+                    slot.come_back()
+                    stays = self._router.replica_sets.get(replica_set.tag) is replica_set
+                    if isinstance(slot, CopySlot):
+                        if stays and self._closed is None and not replica_set.hopeless:
+                            replica_set.put_copy_back(slot)
+                            self._watch_copies(replica_set)
+                        else:
+                            replica_set.dropped_copies += 1
+                            slot.give_up()
+                    elif stays and not slot.given_up:
+                        failure = self._closed or replica_set.refusal()
+                        if failure is None:
+                            replica_set.put_back(slot)
+                now = time.monotonic()
+                self._schedule_retry(replica_set, RETRY_S, now)
+                replica_set.next_placements(now, ready)
+                self._torn = False
+            if failure is not None:
+                slot.fail(failure)
+            elif not stays:
+                self._route_again(slot)
+            self._send_all(ready)
+        except BaseException:
+            self._recover(ready)
+            if failure is not None:
+                slot.fail(failure)
+            elif not stays:
+                self._route_again(slot)
+            raise
 
     def _route_again(self, slot: Slot) -> None:
-        if not slot.given_up:
+        target: Target | None = slot.target
+        if not slot.given_up and slot.queue is None and (target is None or slot not in target.holds):
             slot.come_back()
             self.submit(slot, again=True)
 
+    def _send_all(self, placed: list[Slot]) -> None:
+        for slot in placed:
+            self._send(slot)
+
+    # -- after an exception that struck ---------------------------------------------------------------------------
+
+    def _mend(self) -> None:
+        """Make anew what whoever was struck under the lock has torn. Called under it."""
+        for replica_set in self._router.replica_sets.values():
+            replica_set.mend()
+        for target in self._channels.values():
+            target.in_flight = len(target.holds)  # also of those that have left
+        self._torn = False
+
+    def _recover(self, placed: list[Slot]) -> None:
+        """Do what the thread that was struck would have done for the calls of others."""
+        hung_up: list[Channel] = []
+        with self._lock:
+            now = time.monotonic()
+            if self._torn:
+                self._mend()
+            for replica_set in self._router.replica_sets.values():
+                replica_set.next_placements(now, placed)
+                self._schedule_retry(replica_set, RETRY_S, now)
+                self._watch_copies(replica_set)
+            for target in list(self._channels.values()):
+                if target.gone and not target.in_flight and target.channel is not None:
+                    hung_up.append(target.channel)
+                    self._disconnect(target)
+        for channel in hung_up:
+            channel.close()
+        self._send_all(placed)
+
     def _submit_copy(self, call: Call, replica_set: ReplicaSet) -> None:
         copy = CopySlot(call=call)
-        with self._lock:
-            if self._closed is not None:
-                return
-            target = replica_set.place_copy(copy, time.monotonic())
-            if target is None:
-                self._watch_copies(replica_set)
-        if target is not None:
-            self._send(copy, target)
+        try:
+            with self._lock:
+                if self._torn:
+                    self._mend()
+                if self._closed is not None:
+                    return
+                self._torn = True
+                target = replica_set.place_copy(copy, time.monotonic())
+                if target is None:
+                    self._watch_copies(replica_set)
+                else:
+                    copy.target = target
+                    target.holds[copy] = None
+                self._torn = False
+            if target is not None:
+                self._send(copy)
+        except BaseException:
+            self._recover([])
+            self._abandon(copy)
+            raise
 
     def _watch_copies(self, replica_set: ReplicaSet) -> None:
         """See to it that copies which wait go on, or are dropped, also if nothing else happens here."""
@@ -397,14 +584,16 @@ class Caller:
             self.home.call_later(_COPIES_RETRY_S, self._retry_copies, replica_set)
 
     def _retry_copies(self, replica_set: ReplicaSet) -> None:
+        ready: list[Slot] = []
         with self._lock:
+            if self._torn:
+                self._mend()
             replica_set.copies_watched = False
             now = time.monotonic()
             replica_set.drop_late_copies(now)
-            ready = list(replica_set.next_placements(now))
+            replica_set.next_placements(now, ready)
             self._watch_copies(replica_set)
-        for slot, target in ready:
-            self._send(slot, target)
+        self._send_all(ready)
 
     def _schedule_retry(self, replica_set: ReplicaSet, delay_s: float, now: float) -> None:
         worthwhile = replica_set.waiting and replica_set.some_blocked(now)
@@ -413,10 +602,12 @@ class Caller:
             self.home.call_later(delay_s, self._retry, replica_set)
 
     def _retry(self, replica_set: ReplicaSet) -> None:
+        ready: list[Slot] = []
         with self._lock:
+            if self._torn:
+                self._mend()
             replica_set.retry_scheduled = False
             now = time.monotonic()
-            ready = list(replica_set.next_placements(now))
+            replica_set.next_placements(now, ready)
             self._schedule_retry(replica_set, RETRY_S, now)
-        for slot, target in ready:
-            self._send(slot, target)
+        self._send_all(ready)

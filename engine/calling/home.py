@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
+import queue
 import threading
 import time
 from collections.abc import Callable
@@ -81,7 +83,9 @@ class ThreadHome:
 
     def __init__(self, name: str = "engine-timers") -> None:
         self._name = name
-        self._changed = threading.Condition()  # guards the rest
+        self._lock = threading.Lock()  # guards the rest
+        # Not a condition: a signal handler that raises in one, which is made in Python, can leave its lock locked.
+        self._wakes: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._heap: list[tuple[float, int, _Entry]] = []
         self._order = itertools.count()
         self._sweep_at = _SWEEP_FROM  # entries: then the cancelled ones are dropped
@@ -95,39 +99,53 @@ class ThreadHome:
     def call_later(self, delay_s: float, function: Callable[..., object], *args: Any) -> Timer:
         """See `Home.call_later`."""
         entry = _Entry(function, args)
-        with self._changed:
-            if self._closed:
-                return entry
-            if len(self._heap) >= self._sweep_at:
-                self._heap = [item for item in self._heap if item[2].function is not None]
-                heapq.heapify(self._heap)
-                self._sweep_at = max(_SWEEP_FROM, 2 * len(self._heap))
-            heapq.heappush(self._heap, (time.monotonic() + delay_s, next(self._order), entry))
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-                self._thread.start()
-            elif self._heap[0][2] is entry:
-                self._changed.notify()
+        try:
+            with self._lock:
+                if self._closed:
+                    return entry
+                if len(self._heap) >= self._sweep_at:
+                    self._heap = [item for item in self._heap if item[2].function is not None]
+                    heapq.heapify(self._heap)
+                    self._sweep_at = max(_SWEEP_FROM, 2 * len(self._heap))
+                heapq.heappush(self._heap, (time.monotonic() + delay_s, next(self._order), entry))
+                first = self._heap[0][2] is entry
+                if self._thread is None:
+                    thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                    thread.start()
+                    self._thread = thread
+            if first:
+                self._wakes.put(None)
+        except BaseException:
+            self._wakes.put(None)
+            raise
         return entry
 
     def close(self) -> None:
         """End the thread; no timer fires any more (idempotent)."""
-        with self._changed:
+        with self._lock:
             self._closed = True
             self._heap.clear()
-            self._changed.notify()
             thread = self._thread
+        self._wakes.put(None)
         if thread is not None and thread is not threading.current_thread():
             thread.join(_JOIN_S)
 
     def _run(self) -> None:
         while True:
-            with self._changed:
-                while not self._heap or self._heap[0][0] > time.monotonic():
-                    if self._closed:
-                        return
-                    self._changed.wait(self._heap[0][0] - time.monotonic() if self._heap else None)
-                _, _, entry = heapq.heappop(self._heap)
+            entry: _Entry | None = None
+            wait_s: float | None = None
+            with self._lock:
+                if self._closed:
+                    self._wakes.put(None)  # for another one, if a signal handler struck while this one was started
+                    return
+                if self._heap:
+                    wait_s = self._heap[0][0] - time.monotonic()
+                    if wait_s <= 0:
+                        _, _, entry = heapq.heappop(self._heap)
+            if entry is None:
+                with contextlib.suppress(queue.Empty):
+                    self._wakes.get(timeout=wait_s)
+                continue
             function = entry.function
             if function is not None:
                 try:

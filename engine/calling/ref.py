@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
+from queue import Empty, SimpleQueue
+from types import BuiltinFunctionType
 from typing import TYPE_CHECKING, Any, Generic
 
 from ..config import LONGEST_S
@@ -14,7 +15,7 @@ from ..seam.may_block import check_may_block
 from ..seam.messages import Call, End, Failure, Item, Reply
 from .answers import deadline_error, open_answer, settled
 from .caller import Caller
-from .slot import NO_CALL, Slot
+from .slot import Slot
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -80,10 +81,15 @@ class Ref(Slot, Generic[T_co]):
         """
         if not self.done():
             self._check_may_wait()
-            ready = threading.Event()
-            self.add_done_callback(lambda _: ready.set())
-            if not ready.wait(None if timeout is None else min(timeout, LONGEST_S)):
-                raise DeadlineExceeded(f"the result of {self.endpoint!r} did not come within timeout={timeout:g} s")
+            # Not an event: a signal handler that raises in one, which is made in Python, can leave its lock locked.
+            ready: SimpleQueue[Ref] = SimpleQueue()
+            self.add_done_callback(ready.put)
+            try:
+                ready.get(timeout=None if timeout is None else min(max(0.0, timeout), LONGEST_S))
+            except Empty:
+                raise DeadlineExceeded(
+                    f"the result of {self.endpoint!r} did not come within timeout={timeout:g} s"
+                ) from None
         return self._open()
 
     def _check_may_wait(self) -> None:
@@ -104,7 +110,7 @@ class Ref(Slot, Generic[T_co]):
             try:
                 result = ref._open()
             except BaseException as error:
-                future.set_exception(error.with_traceback(None))  # which knows this frame, and so the future
+                future.set_exception(error)
             else:
                 future.set_result(result)
 
@@ -160,51 +166,53 @@ class Ref(Slot, Generic[T_co]):
 
     def _settle(self, message: Any, error: BaseException | None) -> None:
         """Take the first outcome; one that comes later (an answer after the deadline, say) changes nothing."""
-        with self._lock:
-            callbacks = self._callbacks
-            if callbacks is None:
-                return
-            self._message, self._error = message, error
-            self._callbacks = None
-            self.call = NO_CALL  # its arguments may be large
-        timer, self._timer = self._timer, None
-        if timer is not None:
-            timer.cancel()
+        due: list[Callable[[Ref], None]] = []
+        try:
+            with self._lock:
+                if self._callbacks is None:
+                    return
+                self._message, self._error = message, error
+                due = self._callbacks
+                self._callbacks = None
+            timer, self._timer = self._timer, None
+            if timer is not None:
+                timer.cancel()
+            self._call_back(due)
+        except BaseException:  # an interrupt, which may have come between: those who wait are told all the same
+            self._call_back(due)
+            raise
+
+    def _call_back(self, due: list[Callable[[Ref], None]]) -> None:
         interrupt: BaseException | None = None
-        for callback in callbacks:
+        while due:
+            callback = due[0]
             try:
                 callback(self)
             except BaseException as raised:  # it must not stop whoever brings the other answers
                 from ..seam.log import Log, must_go_on
 
-                if must_go_on(raised):
+                # What is not made in Python does not fail here: a signal handler raised, which is for this thread.
+                if must_go_on(raised) and not isinstance(callback, BuiltinFunctionType):
                     Log("engine.ref").exception("a callback of %r failed", self)
                 else:
                     interrupt = interrupt or raised
+            del due[0]
         if interrupt is not None:
             raise interrupt
 
     def _open(self) -> T_co:
-        # An error is made anew each time. It will know all frames it passes, and they know the ref: if that knew the
-        # error, they would keep each other in memory.
         if self._error is not None:
-            raise _anew(self._error)
+            raise self._error
         if not self._opened:
-            self._value = open_answer(self._message)
-            self._message = None
+            try:
+                self._value = open_answer(self._message)
+            except BaseException as error:
+                self._error = error
+                raise
+            finally:
+                self._message = None
             self._opened = True
         return self._value  # type: ignore[no-any-return]
-
-
-def _anew(error: BaseException) -> BaseException:
-    try:
-        another = copy.copy(error)
-        if type(another) is type(error) and str(another) == str(error):
-            another.__cause__ = error.__cause__
-            return another
-    except Exception:  # one of user code that cannot be copied
-        pass
-    return error
 
 
 def get(refs: Any, timeout: float | None = None, platform: PlatformRefs | None = None) -> Any:
@@ -253,17 +261,19 @@ def wait(
         return platform.wait(checked, num_returns, timeout)
     if len(own) < len(checked):
         raise InvalidArgument("refs must all be of one engine: wait for those of each engine by a call of its own")
-    missing = threading.Semaphore(0)
+    settled: SimpleQueue[Ref] = SimpleQueue()
     if sum(ref.done() for ref in own) < num_returns:
         for ref in own:
             if not ref.done():
                 ref._check_may_wait()
         deadline = None if timeout is None else time.monotonic() + timeout
         for ref in own:
-            ref.add_done_callback(lambda _: missing.release())
+            ref.add_done_callback(settled.put)
         for _ in range(num_returns):
             remaining = None if deadline is None else min(max(0.0, deadline - time.monotonic()), LONGEST_S)
-            if not missing.acquire(timeout=remaining):
+            try:
+                settled.get(timeout=remaining)
+            except Empty:
                 break
     ready = [ref for ref in own if ref.done()][:num_returns]
     chosen = set(map(id, ready))

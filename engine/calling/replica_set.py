@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import random
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from ..errors import NoReplica, Overloaded
 from ..seam.channel import Channel
@@ -47,6 +47,7 @@ class Target:
         "elsewhere",
         "elsewhere_at",
         "gone",
+        "holds",
         "in_flight",
         "pool",
         "position",
@@ -60,7 +61,8 @@ class Target:
         self.address = address
         self.replica_set = replica_set
         self.channel: Channel | None = None
-        self.in_flight = 0
+        self.holds: dict[Slot, None] = {}  # what is in flight
+        self.in_flight = 0  # how many that are
         self.elsewhere = 0
         self.elsewhere_at = 0.0
         self.slow_for = 0  # its calls are long: it gets one at a time, until it has answered so many
@@ -149,6 +151,7 @@ class ReplicaSet:
         refusal = self.refusal()
         if refusal is not None:
             raise refusal
+        slot.waited = True
         self.waiting.append(slot)
         slot.wait_in(self.waiting)
         return None
@@ -190,29 +193,26 @@ class ReplicaSet:
         """Take everything from the queue."""
         self._drop_copies(self.copies)
         waiting = list(self.waiting)
-        self.waiting.clear()
         for slot in waiting:
             slot.leave_queue()
+        self.waiting.clear()
         return waiting
 
-    def next_placements(self, now: float) -> Iterator[tuple[Slot, Target]]:
-        """Take from the queue what can be placed now, in order."""
-        while self.waiting:
+    def next_placements(self, now: float, placed: list[Slot]) -> None:
+        """Take from the queue what can be placed now, in order, and add it to ``placed``."""
+        while queue := self.waiting or self._timely_copies(now):
             target = self.take(now)
             if target is None:
                 return
-            slot = self.waiting.popleft()
-            slot.leave_queue()
-            yield slot, target
-        while self.copies:
-            target = self.take(now)
-            if target is None:
-                return
-            copy = self._next_copy(now)
-            if copy is None:
-                self.withdrawn(target)
-                return
-            yield copy, target
+            slot = queue[0]
+            # No signal handler runs between these: there is no call.
+            slot.queue = None
+            slot.target = target
+            target.holds[slot] = None
+            placed += (slot,)
+            del queue[0]
+            if queue is self.copies:
+                self._copy_bytes -= _size(slot)
 
     def take(self, now: float) -> Target | None:
         """Choose a replica and count one more call there."""
@@ -236,6 +236,7 @@ class ReplicaSet:
         if self.hopeless or len(self.copies) >= most or self._copy_bytes + _size(copy) > _MAX_COPY_BYTES:
             self.dropped_copies += 1
         else:
+            copy.waited = True
             self._copy_bytes += _size(copy)
             self.copies.append(copy)
         return None
@@ -249,20 +250,29 @@ class ReplicaSet:
         """Drop those whose deadline has passed, or that have waited for long."""
         self._drop_copies([copy for copy in self.copies if _is_late(copy, now)])
 
-    def _next_copy(self, now: float) -> Slot | None:
-        while self.copies:
-            copy = self.copies.popleft()
-            self._copy_bytes -= _size(copy)
-            if not _is_late(copy, now):
-                return copy
+    def _timely_copies(self, now: float) -> deque[Slot]:
+        while self.copies and _is_late(self.copies[0], now):
+            self._copy_bytes -= _size(self.copies.popleft())
             self.dropped_copies += 1
-        return None
+        return self.copies
 
     def _drop_copies(self, late: Iterable[Slot]) -> None:
         dropped = set(late)
         self.dropped_copies += len(dropped)
         self.copies = deque(copy for copy in self.copies if copy not in dropped)
         self._copy_bytes = sum(map(_size, self.copies))
+
+    def mend(self) -> None:
+        """After an exception that struck in any of these methods: make anew what it may have torn."""
+        self._idle, self._roomy, self._resting, self._rested_at = [], [], {}, math.inf
+        for target in self.targets.values():
+            target.in_flight = len(target.holds)
+            target.pool = None
+            self._file(target)
+        for slot in self.waiting:
+            slot.wait_in(self.waiting)
+        self._copy_bytes = sum(map(_size, self.copies))
+        self.retry_scheduled = self.copies_watched = False
 
     # -- what becomes of calls that were placed ------------------------------------------------------------------------
 
@@ -385,6 +395,7 @@ def _put_in_order(queue: deque[Slot], slot: Slot) -> None:
         if waiting.since > slot.since:
             break
         earlier += 1
+    slot.waited = True
     queue.insert(earlier, slot)
     slot.wait_in(queue)
 

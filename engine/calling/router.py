@@ -40,24 +40,32 @@ class Router:
     def __repr__(self) -> str:
         return f"<Router version={self.snapshot.version} {list(self.replica_sets.values())}>"
 
-    def apply(self, snapshot: RoutingSnapshot) -> tuple[list[Target], list[Slot]]:
-        """Replace the picture by a newer one.
+    def apply(
+        self, snapshot: RoutingSnapshot, left: list[Target] | None = None, homeless: list[Slot] | None = None
+    ) -> tuple[list[Target], list[Slot]]:
+        """Replace the picture by a newer one. Should a signal handler raise in its midst, it can be done again.
+
+        Args:
+            snapshot: The newer one.
+            left: Filled with the targets that left the picture.
+            homeless: Filled with the queued calls whose backend left it or has no replica to wait for (to be routed
+                again).
 
         Returns:
-            The targets that left it, and the queued calls whose backend left it or has no replica to wait for (to be
-            routed again).
+            ``left`` and ``homeless``.
         """
+        left = [] if left is None else left
+        homeless = [] if homeless is None else homeless
         if snapshot.version <= self.snapshot.version:
-            return [], []
-        self.snapshot = snapshot
-        left: list[Target] = []
-        homeless: list[Slot] = []
+            return left, homeless
         for tag in [tag for tag in self.replica_sets if tag not in snapshot.backends]:
-            removed = self.replica_sets.pop(tag)
-            homeless += removed.give_up_waiting()
+            removed = self.replica_sets[tag]
+            homeless += removed.waiting
+            removed.give_up_waiting()
             left += removed.targets.values()
             for target in removed.targets.values():
                 removed.leave(target)
+            del self.replica_sets[tag]
         for tag, entry in snapshot.backends.items():
             replica_set = self.replica_sets.get(tag)
             if replica_set is None:
@@ -65,8 +73,10 @@ class Router:
             else:
                 left += replica_set.apply(entry)
                 if replica_set.hopeless:
-                    homeless += replica_set.give_up_waiting()
+                    homeless += replica_set.waiting
+                    replica_set.give_up_waiting()
         self.endpoints = {name: self._endpoint(entry) for name, entry in snapshot.endpoints.items()}
+        self.snapshot = snapshot
         return left, homeless
 
     def route(self, name: str, shard_key: str | None) -> tuple[ReplicaSet, Endpoint]:

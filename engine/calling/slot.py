@@ -9,9 +9,9 @@ from ..errors import EngineError
 from ..seam.channel import Channel
 from ..seam.messages import Call, End, Failure, Item, Reply
 
-__all__ = ["NO_CALL", "Slot", "Submitter"]
+__all__ = ["Slot", "Submitter"]
 
-NO_CALL: Final = Call(0, 0, "", None, "", b"", b"")
+_NO_CALL: Final = Call(0, 0, "", None, "", b"", b"")
 """Also in the place of a call that was given up: its arguments may be large, and its answer may take long."""
 
 
@@ -21,7 +21,7 @@ class Slot:
     Each slot gets either one `Reply`, `Failure` or error, or any number of `Item` and one `End`; then nothing more.
     Meanwhile its call goes these ways, which only its caller takes it:
 
-        submitted ──► wait_in(queue) ──► leave_queue ──► send_on(channel) ──► answered
+        submitted ──► wait_in(queue) ──► (a target) ──► send_on(channel) ──► answered
                           ▲                                   │
                           └──────────── come_back ◄───────────┘  (refused, or never received)
 
@@ -33,12 +33,23 @@ class Slot:
         shard_key: Calls with equal keys go to the same backend.
     """
 
-    __slots__ = ("call", "call_id", "channel", "endpoint", "given_up", "queue", "shard_key", "since", "target")
+    __slots__ = (
+        "call",
+        "call_id",
+        "channel",
+        "endpoint",
+        "given_up",
+        "queue",
+        "shard_key",
+        "since",
+        "target",
+        "waited",
+    )
 
     drives = False
     """Whether the thread that submits the call will drive its channel itself."""
 
-    def __init__(self, endpoint: str = "", call: Call = NO_CALL, shard_key: str | None = None) -> None:
+    def __init__(self, endpoint: str = "", call: Call = _NO_CALL, shard_key: str | None = None) -> None:
         self.endpoint = endpoint
         self.call = call
         self.shard_key = shard_key
@@ -47,7 +58,8 @@ class Slot:
         # Where the call is now. Only the caller touches these: the queue under its lock.
         self.call_id = 0
         self.queue: deque[Slot] | None = None
-        self.target: Any = None  # a `engine.calling.replica_set.Target`
+        self.waited = False  # in a queue, ever: whoever takes it from there sends it
+        self.target: Any = None  # the `engine.calling.replica_set.Target` it was placed on last
         self.channel: Channel | None = None
 
     # -- the way of its call -------------------------------------------------------------------------------------------
@@ -57,25 +69,24 @@ class Slot:
         self.queue = queue
 
     def leave_queue(self) -> None:
-        """The call was taken out of its queue."""
+        """The call was taken out of its queue, and goes nowhere yet."""
         self.queue = None
 
-    def send_on(self, channel: Channel, call_id: int, target: Any) -> None:
-        """The call is about to be sent, under this number."""
-        self.call_id = call_id
-        self.target = target
+    def send_on(self, channel: Channel) -> None:
+        """The call is about to be sent."""
         self.channel = channel
 
     def come_back(self) -> None:
         """The replica did not take the call."""
-        self.target = self.channel = None
+        self.channel = None
 
     def give_up(self) -> None:
         """Nobody waits for the answer any more."""
         self.given_up = True
-        self.call = NO_CALL
+        self.call = _NO_CALL
         if self.queue is not None:
-            self.queue.remove(self)
+            if self in self.queue:
+                self.queue.remove(self)
             self.queue = None
 
     # -- the answer ----------------------------------------------------------------------------------------------------

@@ -52,9 +52,8 @@ class Watch:
     def stop(self) -> None:
         """Watch no longer (idempotent)."""
         self.deadline_met()
-        task, self._task = self._task, None  # it knows this watch, too: neither keeps the request in memory
-        if task is not None:
-            task.cancel()
+        if self._task is not None:
+            self._task.cancel()
 
     async def _pump(self) -> None:
         # a server may hand the client's leaving through the same queue as the body: it must be emptied

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextvars
 import inspect
-import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..calling.connectors import register_connector
-from ..seam.control_messages import Drained, Started, StartFailed
+from ..seam.control_messages import Drained, StartFailed
 from ..seam.serialization import loads_during_imports, pack_exception_briefly
 from ..seam.worker import WorkerHost
 from ..seam.workplace import Surrounding, enter_engine
@@ -29,7 +28,6 @@ _Definition: TypeAlias = tuple[Any, tuple[Any, ...], dict[str, Any]]
 
 def main(host: WorkerHost, payload: bytes) -> None:
     """Run one replica (`engine.seam.worker.WorkerSpec.entry`)."""
-    host.tell(Started(os.getpid()))
     try:
         spec: ReplicaSpec = loads_during_imports(payload)
         if not spec.shares_process:

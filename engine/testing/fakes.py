@@ -85,7 +85,7 @@ class FakeChannel:
         self.listener = listener
         self.on_loop = on_loop
         self.sent: list[Any] = []
-        self.unanswered: set[int] = set()
+        self.unanswered: dict[int, None] = {}
         self.watched = 0
         self.opened = True
         self.closed = False
@@ -102,9 +102,9 @@ class FakeChannel:
             raise error
         if self.closed:
             raise ChannelClosed("the channel is closed")
-        self.sent.append(message)
         if isinstance(message, Call):
-            self.unanswered.add(message.id)
+            self.unanswered[message.id] = None
+        self.sent += (message,)  # with no call in between, at which a signal handler could strike
         if self.on_send is not None:
             self.on_send(message)
 
@@ -131,7 +131,7 @@ class FakeChannel:
         assert self.listener is not None
         self.listener.received(self, message)
         if isinstance(message, (Reply, Failure, End)):
-            self.unanswered.discard(message.id)
+            self.unanswered.pop(message.id, None)
 
     def break_off(self, reason: str = "the peer closed the connection") -> None:
         """Let the peer die."""

@@ -8,6 +8,7 @@ or in any that it calls.
 from __future__ import annotations
 
 import dis
+import inspect
 import sys
 from collections.abc import Callable
 from types import CodeType, FrameType
@@ -16,6 +17,7 @@ from typing import Any
 __all__ = ["struck"]
 
 _CALLS = ("CALL", "JUMP_BACKWARD", "JUMP_ABSOLUTE", "POP_JUMP_BACKWARD")
+_RESUMABLE = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 _NOT_CALLS = ("CALL_INTRINSIC", "JUMP_BACKWARD_NO_INTERRUPT")
 _CHECKS: frozenset[int] = frozenset(
     number
@@ -35,7 +37,8 @@ class _Strike:
         """Trace a function that begins, or a generator that goes on."""
         frame.f_trace_opcodes = True
         frame.f_trace_lines = False
-        self._pass(frame)
+        if not frame.f_code.co_flags & _RESUMABLE:  # else it may be going on to be closed, which nothing interrupts
+            self._pass(frame)
         code = _opcodes(frame.f_code)
         before = -1
 

@@ -1,0 +1,118 @@
+"""Signal handlers of the application that raise, at every place where Python runs them and at any time.
+
+`test_wire_channel.py` and `test_caller.py` look closer at what they can tear.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from engine import Engine, Handle
+from engine.testing.instruments import Footprint, eventually
+from engine.testing.strikes import struck
+
+
+def double(request: object) -> int:
+    return request.data * 2  # type: ignore[attr-defined, no-any-return]
+
+
+@pytest.fixture
+def engine(leaves_nothing: Footprint) -> Iterator[Engine]:
+    with Engine(backend="local") as engine:
+        engine.create_backend("double", double)
+        engine.create_endpoint("double", backend="double")
+        yield engine
+
+
+@pytest.mark.parametrize("how", ["call", "remote"])
+def test_no_strike_in_a_call_harms_another(engine: Engine, how: str) -> None:
+    handle: Handle[int] = engine.get_handle("double")
+    replicas = engine.statistics()["backends"]["double"]["replicas"]
+
+    def call() -> None:
+        if how == "call":
+            handle.call(1)
+        else:
+            handle.remote(1).result(20)
+
+    call()
+    for place in range(2000):
+        other = handle.remote(2)
+        where = struck(call, place, TimeoutError("struck") if place % 2 else KeyboardInterrupt("struck"))
+        assert other.result(20) == 4, where
+        assert handle.call(3) == 6, where
+        if not where:
+            break
+    assert 20 < place < 1999
+    eventually(lambda: engine.statistics()["backends"]["double"]["in_flight"] == 0)
+    assert engine.statistics()["backends"]["double"]["replicas"] == replicas
+
+
+_ALARMS = """
+import random, signal, sys, threading
+from engine import Engine
+
+def double(request):
+    return request.data * 2
+
+class Alarm(Exception):
+    pass
+
+def on_alarm(*_):
+    raise Alarm
+
+with Engine(backend="local") as engine:
+    engine.create_backend("double", double, config={"num_replicas": 2})
+    engine.create_endpoint("double", backend="double")
+    handle = engine.get_handle("double")
+    handle.call(0)
+    replicas = engine.statistics()["backends"]["double"]["replicas"]
+    stop, wrong = threading.Event(), []
+
+    def others():
+        number = 0
+        while not stop.is_set():
+            number += 1
+            try:
+                if handle.call(number) != 2 * number or handle.remote(number).result(20) != 2 * number:
+                    wrong.append(number)
+            except BaseException as error:
+                wrong.append(error)
+                return
+
+    threads = [threading.Thread(target=others) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    signal.signal(signal.SIGALRM, on_alarm)
+    struck = 0
+    for number in range(int(sys.argv[1])):
+        try:
+            try:
+                signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-6, 4e-4))
+                answer = handle.call(number) if number % 2 else handle.remote(number).result(20)
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            assert answer == 2 * number, answer
+        except Alarm:
+            struck += 1
+    stop.set()
+    for thread in threads:
+        thread.join(20)
+    assert not any(thread.is_alive() for thread in threads), "a call hangs"
+    assert not wrong, wrong[:3]
+    assert [handle.call(number) for number in range(50)] == [2 * number for number in range(50)]
+    backend = engine.statistics()["backends"]["double"]
+    assert backend["replicas"] == replicas and not backend["in_flight"] and not backend["queued"], backend
+    assert struck, "no alarm ever went off in a call"
+"""
+
+
+def test_alarms_at_any_time_leave_every_call_answered() -> None:
+    """Real signals, at random, in a program whose other threads call as well."""
+    done = subprocess.run([sys.executable, "-c", _ALARMS, "500"], timeout=60, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
