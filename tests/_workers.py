@@ -19,6 +19,7 @@ from engine.seam.event_loop import close_event_loop, new_event_loop
 from engine.seam.messages import Call, Message, Reply
 from engine.seam.service import Service, ServiceLoop
 from engine.seam.worker import WorkerHost
+from engine_local import leaving
 
 IMPORTED_BY = os.getpid()
 
@@ -251,6 +252,17 @@ def fork_a_child(host: WorkerHost, leave: str) -> None:
     os.read(ready, 1)
     answer(host, pid)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def leave_a_thread(host: WorkerHost, leave: str) -> None:
+    """End the entry function while a thread lasts."""
+
+    def last() -> None:
+        while not os.path.exists(leave):
+            time.sleep(0.005)
+
+    leaving._PATIENCE_S = 0.0
+    threading.Thread(target=last, name="lasting").start()
 
 
 def register_atexit(host: WorkerHost) -> None:

@@ -225,7 +225,7 @@ class Pooled:
         self.subprocess = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
 
     def __call__(self, request):
-        return os.getpid(), self.pool.submit(os.getpid).result(), self.subprocess.pid
+        return os.getpid(), self.pool.submit(os.getpid).result(), self.subprocess.pid, os.getppid()
 
 engine = Engine(backend='local', http_options={'location': None})
 engine.create_backend('b', Pooled)
@@ -237,15 +237,16 @@ sys.stdin.readline()
 """
 
 
-@pytest.mark.parametrize("dies", ["program", "replica"])
+@pytest.mark.parametrize("dies", ["program", "replica", "fork server"])
 def test_what_a_replica_has_started_ends_with_it(dies):
     """Also if it is killed, or all of the engine is: the pool would wait for ever."""
     with subprocess.Popen(
         [sys.executable, "-c", POOLED], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as program:
         pids = [int(pid) for pid in program.stdout.readline().split()]
-        assert len(pids) == 3
-        os.kill(program.pid if dies == "program" else pids[0], signal.SIGKILL)
+        assert len(pids) == 4
+        server = pids.pop()
+        os.kill({"program": program.pid, "replica": pids[0], "fork server": server}[dies], signal.SIGKILL)
         eventually(lambda: not any(map(is_running, pids)))
         program.communicate("go on\n", timeout=30)
 

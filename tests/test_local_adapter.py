@@ -336,6 +336,17 @@ async def test_atexit_functions_run_at_a_regular_end(adapter: LocalAdapter, reco
     assert await recorder.exit("w") == "exited"
 
 
+async def test_a_worker_says_which_threads_it_waits_for(
+    adapter: LocalAdapter, recorder: Recorder, tmp_path: Path
+) -> None:
+    leave = tmp_path / "leave"
+    await adapter.start_worker(spec("w", _workers.leave_a_thread, str(leave)))
+    await recorder.until(lambda: recorder.lines("w"))
+    assert recorder.lines("w") == [("engine.local", "the worker waits for threads that are no daemons: lasting")]
+    leave.touch()
+    assert await recorder.exit("w") == "exited"
+
+
 async def test_a_child_that_user_code_forked_delays_nothing(
     adapter: LocalAdapter, recorder: Recorder, tmp_path: Path
 ) -> None:

@@ -93,9 +93,10 @@ class ForkServer:
         from collections import deque
 
         from .orders import Frames
-        from .process import name_process
+        from .process import adopt_orphans, name_process
 
         gc.disable()  # nothing here makes cycles worth collecting, and a collection would unshare pages
+        adopt_orphans()  # and bury them: the init process of a container often does not
         _import_if_possible("setproctitle")  # names processes in full, for those who have installed it
         name_process("engine-forks")
         self._sock = socket.socket(fileno=self._descriptor)
@@ -211,7 +212,7 @@ class ForkServer:
                 return
             if pid == 0:
                 return
-            if pid in self._workers:  # else a child of a preloaded module
+            if pid in self._workers:  # else a child of a preloaded module, or an orphan
                 self._bury(pid, status)
 
     def _bury(self, pid: int, status: int) -> None:

@@ -9,11 +9,20 @@ import os
 import sys
 from typing import Any
 
-__all__ = ["describe_exit", "die_with_parent", "flush_c_streams", "kill_group", "name_process", "short_name"]
+__all__ = [
+    "adopt_orphans",
+    "describe_exit",
+    "die_with_parent",
+    "flush_c_streams",
+    "kill_group",
+    "name_process",
+    "short_name",
+]
 
 _SIGKILL = 9
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
+_PR_SET_CHILD_SUBREAPER = 36
 _NAME_SIZE = 15  # bytes that the kernel keeps
 
 
@@ -31,6 +40,12 @@ def die_with_parent(parent: int, by: int = _SIGKILL) -> None:
         _libc().prctl(_PR_SET_PDEATHSIG, by, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)
+
+
+def adopt_orphans() -> None:
+    """Be the parent of all that descends from this process and loses its own (Linux), instead of the init process."""
+    if sys.platform == "linux":
+        _libc().prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def kill_group(pid: int) -> None:

@@ -22,6 +22,7 @@ from .launcher import Launcher
 from .life import Stage, describe_end
 from .orders import Exited, Forked, ForkFailed
 from .output import LineReader
+from .process import kill_group
 
 __all__ = ["WatchedWorker"]
 
@@ -162,6 +163,7 @@ class WatchedWorker:
         self._channel.close()
         self._path.unlink(missing_ok=True)
         if server is not None and self._pid is not None:
+            kill_group(self._pid)
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(self._pid, os.WNOHANG)  # it has become this process's child if that adopts orphans
         self._ended(self, reason)

@@ -153,6 +153,13 @@ def test_close_is_called_once_and_then_the_object_goes(serve, engine, journal, b
     assert journal.lines() == ["close", "del"] * 2
 
 
+def test_close_is_called_when_the_engine_shuts_down(adapter, journal):
+    with adapter.engine() as engine:
+        engine.create_backend("b", Plain, journal)
+        engine.create_backend("a", OnLoop, journal)
+    assert sorted(journal.lines()) == ["close", "close", "del", "del"]
+
+
 def test_close_comes_after_what_runs(serve, engine, journal, gate):
     class Backend(Plain):
         def __call__(self, request):
