@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -24,6 +25,8 @@ __all__ = [
 F = TypeVar("F", bound=Callable[..., Any])
 
 _MARK = "_engine_accept_batch"
+_LONGEST_COLLECTION_S = 1.0  # user code runs in it, and may never return
+_collecting = threading.Lock()
 LIFECYCLE = frozenset({"close", "reconfigure"})
 """Methods that the engine calls, and no client can."""
 
@@ -121,6 +124,18 @@ def _is_async(function: Any) -> bool:
     return inspect.iscoroutinefunction(call) or inspect.isasyncgenfunction(call)
 
 
+def _collect() -> None:
+    """Run the collector, which does nothing while another thread runs it, say for another replica of this process."""
+    import gc
+
+    alone = _collecting.acquire(timeout=_LONGEST_COLLECTION_S)
+    try:
+        gc.collect()
+    finally:
+        if alone:
+            _collecting.release()
+
+
 class Method:
     """One callable of a backend.
 
@@ -207,9 +222,7 @@ class UserCallable:
         self._methods.clear()
         self.subject = None
         if has_finalizer:
-            import gc
-
-            gc.collect()  # it may hold itself, by a bound method among its attributes for one
+            _collect()  # it may hold itself, by a bound method among its attributes for one
 
     def _find(self, name: str) -> Callable[..., Any]:
         if not self._has_methods:
