@@ -40,6 +40,7 @@ from .errors import EndpointNotFound, EngineClosed, InvalidArgument
 from .seam.adapter import Adapter, lacking
 from .seam.connector import PlatformRefs
 from .seam.detached import Detachable, RemoteController
+from .seam.importable import note_modules
 from .seam.may_block import check_may_block, check_not_own_thread
 from .seam.plugins import load_adapter
 from .seam.resources import resources_of
@@ -466,6 +467,7 @@ class Engine:
         if not missing_ok and name not in self._client.snapshot.endpoints:
             names = ", ".join(map(repr, self._client.snapshot.endpoints)) or "none"
             raise EndpointNotFound(f"there is no endpoint {name!r}; the endpoints are: {names}")
+        note_modules()
         handle = make_handle(self._id, self._adapter.name, self._adapter.control_address, name, sync=sync)
         return handle.bound_to(self._client)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..config import BackendConfig
 from ..errors import InvalidArgument, NotSerializable
+from ..seam.importable import note_modules
 from ..seam.resources import Resources
 from ..seam.serialization import dumps, dumps_by_value
 
@@ -19,6 +20,7 @@ def pack_definition(tag: str, func_or_class: Any, init_args: tuple[Any, ...], in
     Raises:
         NotSerializable: A part of it cannot be pickled; the message says which.
     """
+    note_modules()
     try:
         return dumps_by_value((func_or_class, init_args, init_kwargs), f"backend {tag!r}")
     except NotSerializable:

@@ -2,7 +2,8 @@
 
 The plain pickler is several times faster than cloudpickle but stores classes and functions by reference, which fails
 for those of ``__main__``: another process has another ``__main__``. So whatever the plain pickler refuses, and whatever
-mentions ``__main__``, goes to cloudpickle, which stores such things by value.
+mentions ``__main__`` or a module that cannot be imported by its name, goes to cloudpickle, which stores such things by
+value (`engine.seam.by_value`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any, ClassVar, NamedTuple
 from ..errors import EngineError, NotSerializable, RemoteError, RemoteTraceback
 from .descriptors import is_shortage, shortage
 from .error_text import message_of, shortened, summary_of, traceback_of, type_name_of
+from .importable import marks_of_unimportable
 
 __all__ = [
     "dumps",
@@ -41,7 +43,7 @@ loads = pickle.loads
 def _find(module: str, name: str, usually: Callable[[str, str], Any]) -> Any:
     if not getattr(getattr(sys.modules.get(module), "__spec__", None), "_initializing", False):
         return usually(module, name)
-    from .by_value import find_global
+    from .rebuilding import find_global
 
     return find_global(module, name)
 
@@ -63,6 +65,8 @@ def loads_during_imports(data: bytes) -> Any:
 # By name the modules that any thread is importing. The pickle module waits for those it needs, which never ends if the
 # thread that imports one waits for what is pickled: it may use an engine there.
 _imports: Mapping[str, Any] = getattr(importlib._bootstrap, "_module_locks", {})
+_marks = marks_of_unimportable
+"""What is in pickles that may not travel as they are."""
 _SIMPLE = (int, str, bytes, float, bool, type(None))
 _BRIEF_BYTES = 1 << 20
 _BRIEF_MESSAGE = 2000
@@ -84,7 +88,7 @@ def dumps(value: Any, what: str, error: type[EngineError] = NotSerializable) -> 
     try:
         # While something is imported, the plain pickler might wait for that.
         data = pickle.dumps(value, 5) if not _imports else b"__main__"
-        if b"__main__" not in data and not (_refused and any(mark in data for mark in _refused)):
+        if b"__main__" not in data and not (_marks and any(mark in data for mark in _marks)):
             return data
     except Exception:
         pass
@@ -111,7 +115,7 @@ def _by_value(value: Any) -> bytes:
     return buffer.getvalue()
 
 
-_refused: dict[bytes, tuple[type, str]] = {}  # by what pickles of the type contain
+_refused: dict[type, str] = {}
 
 
 def refuse(kind: type, why: str) -> None:
@@ -119,7 +123,8 @@ def refuse(kind: type, why: str) -> None:
 
     Concerns what the engine pickles, in this process. The error says why, and where it was, as for all that it refuses.
     """
-    _refused[kind.__name__.encode()] = kind, why
+    _refused[kind] = why
+    _marks.add(kind.__name__.encode())
     _pickler.cache_clear()
 
 
@@ -131,7 +136,7 @@ def _refusal(why: str, value: Any) -> Any:
 def _pickler() -> Any:
     from .by_value import make_pickler
 
-    return make_pickler({kind: functools.partial(_refusal, why) for kind, why in _refused.values()})
+    return make_pickler({kind: functools.partial(_refusal, why) for kind, why in _refused.items()})
 
 
 def dumps_arguments(args: tuple[Any, ...], kwargs: dict[str, Any], what: str) -> bytes:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..calling.connectors import register_connector
 from ..seam.control_messages import Drained, StartFailed
+from ..seam.rebuilding import in_main_module, in_origin
 from ..seam.serialization import loads_during_imports, pack_exception_briefly
 from ..seam.worker import WorkerHost
-from ..seam.workplace import Surrounding, enter_engine
+from ..seam.workplace import Surrounding, enter_engine, is_worker
 from .context import ReplicaContext, enter_replica
 from .replica_spec import ReplicaSpec
 from .user_callable import UserCallable, runs_on_loop
@@ -29,12 +30,12 @@ _Definition: TypeAlias = tuple[Any, tuple[Any, ...], dict[str, Any]]
 def main(host: WorkerHost, payload: bytes) -> None:
     """Run one replica (`engine.seam.worker.WorkerSpec.entry`)."""
     try:
-        spec: ReplicaSpec = loads_during_imports(payload)
+        spec: ReplicaSpec = _loads(payload, own_process=is_worker())
         if not spec.shares_process:
             # Before the first import of the user's: it may create the engine that runs this replica.
             enter_engine(Surrounding(spec.engine_id, spec.adapter_name, spec.control_address))
             register_connector(spec.engine_id, host.connector())
-        definition = loads_during_imports(spec.definition)
+        definition = _loads(spec.definition, own_process=not spec.shares_process)
         on_loop = runs_on_loop(definition[0])
         context = ReplicaContext(
             spec.engine_id, spec.backend_tag, spec.replica_tag, spec.adapter_name, spec.control_address, on_loop
@@ -49,6 +50,11 @@ def main(host: WorkerHost, payload: bytes) -> None:
         host.tell(StartFailed(pack_exception_briefly(error)))
         return
     variables.run(_live, host, replica)
+
+
+def _loads(data: bytes, *, own_process: bool) -> Any:
+    with in_main_module() if own_process else in_origin():
+        return loads_during_imports(data)
 
 
 def _live(host: WorkerHost, replica: BlockingReplica | LoopReplica) -> None:
