@@ -536,10 +536,16 @@ class Engine:
         """What runs, and what this process's callers counted and hold.
 
         Returns:
-            ``{"backends": {tag: {"replicas": {replica_tag: stage of its life}, "queued": calls, "in_flight": calls,
+            ``{"backends": {tag: {"state": its state, "replicas": {replica_tag: stage of its life}, "details":
+            {replica_tag: {"state": that stage, "since_s": seconds, "pid": process id or None}}, "failures": replicas in
+            a row, "last_error": text or None, "last_error_s": seconds ago, "queued": calls, "in_flight": calls,
             "queued_copies": calls, "dropped_copies": calls}}, "endpoints": {name: {"calls": made so far}}, "ingresses":
-            {id: {"node": address, "url": base URL}}}``. Calls over HTTP are those of the process that serves them, this
-            one for `asgi` and inline.
+            {id: {"node": address, "url": base URL, and what "details" have}}}``.
+
+            The stages are ``starting``, ``ready`` and ``draining``. A backend is ``starting`` while it has fewer
+            replicas than it should, ``failing`` if that is because the last ones died or did not start, ``ready``, or
+            ``draining`` once it is being deleted. Calls over HTTP are those of the process that serves them, this one
+            for `asgi` and inline.
         """
         return self._control(Statistics([] if self._inert is not None else self._client.statistics()))
 

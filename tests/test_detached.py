@@ -465,6 +465,12 @@ STORES = {
 }
 
 
+def without_times(shown: Any) -> Any:
+    if not isinstance(shown, dict):
+        return shown
+    return {key: without_times(value) for key, value in shown.items() if not key.endswith("_s")}
+
+
 async def state(one: Incarnation) -> list[Any]:
     """All that callers and applications see, and which workers there are."""
     seen = one.client.snapshot
@@ -474,7 +480,7 @@ async def state(one: Incarnation) -> list[Any]:
         seen.backends,
         await asked.list_backends(),
         await asked.list_endpoints(),
-        await asked.statistics([]),
+        without_times(await asked.statistics([])),
         {tag: await asked.get_backend_config(tag) for tag in await asked.list_backends()},
         sorted(one.platform.alive),
     ]

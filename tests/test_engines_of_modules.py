@@ -9,7 +9,7 @@ import pytest
 from harness import run_python
 
 PRELUDE = """
-import os, pathlib, sys
+import os, pathlib, pickle, sys
 
 _imports = pathlib.Path(__file__).with_suffix(".imports")
 with _imports.open("a") as file:
@@ -31,7 +31,8 @@ class Front:
     def __call__(self, request):
         by_name = engine.get_handle("double").call(request.data)
         by_ref = engine.get([engine.get_handle("double").remote(request.data)])
-        return handle.call(request.data), self.given.call(request.data), by_name, *by_ref
+        by_pickle = pickle.loads(pickled).call(request.data)
+        return handle.call(request.data), self.given.call(request.data), by_name, by_pickle, *by_ref
 
     def change(self):
         engine.delete_endpoint("double")
@@ -44,6 +45,7 @@ assert engine.list_backends().keys() | engine.list_endpoints().keys() | engine.s
 assert engine.http_url.startswith("http://127.0.0.1:")
 assert callable(engine.asgi)
 handle = engine.get_handle("double")
+pickled = pickle.dumps(handle)  # for processes that are forked from this one, say
 engine.create_backend("front", Front)
 engine.create_endpoint("front", backend="front")
 """
@@ -51,7 +53,7 @@ engine.create_endpoint("front", backend="front")
 USE = """
 import app
 try:
-    assert app.engine.get_handle("front").call(4) == (8, 8, 8, 8)
+    assert app.engine.get_handle("front").call(4) == (8, 8, 8, 8, 8)
     try:
         app.engine.get_handle("front").options(method_name="change").call()
     except app.errors.EngineError as error:

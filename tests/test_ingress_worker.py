@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import queue
 import socket
@@ -19,7 +20,7 @@ from engine.config import HTTPOptions
 from engine.http import ingress_worker as worker_module
 from engine.http.ingress_worker import IngressSpec, main
 from engine.http.results import encode_result
-from engine.seam.control_messages import Drain, Drained, Ping, Pong, Ready, StartFailed, Subscribe
+from engine.seam.control_messages import Drain, Drained, Ping, Pong, Ready, Started, StartFailed, Subscribe
 from engine.seam.messages import Reply
 from engine.seam.serialization import unpack_exception
 from engine.seam.snapshot import EndpointEntry, RoutingSnapshot
@@ -97,7 +98,10 @@ class Host:
     # what the worker uses
 
     def tell(self, body: Any) -> None:
-        self.said.put(body)
+        if isinstance(body, Started):
+            assert body.pid == os.getpid()
+        else:
+            self.said.put(body)
 
     def connector(self) -> Any:
         return self

@@ -21,7 +21,7 @@ from typing import Any, Protocol, cast
 
 from engine.seam.log import Log
 
-from .lane import Lane, LaneWithTask
+from .lane import NO_LANE, Lane, LaneWithTask
 from .server_context import ServerContext
 
 __all__ = ["Connection", "Owner"]
@@ -120,7 +120,7 @@ class Connection(asyncio.Protocol):
         self._timer.cancel()
         self._end()
         if not self._tasks:
-            self._owner.discard(self)
+            self._leave()
 
     def pause_writing(self) -> None:
         """Make writers wait: the client takes less than it is given."""
@@ -228,7 +228,11 @@ class Connection(asyncio.Protocol):
             log.debug("a connection failed", exc_info=task.exception())
             self.close()
         if self.lost and not self._tasks:
-            self._owner.discard(self)
+            self._leave()
+
+    def _leave(self) -> None:
+        self._owner.discard(self)
+        self._lane = NO_LANE  # which knew this connection, too: they would have kept each other in memory
 
     def _check_idle(self) -> None:
         # One timer per connection that looks back, rather than one per request that is cancelled.

@@ -122,7 +122,11 @@ class FullLane:
             if not connection.closing:
                 raise
         finally:
-            await self._protocol.handle(Closed())
+            try:
+                await self._protocol.handle(Closed())
+            finally:
+                del self._protocol  # which knows this lane, too: they would keep each other in memory
+                self._args.clear()
 
     async def _handle(self, data: bytes) -> None:
         try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-__all__ = ["READ_AHEAD", "Lane", "LaneWithTask"]
+__all__ = ["NO_LANE", "READ_AHEAD", "Lane", "LaneWithTask"]
 
 READ_AHEAD = 64 * 1024
 """Bytes taken from a client before the application took those before."""
@@ -32,3 +32,18 @@ class LaneWithTask(Lane, Protocol):
 
     async def serve(self) -> None:
         """Serve what comes until the client is gone."""
+
+
+class _NoLane:
+    def data(self, data: bytes) -> None:
+        """Nobody is there to take it."""
+
+    def ended(self) -> None:
+        """It has."""
+
+    def flush(self) -> None:
+        """Nothing was held back."""
+
+
+NO_LANE: Lane = _NoLane()
+"""The lane of a connection that is over."""

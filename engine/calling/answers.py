@@ -130,7 +130,10 @@ class ThreadSlot(Slot):
     def open(self) -> Any:
         """The call's result, once it is there."""
         if self.error is not None:
-            raise self.error
+            try:
+                raise self.error
+            finally:
+                self.error = None  # it knows this frame, and the call: they would keep each other in memory
         return open_answer(self.answer)
 
 
@@ -193,6 +196,7 @@ async def answer_to(
     finally:
         if timer is not None:
             timer.cancel()
+        del slot  # what its future raises knows this frame: they would keep each other in memory
 
 
 class StreamSlot(Slot):

@@ -19,7 +19,7 @@ from ..seam.connector import PlatformRefs
 from ..seam.may_block import check_may_block, running_asyncio_loop
 from ..seam.messages import PYTHON, Call
 from ..seam.serialization import dumps_arguments
-from ..seam.workplace import surrounding_engine
+from ..seam.workplace import settles_later, surrounding_engine
 from .answers import ThreadSlot, answer_to, deadline_error, open_answer
 from .arguments import PLAIN, enveloped, prepared, prepared_async, refs_in, remaining_s, resolved, when_all_done
 from .caller import Caller
@@ -115,7 +115,7 @@ class _BaseHandle:
         return f"<{type(self).__name__} to {self._endpoint!r} of engine {self._engine_id!r}>"
 
     def __reduce__(self) -> Any:
-        if not self._engine_id:
+        if not self._engine_id and not settles_later():  # if it does, then so does whoever unpickles it
             self._settle()
         state = (self._engine_id, self._adapter_name, self._control_address, self._endpoint, self._options)
         return type(self), state
@@ -321,7 +321,7 @@ class Handle(_BaseHandle, Generic[T_co]):
             args, kwargs = resolved(args, kwargs)
             self._start(caller, ref, args, kwargs, deadline)
         except BaseException as error:
-            ref.fail(error)
+            ref.fail(error.with_traceback(None))  # which knows this frame, and so the ref
 
 
 class AsyncHandle(_BaseHandle, Generic[T_co]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -15,7 +16,7 @@ from ..seam.may_block import check_may_block
 from ..seam.messages import Call, End, Failure, Item, Reply
 from .answers import deadline_error, open_answer, settled
 from .caller import Caller
-from .slot import Slot
+from .slot import NO_CALL, Slot
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -110,7 +111,7 @@ class Ref(Slot, Generic[T_co]):
             try:
                 result = ref._open()
             except BaseException as error:
-                future.set_exception(error)
+                future.set_exception(error.with_traceback(None))  # which knows this frame, and so the future
             else:
                 future.set_result(result)
 
@@ -174,6 +175,7 @@ class Ref(Slot, Generic[T_co]):
                 self._message, self._error = message, error
                 due = self._callbacks
                 self._callbacks = None
+                self.call = NO_CALL  # its arguments may be large
             timer, self._timer = self._timer, None
             if timer is not None:
                 timer.cancel()
@@ -201,18 +203,26 @@ class Ref(Slot, Generic[T_co]):
             raise interrupt
 
     def _open(self) -> T_co:
+        # An error is made anew each time. It will know all frames it passes, and they know the ref: if that knew the
+        # error, they would keep each other in memory.
         if self._error is not None:
-            raise self._error
+            raise _anew(self._error)
         if not self._opened:
-            try:
-                self._value = open_answer(self._message)
-            except BaseException as error:
-                self._error = error
-                raise
-            finally:
-                self._message = None
+            self._value = open_answer(self._message)
+            self._message = None
             self._opened = True
         return self._value  # type: ignore[no-any-return]
+
+
+def _anew(error: BaseException) -> BaseException:
+    try:
+        another = copy.copy(error)
+        if type(another) is type(error) and str(another) == str(error):
+            another.__cause__ = error.__cause__
+            return another
+    except Exception:  # one of user code that cannot be copied
+        pass
+    return error
 
 
 def get(refs: Any, timeout: float | None = None, platform: PlatformRefs | None = None) -> Any:

@@ -9,9 +9,9 @@ from ..errors import EngineError
 from ..seam.channel import Channel
 from ..seam.messages import Call, End, Failure, Item, Reply
 
-__all__ = ["Slot", "Submitter"]
+__all__ = ["NO_CALL", "Slot", "Submitter"]
 
-_NO_CALL: Final = Call(0, 0, "", None, "", b"", b"")
+NO_CALL: Final = Call(0, 0, "", None, "", b"", b"")
 """Also in the place of a call that was given up: its arguments may be large, and its answer may take long."""
 
 
@@ -49,7 +49,7 @@ class Slot:
     drives = False
     """Whether the thread that submits the call will drive its channel itself."""
 
-    def __init__(self, endpoint: str = "", call: Call = _NO_CALL, shard_key: str | None = None) -> None:
+    def __init__(self, endpoint: str = "", call: Call = NO_CALL, shard_key: str | None = None) -> None:
         self.endpoint = endpoint
         self.call = call
         self.shard_key = shard_key
@@ -83,7 +83,7 @@ class Slot:
     def give_up(self) -> None:
         """Nobody waits for the answer any more."""
         self.given_up = True
-        self.call = _NO_CALL
+        self.call = NO_CALL
         if self.queue is not None:
             if self in self.queue:
                 self.queue.remove(self)

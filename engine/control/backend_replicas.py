@@ -15,6 +15,7 @@ from typing import Any
 from ..config import BackendConfig
 from ..errors import InvalidArgument
 from ..seam.adapter import Adapter
+from ..seam.error_text import summary_of
 from ..seam.log import Log
 from ..seam.serialization import dumps
 from ..seam.snapshot import BackendEntry, ReplicaEntry
@@ -77,6 +78,8 @@ class BackendReplicas:
         self._announce = announce
         self._started = 0  # numbers the replicas
         self._failures = 0  # replicas in a row that did not start, or died soon
+        self._last_error: str | None = None  # what became of the last one that failed or died
+        self._failed_at = 0.0  # monotonic seconds
         self._dead: deque[str] = deque(maxlen=_KEPT_DEAD)  # ids of the last ones
         self._starting: set[str] = set()  # ids of those that are not ready yet
         self._leaving: set[Worker] = set()  # out of service, and not gone yet
@@ -116,9 +119,27 @@ class BackendReplicas:
         running = tuple(KnownWorker(one.spec.worker_id, one.spec.name, None) for one in self.running)
         return KnownBackend(self.plan, self._started, running)
 
-    def describe(self) -> dict[str, str]:
-        """The stage of each replica's life by its id."""
-        return {one.spec.worker_id: one.life.value for one in self.running}
+    @property
+    def state(self) -> str:
+        """How it is, in a word: starting, ready, failing or draining."""
+        if self.deleted:
+            return "draining"
+        if self.live and self.missing <= 0:
+            return "ready"
+        return "failing" if self._failures else "starting"
+
+    def describe(self) -> dict[str, Any]:
+        """See `Engine.statistics`: all but what callers count."""
+        starting = [worker for worker in map(self._workers.get, self._starting) if worker is not None]
+        workers = {one.spec.worker_id: one for one in [*starting, *self.all_ready()]}
+        return {
+            "state": self.state,
+            "failures": self._failures,
+            "last_error": self._last_error,
+            "last_error_s": time.monotonic() - self._failed_at if self._last_error is not None else None,
+            "replicas": {worker_id: worker.life.value for worker_id, worker in workers.items()},
+            "details": {worker_id: worker.describe() for worker_id, worker in workers.items()},
+        }
 
     # -- changes of what is wanted -------------------------------------------------------------------------------------
 
@@ -260,8 +281,8 @@ class BackendReplicas:
             if worker.life is Life.READY:
                 ready.append(worker)
             else:  # while the others were still starting
-                self._failures += 1
-                _logger.warning("%s %s as soon as it was ready", worker.spec.name, worker.exit_reason)
+                self._failed(f"{worker.spec.name} {worker.exit_reason} as soon as it was ready")
+                _logger.warning("%s", self._last_error)
         return ready
 
     async def _start_one(self, plan: BackendPlan) -> Worker:
@@ -343,8 +364,15 @@ class BackendReplicas:
         self._dead.append(worker.spec.worker_id)
         lived = time.monotonic() - worker.ready_at
         _logger.warning("%s %s after %.1f s; replacing it", worker.spec.name, worker.exit_reason, lived)
-        self._failures = 0 if lived > _STABLE_S else self._failures + 1
+        before = 0 if lived > _STABLE_S else self._failures + 1
+        self._failed(f"{worker.spec.name} {worker.exit_reason} after {lived:.1f} s")
+        self._failures = before
         return True
+
+    def _failed(self, what: str) -> None:
+        self._failures += 1
+        self._last_error = what
+        self._failed_at = time.monotonic()
 
     async def refill(self) -> None:
         """Start the replicas that are missing, one after the other; the more fail in a row, the more slowly."""
@@ -360,7 +388,7 @@ class BackendReplicas:
                 except Exception as error:
                     if self.deleted:
                         return
-                    self._failures += 1
+                    self._failed(summary_of(error))
                     _logger.error("backend %r: a replica could not be replaced: %r", self.plan.tag, error)
                 self._announce()
 

@@ -305,8 +305,8 @@ class Controller:
     async def statistics(self, counts: list[dict[str, Any]]) -> dict[str, Any]:
         """Replicas by backend, and what the asking process's callers counted (`Client.statistics`)."""
         backends = {
-            tag: {"replicas": backend.describe(), "queued": 0, "in_flight": 0, "queued_copies": 0, "dropped_copies": 0}
-            for tag, backend in self._backends.items()
+            tag: {**backend.describe(), "queued": 0, "in_flight": 0, "queued_copies": 0, "dropped_copies": 0}
+            for tag, backend in {**self._leaving, **self._backends}.items()
         }
         endpoints: dict[str, dict[str, Any]] = {name: {"calls": 0} for name in self._endpoints.entries()}
         for counted in counts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import defaultdict
+from typing import Any
 
 from ..config import HTTPOptions
 from ..errors import BackendStartError
@@ -105,11 +106,15 @@ class IngressFleet:
         nodes = self._adapter.nodes()
         return nodes if self._http.location == "EveryNode" else nodes[:1]
 
-    def describe(self) -> dict[str, dict[str, str]]:
-        """The ingresses that serve, by worker id: the address of the ``node`` and the base ``url``."""
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """The ingresses that serve, by worker id: the address of the ``node``, the base ``url``, and its life."""
         nodes = {node.node_id: node for node in self._adapter.nodes()}
         return {
-            worker.spec.worker_id: {"node": nodes[node_id].address, "url": self._url_on(nodes[node_id])}
+            worker.spec.worker_id: {
+                "node": nodes[node_id].address,
+                "url": self._url_on(nodes[node_id]),
+                **worker.describe(),
+            }
             for node_id, workers in self._running.items()
             for worker in workers
             if node_id in nodes

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import BackendStartError, EngineClosed, EngineError, ResourcesUnavailable
 from ..seam.adapter import Adapter, FindsPlaces
-from ..seam.control_messages import Drain, Drained, LogLine, Ready, Reconfigure, Reconfigured, StartFailed
+from ..seam.control_messages import Drain, Drained, LogLine, Ready, Reconfigure, Reconfigured, Started, StartFailed
 from ..seam.detached import KeepsState
 from ..seam.log import Log
 from ..seam.serialization import unpack_exception
@@ -53,6 +53,8 @@ class Worker:
         ready: Set once it is ready, or it is certain that it never will be.
         gone: Set once it has exited.
         error: Why it did not become ready.
+        since: When it came to this stage of its life, in monotonic seconds.
+        pid: Its process, once it has told.
         exit_reason: How it ended.
         drained: It said that it holds no call any more.
     """
@@ -67,6 +69,8 @@ class Worker:
         self.error: BaseException | None = None
         self.exit_reason = ""
         self.ready_at = 0.0
+        self.since = time.monotonic()
+        self.pid: int | None = None
         self.drained = False
         self.last_lines: deque[str] = deque(maxlen=_KEPT_LINES)
         self.replies: dict[int, asyncio.Future[Reconfigured]] = {}
@@ -83,6 +87,11 @@ class Worker:
         if life not in _MOVES[self.life]:
             raise RuntimeError(f"{self.spec.name} cannot go from {self.life.value} to {life.value}")
         self.life = life
+        self.since = time.monotonic()
+
+    def describe(self) -> dict[str, Any]:
+        """The ``state`` it is in, since when (``since_s``, seconds) and as which process (``pid``, None if unknown)."""
+        return {"state": self.life.value, "since_s": time.monotonic() - self.since, "pid": self.pid}
 
 
 class Workers:
@@ -237,6 +246,8 @@ class Workers:
                 worker.ready.set()
         elif isinstance(body, Drained):
             worker.drained = True
+        elif isinstance(body, Started):
+            worker.pid = body.pid
         elif isinstance(body, StartFailed):
             worker.error = unpack_exception(body.error)
             worker.ready.set()

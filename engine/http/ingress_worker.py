@@ -8,6 +8,7 @@ the worker sees to it that it dies with its engine.
 from __future__ import annotations
 
 import asyncio
+import os
 import pickle
 import sys
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..calling.client import Client
 from ..config import HTTPOptions
-from ..seam.control_messages import Drain, Drained, Ping, Pong, Ready, StartFailed, Subscribe
+from ..seam.control_messages import Drain, Drained, Ping, Pong, Ready, Started, StartFailed, Subscribe
 from ..seam.event_loop import close_event_loop, new_event_loop
 from ..seam.ingress_server import load_server
 from ..seam.log import Log
@@ -60,6 +61,7 @@ def main(host: WorkerHost, payload: bytes) -> None:
         host: The worker's side of the adapter.
         payload: A pickled `IngressSpec`.
     """
+    host.tell(Started(os.getpid()))
     loop = new_event_loop()
     loop.set_exception_handler(_on_loop_error)
     worker: _Worker | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Generator, Iterator
 from typing import Any, TypeAlias
 
@@ -101,6 +102,7 @@ class Streamed:
         finally:
             if step is not None and not step.done():  # cancelled: a generator that runs cannot be closed
                 await asyncio.wait([step])
+            step = None  # what it raised knows this frame: they would keep each other in memory
             parts.close()
 
     async def _of_async_iterator(self) -> AsyncGenerator[Part, None]:
@@ -143,13 +145,14 @@ class Streamed:
             if over:
                 # the rest of the call is the response's background task
                 handover.taken()
-                self.background = lambda: task
+                self.background = functools.partial(_itself, task)
             else:
                 task.cancel()
                 await asyncio.wait([task])
                 if not task.cancelled():
                     task.exception()
                 await self.close()
+            del task  # what it raised knows this frame: they would keep each other in memory
 
 
 class _Handover:
@@ -178,7 +181,10 @@ class _Handover:
             await asyncio.wait([task, self._arrived], return_when=asyncio.FIRST_COMPLETED)
             if self._message is None:
                 self._arrived.cancel()
-                await task  # raises what the application raised
+                try:
+                    await task  # raises what the application raised
+                finally:
+                    del task  # what it raised knows this frame: they would keep each other in memory
                 return None
         message, self._message = self._message, None
         return message
@@ -186,6 +192,10 @@ class _Handover:
     def taken(self) -> None:
         if self._taken is not None and not self._taken.done():
             self._taken.set_result(None)
+
+
+def _itself(task: Awaitable[Any]) -> Awaitable[Any]:
+    return task
 
 
 # In a task either would end the whole event loop. A response is run in one, and may iterate in others.

@@ -52,8 +52,9 @@ class Watch:
     def stop(self) -> None:
         """Watch no longer (idempotent)."""
         self.deadline_met()
-        if self._task is not None:
-            self._task.cancel()
+        task, self._task = self._task, None  # it knows this watch, too: neither keeps the request in memory
+        if task is not None:
+            task.cancel()
 
     async def _pump(self) -> None:
         # a server may hand the client's leaving through the same queue as the body: it must be emptied

@@ -29,10 +29,9 @@ class BufferedRequest(Request):
 
     def __init__(self, scope: dict[str, Any], body: bytes) -> None:
         scope["asgi"] = _ASGI
-        super().__init__(scope, receive=self._replay)
+        self._replay = _Replay(body)
+        super().__init__(scope, receive=self._replay.receive)
         self._body = body
-        self._replayed = False
-        self._gone: anyio.Event | None = None
 
     @property
     def buffered_body(self) -> bytes:
@@ -50,8 +49,7 @@ class BufferedRequest(Request):
     def disconnect(self) -> None:
         """Say that the client is gone. To be called on the loop that runs the backend."""
         self._is_disconnected = True
-        if self._gone is not None:
-            self._gone.set()
+        self._replay.disconnect()
 
     def release(self) -> None:
         """Close the files of a form that was read. To be called, on any thread, when the call is over."""
@@ -60,11 +58,25 @@ class BufferedRequest(Request):
                 if not isinstance(value, str):
                     value.file.close()
 
-    async def _replay(self) -> dict[str, Any]:
-        if not self._replayed:
-            self._replayed = True
-            return {"type": "http.request", "body": self._body, "more_body": False}
-        if not self._is_disconnected:
+
+class _Replay:
+    """The ``receive`` of such a request, which does not know it: nothing is to keep it, and its body, in memory."""
+
+    def __init__(self, body: bytes) -> None:
+        self._body: bytes | None = body
+        self._disconnected = False
+        self._gone: anyio.Event | None = None
+
+    def disconnect(self) -> None:
+        self._disconnected = True
+        if self._gone is not None:
+            self._gone.set()
+
+    async def receive(self) -> dict[str, Any]:
+        if self._body is not None:
+            body, self._body = self._body, None
+            return {"type": "http.request", "body": body, "more_body": False}
+        if not self._disconnected:
             if self._gone is None:
                 self._gone = anyio.Event()
             await self._gone.wait()

@@ -22,8 +22,15 @@ __all__ = [
     "Reconfigure",
     "Reconfigured",
     "StartFailed",
+    "Started",
     "Subscribe",
 ]
+
+
+class Started(NamedTuple):
+    """Worker: I run as the process ``pid`` of my machine. Said before anything of the user's is touched."""
+
+    pid: int
 
 
 class Ready(NamedTuple):

@@ -10,9 +10,9 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-import traceback
 from typing import Any
 
+from .error_text import traceback_of
 from .may_block import mark_busy_thread, unmark_busy_thread
 
 __all__ = ["Log", "must_go_on"]
@@ -42,9 +42,9 @@ class Log:
         """See `logging.Logger.warning`."""
         self._log(logging.WARNING, message, args, exc_info=exc_info)
 
-    def error(self, message: str, *args: Any, exc_info: Any = None) -> None:
-        """See `logging.Logger.error`."""
-        self._log(logging.ERROR, message, args, exc_info=exc_info)
+    def error(self, message: str, *args: Any, exc_info: Any = None) -> bool:
+        """See `logging.Logger.error`; returns whether nothing raised."""
+        return self._log(logging.ERROR, message, args, exc_info=exc_info)
 
     def exception(self, message: str, *args: Any) -> None:
         """See `logging.Logger.exception`."""
@@ -54,14 +54,17 @@ class Log:
         """See `logging.Logger.log`."""
         self._log(level, message, args, extra=extra)
 
-    def _log(self, level: int, message: str, args: tuple[Any, ...], **options: Any) -> None:
+    def _log(self, level: int, message: str, args: tuple[Any, ...], **options: Any) -> bool:
         marked = mark_busy_thread()
         try:
             self._logger.log(level, message, *args, stacklevel=_FRAMES, **options)
         except BaseException as error:
             if not must_go_on(error):
                 raise
-            _report()
+            _report(error)
+            return False
+        else:
+            return True
         finally:
             if marked:
                 unmark_busy_thread()
@@ -75,10 +78,9 @@ def must_go_on(error: BaseException) -> bool:
     return isinstance(error, Exception) or threading.current_thread() is not threading.main_thread()
 
 
-def _report() -> None:
+def _report(error: BaseException) -> None:
     if logging.raiseExceptions and sys.stderr is not None:
         try:
-            sys.stderr.write("--- Logging error ---\n")
-            traceback.print_exc(file=sys.stderr)
+            sys.stderr.write(f"--- Logging error ---\n{traceback_of(error)}")
         except Exception:
             pass  # as logging does: there is nobody left to tell

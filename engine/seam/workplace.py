@@ -20,6 +20,7 @@ __all__ = [
     "enter_engine",
     "enter_worker",
     "is_worker",
+    "settles_later",
     "surrounding_engine",
     "why_inert",
 ]
@@ -79,6 +80,11 @@ def surrounding_engine() -> Surrounding:
             "there: make calls in a function, or under `if __name__ == '__main__':`"
         )
     return _surrounding
+
+
+def settles_later() -> bool:
+    """Whether handles that are made here and now will know the engine that they belong to when the import is done."""
+    return _is_worker and _importing()
 
 
 def why_inert() -> str:

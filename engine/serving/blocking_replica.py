@@ -234,6 +234,7 @@ class BlockingReplica(Replica):
             return await step
         finally:
             loop.step_in()
+            del step  # what it raised knows this frame: they would keep each other in memory
 
     async def _next_part(self, job: Job, parts: AsyncGenerator[Part, None]) -> Part | None:
         import asyncio

@@ -310,6 +310,8 @@ class Replica:
             await self._outside(task())
         except BaseException as error:
             self._log(f"the background task of {self._name(job)} failed", job, error)
+        finally:
+            del task  # what it raised knows this frame: they would keep each other in memory
 
     async def _stream(self, job: Job, streamed: Any) -> None:
         call = job.call
@@ -336,6 +338,7 @@ class Replica:
             if failure is not None and not job.cancelled:
                 self._log(f"{self._name(job)} failed in the middle of its stream", job, failure)
             self._finish(job, End(call.id, 0, failure is not None or job.cancelled))
+        failure = None  # it knows this frame, and the request: they would keep each other in memory
         if streamed.background is not None:
             await self._background(streamed.background, job)
 
@@ -378,9 +381,10 @@ class Replica:
         return Failure(call.id, 0, kind, head, body)
 
     def _log(self, what: str, job: Job, error: BaseException) -> None:
-        try:
-            _logger.error("%s, request %s", what, job.call.request_id, exc_info=error)
-        except BaseException:  # of the error itself, asked for its text, or of a handler of the application's
+        logged = False
+        with contextlib.suppress(BaseException):  # of the error itself, asked for its text in the main thread
+            logged = _logger.error("%s, request %s", what, job.call.request_id, exc_info=error)
+        if not logged:
             with contextlib.suppress(BaseException):
                 _logger.error("%s, request %s\n%s", what, job.call.request_id, traceback_of(error))
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextvars
 import inspect
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..calling.connectors import register_connector
-from ..seam.control_messages import Drained, StartFailed
+from ..seam.control_messages import Drained, Started, StartFailed
 from ..seam.rebuilding import in_main_module, in_origin
 from ..seam.serialization import loads_during_imports, pack_exception_briefly
 from ..seam.worker import WorkerHost
@@ -29,6 +30,7 @@ _Definition: TypeAlias = tuple[Any, tuple[Any, ...], dict[str, Any]]
 
 def main(host: WorkerHost, payload: bytes) -> None:
     """Run one replica (`engine.seam.worker.WorkerSpec.entry`)."""
+    host.tell(Started(os.getpid()))
     try:
         spec: ReplicaSpec = _loads(payload, own_process=is_worker())
         if not spec.shares_process:

@@ -15,7 +15,7 @@ from typing import Any
 from engine.errors import EngineClosed, InvalidArgument
 from engine.seam.channel import ChannelClosed, ChannelListener
 from engine.seam.connector import Connector
-from engine.seam.control_messages import Ready
+from engine.seam.control_messages import Ready, Started
 from engine.seam.messages import Control
 from engine.seam.service import Service
 from engine_wire import SocketChannel, Undriven, WireWorkerHost, connect, notice_silence
@@ -77,7 +77,7 @@ class RayHost(WireWorkerHost):
 
     def tell(self, body: Any) -> None:
         """See `engine.seam.worker.WorkerHost.tell`."""
-        if isinstance(body, (Ready, Bound)):
+        if isinstance(body, (Started, Ready, Bound)):
             self._standing[type(body)] = body
         super().tell(body)
 
