@@ -42,6 +42,7 @@ from .seam.connector import PlatformRefs
 from .seam.detached import Detachable, RemoteController
 from .seam.importable import note_modules
 from .seam.may_block import check_may_block, check_not_own_thread
+from .seam.patched import check_unpatched
 from .seam.plugins import load_adapter
 from .seam.resources import resources_of
 from .seam.serialization import dumps_by_value
@@ -107,6 +108,7 @@ class Engine:
             self._stand_in(name, why)
             return
         self._validate_server_options()
+        check_unpatched()
         adapter = _adapter_of(backend)
         if detached:
             assert name is not None
@@ -139,6 +141,7 @@ class Engine:
             engine._http = HTTPOptions()
             engine._stand_in(name, why)
             return engine
+        check_unpatched()
         adapter = _adapter_of(backend)
         engine._attach(name, adapter, _detachable(adapter, name).detach(name, None))
         try:

@@ -17,6 +17,7 @@ from ..errors import EngineClosed, EngineError
 from ..seam.channel import ChannelClosed
 from ..seam.connector import Connector, may_return, refs_of
 from ..seam.may_block import running_asyncio_loop
+from ..seam.patched import check_unpatched
 from ..seam.snapshot import RoutingSnapshot
 from .caller import Caller
 from .home import LoopHome, ThreadHome
@@ -89,6 +90,7 @@ class Client:
 
         Raises:
             errors.EngineClosed: The engine cannot be reached.
+            errors.InvalidArgument: gevent or eventlet has patched this process.
         """
         with _lock:
             known, coming = _clients.get(engine_id), _coming.get(engine_id)
@@ -123,11 +125,13 @@ class Client:
 
         Raises:
             errors.EngineClosed: The engine cannot be reached.
+            errors.InvalidArgument: gevent or eventlet has patched this process.
             errors.ResourcesUnavailable: There are no descriptors left to reach it with.
         """
         from ..seam.control_messages import Subscribe
         from .subscription import Subscription
 
+        check_unpatched()
         client = cls(engine_id, connector)
         client._owns_connector = owns_connector
         subscription = client._subscription = Subscription(
