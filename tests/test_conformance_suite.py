@@ -109,6 +109,19 @@ def test_an_adapter_in_the_current_directory(tmp_path: Path, command: list[str])
     assert "2 passed" in said
 
 
+def test_it_passes_where_interrupts_are_ignored(tmp_path: Path) -> None:
+    """As a shell has it for what it starts in the background."""
+    program = (
+        "import runpy, signal; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+        "runpy.run_module('engine.testing.conformance', run_name='__main__', alter_sys=True)"
+    )
+    code, said = run(
+        "-c", program, "--adapter", "engine_inline:InlineAdapter", "-k", "test_an_interrupted_call", cwd=tmp_path
+    )
+    assert code == 0, said
+    assert "1 passed" in said
+
+
 def test_it_has_names_of_its_own_whatever_those_of_the_project_are(tmp_path: Path) -> None:
     (tmp_path / "pytest.ini").write_text("[pytest]\npython_files = *_spec.py\npython_functions = it_*\n")
     code, said = run(

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import concurrent.futures
 import pickle
-import signal
 import threading
 
 import pytest
 
 from engine import errors
-from engine.testing.instruments import eventually
+from engine.testing.instruments import eventually, interrupting
 
 
 def double(request):
@@ -209,16 +208,8 @@ def test_an_interrupted_call_leaves_the_others_alone(engine, held, gate):
     """Ctrl-C in a notebook ends the call it meets, not those that other cells and threads wait for."""
     other = held.remote(1)
     gate.wait_for_arrivals(1)
-
-    def interrupt():
-        gate.wait_for_arrivals(2)
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    with pytest.raises(KeyboardInterrupt):
+    with interrupting(lambda: gate.arrivals() >= 2), pytest.raises(KeyboardInterrupt):
         held.call(2)
-    thread.join()
     gate.open()
     assert engine.get(other, timeout=20) == 1
     assert held.call(3) == 3
