@@ -1025,7 +1025,7 @@ def test_who_waits_for_a_snapshot_is_told_that_none_will_come() -> None:
     client = Client("waited", FakeAdapter())
     waiting = threading.Thread(target=client.wait_applied, args=(1, 1000.0), daemon=True)
     waiting.start()
-    eventually(lambda: client._moved._waiters)  # type: ignore[attr-defined]
+    eventually(lambda: client._moved._waiting)
     client.close()
     waiting.join(PATIENCE_S)
     assert not waiting.is_alive()

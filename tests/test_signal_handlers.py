@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from engine import Engine, Handle
-from engine.testing.instruments import Footprint, eventually
+from engine.calling.client import Client
+from engine.testing.fakes import FakeAdapter
+from engine.testing.instruments import PATIENCE_S, Footprint, eventually
 from engine.testing.strikes import struck
 
 
@@ -50,6 +52,29 @@ def test_no_strike_in_a_call_harms_another(engine: Engine, how: str) -> None:
     assert 20 < place < 1999
     eventually(lambda: engine.statistics()["backends"]["double"]["in_flight"] == 0)
     assert engine.statistics()["backends"]["double"]["replicas"] == replicas
+
+
+def test_no_strike_on_the_way_to_an_engine_keeps_others_from_it() -> None:
+    """The first call of a process subscribes, in a thread that everybody waits for."""
+    places = range(400)
+    for place in places:
+        client = Client("somewhere", FakeAdapter())
+
+        def subscribe(client: Client = client) -> Client:
+            client.register()
+            return client
+
+        def attach(subscribe: Callable[[], Client] = subscribe) -> None:
+            Client.attach("somewhere", subscribe)
+
+        where = struck(attach, place, KeyboardInterrupt(), spare=("threading.py", "_weakrefset.py"))
+        try:
+            assert Client.attach("somewhere", subscribe, PATIENCE_S) is client, where
+        finally:
+            client.close()
+        if not where:
+            break
+    assert 5 < place < places[-1]
 
 
 _ALARMS = """

@@ -19,6 +19,7 @@ from ..seam.connector import Connector, may_return, refs_of
 from ..seam.may_block import running_asyncio_loop
 from ..seam.patched import check_unpatched
 from ..seam.snapshot import RoutingSnapshot
+from .bell import Bell
 from .caller import Caller
 from .home import LoopHome, ThreadHome
 
@@ -61,7 +62,7 @@ class Client:
         self._why_closed = ""  # as long as it is open
         self._owns_connector = False
         self._subscription: Subscription | None = None  # to a controller in another process
-        self._moved = threading.Condition()  # told whenever a snapshot came to rule
+        self._moved = Bell()  # rings whenever a snapshot came to rule
 
     def register(self) -> None:
         """Let `find` find it, now that a snapshot rules."""
@@ -92,17 +93,24 @@ class Client:
             errors.EngineClosed: The engine cannot be reached.
             errors.InvalidArgument: gevent or eventlet has patched this process.
         """
-        with _lock:
-            known, coming = _clients.get(engine_id), _coming.get(engine_id)
-            if known is not None and known.pid == os.getpid():
-                return known
-            begins = coming is None or coming.pid != os.getpid()
+        coming: _Coming | None = None
+        begins = False
+        try:
+            with _lock:
+                known, coming = _clients.get(engine_id), _coming.get(engine_id)
+                if known is not None and known.pid == os.getpid():
+                    return known
+                begins = coming is None or coming.pid != os.getpid()
+                if begins:
+                    coming = _coming[engine_id] = _Coming(engine_id, subscribe)
+            assert coming is not None
             if begins:
-                coming = _coming[engine_id] = _Coming(engine_id, subscribe)
-        assert coming is not None
-        if begins:
-            coming.begin()
-        return coming.wait(timeout_s)
+                coming.begin()
+            return coming.wait(timeout_s)
+        except BaseException:
+            if begins and coming is not None and not coming.over:
+                coming.begin()  # an interrupt, perhaps before it began: others wait for it, too
+            raise
 
     @classmethod
     def subscribe(
@@ -203,13 +211,11 @@ class Client:
             threads.apply(snapshot)
         for loop, caller in loops:
             _on_loop(loop, caller.apply, snapshot)
-        with self._moved:
-            self._moved.notify_all()
+        self._moved.ring()
 
     def wait_applied(self, version: int, timeout_s: float) -> bool:
         """Wait until a snapshot of at least this version rules; False if it takes too long."""
-        with self._moved:
-            return self._moved.wait_for(lambda: self.snapshot.version >= version or self.closed, timeout_s)
+        return self._moved.wait_for(lambda: self.snapshot.version >= version or self.closed, timeout_s)
 
     def statistics(self) -> list[dict[str, Any]]:
         """What the callers of this process counted, and those that make its calls for refs of the platform."""
@@ -239,8 +245,7 @@ class Client:
         with self._lock:
             self._why_closed = self._why_closed or (str(error) if error is not None else _SHUT_DOWN)
             threads, loops = self._threads, list(self._loops.items())
-        with self._moved:
-            self._moved.notify_all()  # nothing will come any more
+        self._moved.ring()  # nothing will come any more
         with _lock:
             if _clients.get(self.engine_id) is self:
                 del _clients[self.engine_id]
@@ -282,9 +287,12 @@ class _Coming:
         self._subscribe = subscribe
         self._client: Client | None = None
         self._error: BaseException | None = None
-        self._over = threading.Event()
+        self._begun = threading.Lock()
+        self._bell = Bell()
+        self.over = False
 
     def begin(self) -> None:
+        """Go, in a thread of its own; does nothing if that was begun."""
         thread = threading.Thread(target=self._run, name="engine-attach", daemon=True)
         try:
             thread.start()
@@ -292,12 +300,14 @@ class _Coming:
             self._run()
 
     def wait(self, timeout_s: float | None) -> Client | None:
-        self._over.wait(timeout_s)
+        self._bell.wait_for(lambda: self.over, timeout_s)
         if self._error is not None:
             raise self._error
         return self._client
 
     def _run(self) -> None:
+        if not self._begun.acquire(False):
+            return
         try:
             self._client = self._subscribe()
         except BaseException as error:
@@ -306,7 +316,8 @@ class _Coming:
             with _lock:
                 if _coming.get(self._engine_id) is self:
                     del _coming[self._engine_id]
-            self._over.set()
+            self.over = True
+            self._bell.ring()
 
 
 def _on_loop(loop: asyncio.AbstractEventLoop, function: Any, argument: Any) -> bool:

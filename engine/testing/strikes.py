@@ -28,13 +28,16 @@ _CHECKS: frozenset[int] = frozenset(
 
 
 class _Strike:
-    def __init__(self, place: int, error: BaseException) -> None:
+    def __init__(self, place: int, error: BaseException, spare: tuple[str, ...]) -> None:
         self._left = place
         self._error = error
+        self._spare = spare
         self.where = ""
 
     def begin(self, frame: FrameType, event: str, argument: Any) -> Any:
         """Trace a function that begins, or a generator that goes on."""
+        if frame.f_code.co_filename.endswith(self._spare):
+            return None
         frame.f_trace_opcodes = True
         frame.f_trace_lines = False
         if not frame.f_code.co_flags & _RESUMABLE:  # else it may be going on to be closed, which nothing interrupts
@@ -73,18 +76,21 @@ def _opcodes(code: CodeType) -> bytes:
     return found
 
 
-def struck(function: Callable[[], object], place: int, error: BaseException) -> str:
+def struck(
+    function: Callable[[], object], place: int, error: BaseException, *, spare: tuple[str, ...] = ("_weakrefset.py",)
+) -> str:
     """Run a function and raise an exception at one of the places where a signal handler could.
 
     Args:
         function: Run on this thread.
         place: The number of the place: 0 is the beginning of the function.
         error: What is raised there. Whatever becomes of it in the function, it does not come out of here.
+        spare: Ends of the names of files in whose functions it does not strike.
 
     Returns:
         Where it struck, for people; empty if the function passed fewer places.
     """
-    strike = _Strike(place, error)
+    strike = _Strike(place, error, spare)
     before = sys.gettrace()
     sys.settrace(strike.begin)
     try:
