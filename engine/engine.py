@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, overload
 
 from .calling.client import Client
 from .calling.connectors import register_connector, unregister_connector
@@ -189,6 +189,12 @@ class Engine:
         unregister_connector(self._id)
         atexit.unregister(self._at_exit)
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "an engine stays in the process that created it: in a backend, get a handle by "
+            "engine.get_replica_context().get_handle(name), and to other processes pass a handle"
+        )
+
     def __repr__(self) -> str:
         if self._inert is not None:
             return f"<Engine {self.name or 'of this worker'}, inert>"
@@ -205,6 +211,7 @@ class Engine:
         *init_args: Any,
         config: BackendConfig | Mapping[str, Any] | None = None,
         ray_actor_options: Mapping[str, Any] | None = None,
+        replace: bool = False,
         **init_kwargs: Any,
     ) -> None: ...
     @overload
@@ -215,6 +222,7 @@ class Engine:
         func_or_class: Callable[..., Any],
         config: BackendConfig | Mapping[str, Any] | None = None,
         ray_actor_options: Mapping[str, Any] | None = None,
+        replace: bool = False,
         **init_kwargs: Any,
     ) -> None: ...
 
@@ -226,6 +234,7 @@ class Engine:
         *init_args: Any,
         config: BackendConfig | Mapping[str, Any] | None = None,
         ray_actor_options: Mapping[str, Any] | None = None,
+        replace: bool = False,
         **init_kwargs: Any,
     ) -> None:
         """Serve a function or a class under a tag; returns when its replicas are ready.
@@ -237,6 +246,9 @@ class Engine:
             init_args: For the class.
             config: A dict or `BackendConfig`; see there.
             ray_actor_options: What a replica needs: ``num_cpus``, ``num_gpus``, ``runtime_env={"env_vars": ...}``.
+            replace: If there is a backend of this tag, put this one in its place, with all that is given here. Its
+                replicas serve until the new ones are ready, then finish what they hold; endpoints and traffic stay. If
+                the new ones do not become ready, the former backend stays. Without one of this tag, it is created.
             init_kwargs: For the class.
 
         Raises:
@@ -250,6 +262,8 @@ class Engine:
         if self._inert is not None:
             return self._inert.skip()
         _check_name(tag, "tag")
+        if not isinstance(replace, bool):
+            raise InvalidArgument(f"replace must be True or False, not {replace!r}")
         check_servable(func_or_class)
         check_init_options(tag, func_or_class, init_kwargs)
         if (init_args or init_kwargs) and not isinstance(func_or_class, type):
@@ -265,7 +279,7 @@ class Engine:
             reconfigurable=is_reconfigurable(func_or_class),
         )
         plan.check(plan.config)
-        self._control(CreateBackend(plan))
+        self._control(CreateBackend(plan, replace=replace))
 
     @overload
     def update_backend_config(self, tag: str, config: BackendConfig | Mapping[str, Any]) -> None: ...

@@ -10,6 +10,7 @@ import pytest
 from engine import Engine, errors
 from engine.seam.adapter import AdapterBase
 from engine.seam.worker import WorkerSpec
+from engine.testing.fakes import FakeAdapter
 from engine_inline import InlineAdapter
 
 
@@ -55,6 +56,19 @@ def test_an_adapter_that_cannot_be_imported(
         match=f"backend='broken' is installed, by broken-adapter, but '{entry}' cannot be imported: .*{said}",
     ):
         Engine(backend="broken")
+
+
+@pytest.mark.parametrize("method", ["start", "start_worker", "stop"])
+def test_a_method_that_is_no_coroutine_is_named(method: str, leaves_nothing: Any) -> None:
+    adapter = FakeAdapter()
+    setattr(adapter, method, lambda *args: None)
+    with pytest.raises(errors.InvalidArgument, match=f"its method {method} must be written with `async def`"):
+        engine = Engine(backend=adapter, http_options={"location": None})
+        try:
+            if method != "stop":
+                engine.create_backend("b", len)
+        finally:
+            engine.shutdown()
 
 
 def test_an_instance_is_taken_as_it_is(leaves_nothing: Any) -> None:

@@ -610,6 +610,22 @@ async def test_replicas_end_though_whoever_removed_them_was_interrupted(platform
 
 
 @on_loop
+async def test_what_replaced_a_backend_is_what_the_next_controller_finds(platform: Platform) -> None:
+    one = await furnished(platform)
+    await one.controller.create_backend(plan("b", max_queued_requests=9), replace=True)
+    assert one.replicas("b") == ["b#2"]
+    await until(lambda: ("b#1", Drain(20.0)) in one.adapter.told)
+    two = await platform.controller().started()
+    assert two.replicas("b") == ["b#2"]
+    assert (await two.controller.get_backend_config("b")).max_queued_requests == 9
+    platform.store.away = ("picture",)
+    with pytest.raises(ConnectionError):
+        await two.controller.create_backend(plan("b"), replace=True)
+    assert two.replicas("b") == ["b#2"]  # what is not kept is not done
+    assert "b#3" in two.adapter.killed
+
+
+@on_loop
 async def test_an_endpoint_that_was_given_up_while_an_ingress_took_its_time_is_taken_back(platform: Platform) -> None:
     one = await furnished(platform)
     ingress = one.subscribe(ingress=True)

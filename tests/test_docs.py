@@ -67,6 +67,7 @@ PRINTED: dict[tuple[str, str], list[list[str]]] = {
     ("docs/embedding.md", "Django"): [["{'square': 144}"]],
     ("docs/embedding.md", "Logging"): [[]],
     ("docs/engine.md", "The life of a backend's object"): [["['time']"]],
+    ("docs/engine.md", "Replacing a backend"): [["hello", "good morning"]],
     ("docs/errors.md", "Errors"): [["refill: buy some"]],
     ("docs/handles.md", "Handles"): [["2", "[0, 2, 4, 6]", "12", "0 2", "2", "4", "[0, 2, 4]"]],
     ("docs/handles.md", "Types"): [["5", "6"]],

@@ -159,6 +159,27 @@ class BackendReplicas:
             await self.end(self.running, at_once=True)
             raise
 
+    async def replace(self, plan: BackendPlan) -> list[Worker]:
+        """Run something else: first its replicas are started, then they take the places of those that run.
+
+        Returns:
+            The former replicas. They are out of service, and the caller's to end.
+
+        Raises:
+            BaseException: What a new replica's constructor raised, why it did not become ready, or why the store does
+                not keep the change. Then all is as before.
+        """
+        started = await self._start(plan, plan.config.num_replicas)
+        before = self.plan, self.running, self._failures
+        self.plan, self.running, self._failures = plan, started, 0
+        try:
+            self._publish()
+        except BaseException:
+            self.plan, self.running, self._failures = before
+            await self.end(started, at_once=True)
+            raise
+        return before[1]
+
     async def update(self, changes: Any) -> list[Worker]:
         """Change the configuration.
 

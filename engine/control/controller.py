@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from typing import Any
 
 from ..calling.client import Client
 from ..config import BackendConfig, HTTPOptions
 from ..errors import EngineError, InvalidArgument
-from ..seam.adapter import Adapter
+from ..seam.adapter import Adapter, done_by
 from ..seam.channel import Channel, ChannelListener
 from ..seam.detached import store_of
 from ..seam.log import Log
@@ -94,7 +94,7 @@ class Controller:
 
     async def start(self) -> None:
         """Get the adapter ready, and take over what a former controller left."""
-        await self._adapter.start(self._engine_id, self)
+        await done_by(self._adapter, "start", self._engine_id, self)
         try:
             left = self._checkpoint.load()
             if left is not None:
@@ -139,7 +139,7 @@ class Controller:
         left_s = max(deadline - asyncio.get_running_loop().time(), min(grace_s, _LEAST_GRACE_S))
         await asyncio.gather(*[one.end(one.all_ready(), grace_s=left_s) for one in backends])
         self._client.close()
-        await self._adapter.stop()
+        await done_by(self._adapter, "stop")
         self._adapter.close()
 
     def hurry(self) -> None:
@@ -149,8 +149,11 @@ class Controller:
 
     # -- backends ------------------------------------------------------------------------------------------------------
 
-    async def create_backend(self, plan: BackendPlan) -> None:
+    async def create_backend(self, plan: BackendPlan, *, replace: bool = False) -> None:
         """Start a backend; it exists once all of its replicas are ready, or not at all.
+
+        To ``replace`` one of this tag, its replicas go on until the new ones are ready. If those do not become ready,
+        it stays as it is.
 
         If it is given up, nothing is left of it, and who creates a backend of this tag meanwhile waits for that.
 
@@ -167,8 +170,12 @@ class Controller:
                 f"backend {plan.tag!r} is still being deleted: wait until delete_backend returns, or call it again to "
                 "wait for that"
             )
+        if there is not None and replace:
+            return await self._change(there, there.replace(plan))
         if there is not None:
-            raise InvalidArgument(f"backend {plan.tag!r} exists already: choose another tag or delete it first")
+            raise InvalidArgument(
+                f"backend {plan.tag!r} exists already: choose another tag, pass replace=True, or delete it first"
+            )
         backend = self._backends[plan.tag] = self._new_backend(plan)
         async with backend.lock:
             try:
@@ -186,17 +193,7 @@ class Controller:
             BaseException: See `engine.control.backend_replicas.BackendReplicas.update`, also for what rules then.
         """
         backend = self._backend(tag)
-        async with backend.lock:
-            self._backend(tag)  # it may have been deleted meanwhile
-            try:
-                leaving = await backend.update(changes)
-            except EngineError as error:
-                if tag not in self._backends:
-                    raise InvalidArgument(f"backend {tag!r} was deleted meanwhile") from error
-                raise
-            finally:
-                self._refill(backend)
-            await self._see_through(self._end_replicas(backend, leaving))
+        await self._change(backend, backend.update(changes))
 
     async def delete_backend(self, tag: str, *, force: bool) -> None:
         """End a backend that no endpoint uses; if that goes on already, wait for it, or end it at once by ``force``.
@@ -365,6 +362,23 @@ class Controller:
         for tag, _ in entry.traffic:
             self._backend(tag)
         return endpoints
+
+    async def _change(self, backend: BackendReplicas, change: Coroutine[Any, Any, list[Worker]]) -> None:
+        """Change a backend, and end the replicas that go out of service by that."""
+        tag = backend.plan.tag
+        with closing(change):  # it may never begin
+            async with backend.lock:
+                if self._backend(tag) is not backend:  # it may have been deleted meanwhile
+                    raise InvalidArgument(f"backend {tag!r} was deleted meanwhile")
+                try:
+                    leaving = await change
+                except EngineError as error:
+                    if self._backends.get(tag) is not backend:
+                        raise InvalidArgument(f"backend {tag!r} was deleted meanwhile") from error
+                    raise
+                finally:
+                    self._refill(backend)
+                await self._see_through(self._end_replicas(backend, leaving))
 
     # -- changes -------------------------------------------------------------------------------------------------------
 

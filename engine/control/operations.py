@@ -54,12 +54,13 @@ class Operation(Protocol[T_co]):
 class CreateBackend:
     """See `Controller.create_backend`."""
 
-    def __init__(self, plan: BackendPlan) -> None:
+    def __init__(self, plan: BackendPlan, *, replace: bool = False) -> None:
         self.plan = plan
+        self.replace = replace
 
     async def perform(self, controller: Controller) -> None:
         """See `Operation.perform`."""
-        await controller.create_backend(self.plan)
+        await controller.create_backend(self.plan, replace=self.replace)
 
 
 class UpdateBackendConfig:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ..calling.client import Client
 from ..config import HTTPOptions
 from ..errors import EngineClosed
-from ..seam.adapter import Adapter
+from ..seam.adapter import Adapter, done_by
 from ..seam.descriptors import telling_shortages
 from ..seam.detached import store_of
 from ..seam.may_block import check_not_own_thread, mark_own_thread, unmark_own_thread
@@ -205,7 +205,7 @@ class Runner:
         elif store_of(self._adapter) is not None:
             # What a former controller left there, workers included, is nobody else's to clear. An adapter without a
             # store has cleared up when it could not start, and may be another engine's.
-            await self._adapter.stop()
+            await done_by(self._adapter, "stop")
             self._adapter.close()
 
     def _main(self, engine_id: str, adapter: Adapter, client: Client, http: HTTPOptions) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import BackendStartError, EngineClosed, EngineError, ResourcesUnavailable
-from ..seam.adapter import Adapter, FindsPlaces
+from ..seam.adapter import Adapter, FindsPlaces, done_by
 from ..seam.control_messages import Drain, Drained, LogLine, Ready, Reconfigure, Reconfigured, Started, StartFailed
 from ..seam.detached import KeepsState
 from ..seam.log import Log
@@ -128,7 +128,7 @@ class Workers:
             raise _closed_error()
         worker = self._by_id[spec.worker_id] = Worker(spec)
         try:
-            await self._adapter.start_worker(spec)
+            await done_by(self._adapter, "start_worker", spec)
         except BaseException:
             del self._by_id[spec.worker_id]
             raise
@@ -163,7 +163,7 @@ class Workers:
         worker = self._by_id[spec.worker_id] = Worker(spec)
         worker.watched = True
         assert isinstance(self._adapter, KeepsState)  # as whoever knows of former workers does
-        await self._adapter.adopt_worker(spec)
+        await done_by(self._adapter, "adopt_worker", spec)
         await worker.ready.wait()
         return worker
 

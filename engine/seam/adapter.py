@@ -10,14 +10,16 @@ its own: what only `__getattr__` finds counts as there or not depending on the v
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+from ..errors import InvalidArgument
 from .channel import Channel, ChannelListener
 from .connector import Connector
 from .worker import Listen, WorkerExit, WorkerSpec
 
-__all__ = ["Adapter", "AdapterBase", "AdapterEvents", "FindsPlaces", "Node", "WatchesNodes", "lacking"]
+__all__ = ["Adapter", "AdapterBase", "AdapterEvents", "FindsPlaces", "Node", "WatchesNodes", "done_by", "lacking"]
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,21 @@ class AdapterBase:
     def nodes(self) -> tuple[Node, ...]:
         """See `Adapter.nodes`: this machine."""
         return (Node("local", "127.0.0.1"),)
+
+
+async def done_by(adapter: Adapter, method: str, *args: Any) -> None:
+    """Have an adapter do something that its protocol makes a coroutine of.
+
+    Raises:
+        InvalidArgument: Its method is none.
+    """
+    doing = getattr(adapter, method)(*args)
+    if not inspect.isawaitable(doing):
+        raise InvalidArgument(
+            f"{type(adapter).__name__} of adapter {adapter.name!r}: its method {method} must be written with "
+            f"`async def`, and returned {doing!r}"
+        )
+    await doing
 
 
 def lacking(adapter: Any) -> list[str]:

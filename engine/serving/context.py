@@ -17,6 +17,21 @@ if TYPE_CHECKING:
 
 __all__ = ["ReplicaContext", "enter_replica", "get_replica_context"]
 
+_CONTROL_CALLS = (
+    "create_backend",
+    "create_endpoint",
+    "delete_backend",
+    "delete_endpoint",
+    "get_backend_config",
+    "list_backends",
+    "list_endpoints",
+    "set_traffic",
+    "shadow_traffic",
+    "shutdown",
+    "statistics",
+    "update_backend_config",
+)
+
 
 @dataclass(frozen=True)
 class ReplicaContext:
@@ -34,6 +49,14 @@ class ReplicaContext:
     _adapter_name: str
     _control_address: str
     _on_loop: bool
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _CONTROL_CALLS:
+            raise AttributeError(
+                f"a backend cannot make control calls such as {name}(), which may have to wait for the very replica "
+                "that makes them: make them in the program that has the engine (or has taken it over by Engine.connect)"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @overload
     def get_handle(self, endpoint: str, sync: Literal[True]) -> Handle: ...

@@ -1,0 +1,3 @@
+"""See `engine.testing.conformance.test_replacing`."""
+
+from engine.testing.conformance.test_replacing import *
