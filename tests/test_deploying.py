@@ -126,6 +126,6 @@ def test_the_deployment_of_kubernetes_is_one() -> None:
     yaml = pytest.importorskip("yaml")
     pod = yaml.safe_load(block("yaml", "Kubernetes"))["spec"]["template"]["spec"]
     (container,) = pod["containers"]
-    assert container["readinessProbe"]["httpGet"]["path"] == "/-/healthz"
+    assert container["readinessProbe"]["httpGet"]["path"] == "/-/readyz"
     _, sleep_s = container["lifecycle"]["preStop"]["exec"]["command"]
     assert pod["terminationGracePeriodSeconds"] >= int(sleep_s) + 25

@@ -77,6 +77,13 @@ PRINTED: dict[tuple[str, str], list[list[str]]] = {
         ["5", "{'sum': 6, 'asked by': 'Ada'}", """b'{"sum":9,"asked by":"Grace"}'"""]
     ],
     ("docs/requests.md", "Work on request bodies"): [["""b'{"total":14}'"""]],
+    ("docs/requests.md", "Refusing a request: 422"): [
+        [
+            """b'{"ordered":3}'""",
+            """422 b'{"detail":[{"type":"missing","loc":["amount"],"msg":"Field required"}]}'""",
+        ]
+    ],
+    ("docs/requests.md", "Access log"): [[]],
     ("docs/testing.md", "The class alone"): [["2 passed"]],
     ("docs/testing.md", "The inline and the local adapter"): [["4 passed"]],
     ("docs/testing.md", "Holding calls back"): [["1 passed"]],

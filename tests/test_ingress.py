@@ -25,7 +25,7 @@ from engine.http.ingress import Ingress
 from engine.http.results import encode_result
 from engine.seam.ingress_server import StreamBroken
 from engine.seam.messages import HTTP, INITIAL_CREDIT, End, Failure, FailureKind, Item, Reply
-from engine.seam.snapshot import EndpointEntry, RoutingSnapshot
+from engine.seam.snapshot import BackendEntry, EndpointEntry, ReplicaEntry, RoutingSnapshot
 
 pytestmark = pytest.mark.anyio
 
@@ -553,21 +553,95 @@ async def test_own_routes() -> None:
         assert (await browser.get("/echo")).status_code == 200
 
 
-async def test_waiting_for_the_last_request() -> None:
+async def test_requests_in_flight_are_counted() -> None:
     client, app = make()
-    await app.wait_idle()
     first, second = Exchange(app).says(), Exchange(app).says()
     calls = [await client.calls.get(), await client.calls.get()]
     assert app.in_flight == 2
     assert "2 in flight" in repr(app)
-    app.begin_drain()
-    idle = asyncio.ensure_future(app.wait_idle())
-    calls[0].reply(1)
-    await first.task
-    assert not idle.done()
-    calls[1].reply(1)
-    await second.task
-    await idle
+    for call, exchange in zip(calls, (first, second), strict=True):
+        call.reply(1)
+        await exchange.task
+    assert app.in_flight == 0
+
+
+def backends(version: int = 1) -> RoutingSnapshot:
+    """An endpoint on a backend that is ready, one on a backend that fails, and a backend without an endpoint."""
+
+    def entry(tag: str, replicas: int, failures: int = 0) -> BackendEntry:
+        tags = [ReplicaEntry(f"{tag}#{number}", "") for number in range(replicas)]
+        return BackendEntry(tag, tuple(tags), 8, None, failures=failures)
+
+    entries = (entry("up", 2), entry("failing", 0, failures=3), entry("new", 0), entry("unused", 0))
+    traffic = {"a": (("failing", 0.0), ("up", 1.0)), "b": (("failing", 0.5), ("up", 0.5)), "c": (("new", 1.0),)}
+    endpoints = {name: EndpointEntry(name, None, (), split) for name, split in traffic.items()}
+    return RoutingSnapshot(version, endpoints, {entry.tag: entry for entry in entries})
+
+
+async def test_readiness() -> None:
+    up = {"ready": True, "replicas": 2}
+    failing = {
+        "ready": False,
+        "replicas": 0,
+        "reason": "no replica: the last 3 in a row died soon or did not start",
+    }
+    new = {"ready": False, "replicas": 0, "reason": "no replica yet"}
+    client, app = make(echo)
+    client.snapshot = backends()
+    async with http(app) as browser:
+        for query, status, body in (
+            ("", 503, {"ready": False, "backends": {"failing": failing, "new": new, "up": up}}),
+            ("?backend=up", 200, {"ready": True, "backends": {"up": up}}),
+            ("?backend=up&backend=new", 503, {"ready": False, "backends": {"up": up, "new": new}}),
+            ("?backend=unused", 503, {"ready": False, "backends": {"unused": new}}),
+            ("?backend=n%C3%B6", 404, {"ready": False, "reason": "there is no backend 'nö'", "backends": {}}),
+        ):
+            response = await browser.get(f"/-/readyz{query}")
+            assert (response.status_code, response.json()) == (status, body)
+        assert (await browser.get("/-/healthz")).status_code == 200
+        assert (await browser.post("/-/readyz")).status_code == 405
+        used = client.snapshot.endpoints["a"]
+        client.snapshot = RoutingSnapshot(2, {"a": used}, client.snapshot.backends)
+        assert (await browser.get("/-/readyz")).json() == {"ready": True, "backends": {"up": up}}
+        client.snapshot = backends(-1)
+        assert (await browser.get("/-/readyz")).json()["reason"] == "starting"
+        client.snapshot = backends()
+        app.begin_drain()
+        response = await browser.get("/-/readyz?backend=up")
+        assert (response.status_code, response.json()["reason"]) == (503, "draining")
+
+
+@pytest.mark.parametrize("denial", [True, False])
+async def test_a_websocket_is_refused_with_a_reason(denial: bool, caplog: pytest.LogCaptureFixture) -> None:
+    _, app = make()
+
+    async def receive() -> Any:
+        return {"type": "websocket.connect"}
+
+    async def refused(path: str) -> list[Any]:
+        sent: list[Any] = []
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        extensions = {"websocket.http.response": {}} if denial else {}
+        await app({"type": "websocket", "path": path, "extensions": extensions}, receive, send)
+        return sent
+
+    for _ in range(2):
+        sent = await refused("/echo")
+    if denial:
+        assert (sent[0]["status"], sent[1]["body"]) == (501, b"This route does not serve WebSockets.")
+    else:
+        assert (sent[0]["type"], sent[0]["reason"]) == ("websocket.close", "This route does not serve WebSockets.")
+    assert [record.getMessage() for record in caplog.records] == [
+        "refused a WebSocket on /echo: endpoint 'echo' is served by backends, which do not serve WebSockets"
+    ]
+    await refused("/put")  # which has no GET
+    assert "endpoint 'put'" in caplog.records[1].getMessage()
+    sent = await refused("/nowhere")
+    assert not denial or sent[0]["status"] == 404
+    assert len(caplog.records) == 2
 
 
 async def test_lifespan_and_websockets() -> None:

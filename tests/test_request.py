@@ -255,19 +255,9 @@ async def test_receive_is_a_servers() -> None:
     request = build_http_request(pickle.dumps(trim_scope(scope())), b"abc")
     assert await request.receive() == {"type": "http.request", "body": b"abc", "more_body": False}
     assert not await request.is_disconnected()
-    heard: list[Any] = []
-
-    async def listen() -> None:
-        heard.append(await request.receive())
-
-    async with anyio.create_task_group() as group:
-        group.start_soon(listen)
-        await anyio.wait_all_tasks_blocked()
-        assert heard == []
-        request.disconnect()
-    assert heard == [{"type": "http.disconnect"}]
-    assert await request.is_disconnected()
-    assert await request.receive() == {"type": "http.disconnect"}
+    with anyio.move_on_after(0.01) as waiting:  # for as long as the call is not cancelled
+        await request.receive()
+    assert waiting.cancelled_caught
 
 
 def test_trimmed_scopes_pickle() -> None:

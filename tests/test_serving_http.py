@@ -212,3 +212,35 @@ def test_shutdown_ends_idle_connections_and_finishes_busy_ones(client, gate):
         closing.result(30)
         with pytest.raises(httpx.TransportError):
             idle.get(f"{url}/describe")
+
+
+def test_a_backend_that_does_not_come_back_is_not_ready(plain, client, gate):
+    class Mortal:
+        def __init__(self):
+            if gate.is_open():
+                raise RuntimeError("it does not start again")
+
+        def __call__(self, request):
+            gate.open()
+            os._exit(1)
+
+    plain.create_backend("mortal", Mortal)
+    plain.create_endpoint("mortal", backend="mortal", route="/mortal")
+    readyz = f"{plain.http_url}/-/readyz"
+    assert client.get(readyz).json()["ready"] is True
+    assert client.get(f"{plain.http_url}/mortal").status_code == 502
+    eventually(lambda: "no replica" in client.get(readyz).json()["backends"]["mortal"].get("reason", ""))
+    assert client.get(readyz, params={"backend": "mortal"}).status_code == 503
+    assert client.get(readyz, params={"backend": "describe"}).status_code == 200
+    assert client.get(f"{plain.http_url}/-/healthz").status_code == 200
+    plain.delete_endpoint("mortal")
+    plain.delete_backend("mortal", force=True)
+
+
+@pytest.mark.parametrize("backend", ["local", "inline"])
+def test_a_port_that_another_engine_of_this_process_holds(plain, backend):
+    port = httpx.URL(plain.http_url).port
+    with Engine(backend=backend, http_options={"port": port}) as second:
+        second.create_backend("describe", describe)
+        with pytest.raises(errors.InvalidArgument, match=f"port {port} .another engine of this process serves there"):
+            second.create_endpoint("describe", backend="describe", route="/describe")

@@ -7,7 +7,10 @@ bound by each worker.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import socket
+import threading
+import weakref
 from typing import Any
 
 from engine.errors import InvalidArgument
@@ -18,6 +21,10 @@ from .addresses import close_listening
 __all__ = ["ListeningSockets", "bind_shared"]
 
 
+_lock = threading.Lock()
+_all: weakref.WeakSet[ListeningSockets] = weakref.WeakSet()  # of this process, to tell a user who holds a port
+
+
 class ListeningSockets:
     """Binds addresses on first use and keeps them until `close`.
 
@@ -26,6 +33,12 @@ class ListeningSockets:
 
     def __init__(self) -> None:
         self._sockets: dict[Listen, socket.socket] = {}
+        with _lock:
+            _all.add(self)
+
+    def holds(self, port: int) -> bool:
+        """Whether one of them is bound to this port. May be asked on any thread."""
+        return any(sock.fileno() >= 0 and sock.getsockname()[1] == port for sock in list(self._sockets.values()))
 
     def get(self, listen: Listen) -> socket.socket:
         """The socket bound to this address, which stays owned here.
@@ -82,8 +95,13 @@ def _bind(listen: Listen, *, shared: bool = False) -> socket.socket:
             return _listen(family, kind, protocol, address, listen.backlog, shared=shared)
         except OSError as error:
             failures.append(error)
+    why = failures[0].strerror
+    if failures[0].errno == errno.EADDRINUSE:
+        with _lock:
+            if any(known.holds(listen.port) for known in _all):
+                why = "another engine of this process serves there: shut that one down first, or share it"
     raise InvalidArgument(
-        f"cannot listen on host {listen.host!r}, port {listen.port} ({failures[0].strerror}); "
+        f"cannot listen on host {listen.host!r}, port {listen.port} ({why}); "
         "choose another one in http_options, e.g. {'port': 0} for any that is free"
     ) from failures[0]
 

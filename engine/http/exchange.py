@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ __all__ = ["TEXT_TYPE", "Exchange", "printable"]
 _logger = Log("engine.http")
 
 TEXT_TYPE = (b"content-type", b"text/plain; charset=utf-8")
+_JSON_TYPE = (b"content-type", b"application/json")
 
 
 class Exchange:
@@ -50,6 +52,11 @@ class Exchange:
         """Answer with a sentence of the ingress's own."""
         body = sentence.encode("utf-8")
         await self.answer(status, [(b"content-length", b"%d" % len(body)), TEXT_TYPE, *headers], body)
+
+    async def say_json(self, status: int, content: Any) -> None:
+        """Answer with something of the ingress's own for programs."""
+        body = json.dumps(content).encode("ascii")
+        await self.answer(status, [(b"content-length", b"%d" % len(body)), _JSON_TYPE], body)
 
     def log_failure(self, status: int, endpoint_name: str, why: str) -> None:
         """Say in the log what the client is not told."""

@@ -12,23 +12,25 @@ not needed to serve a request, so it is not imported.
 from __future__ import annotations
 
 import asyncio
-import json
 import pickle
 import random
 import re
 import time
 from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import parse_qs
 
 from ..calling.answers import StreamSlot
 from ..calling.slot import Submitter
 from ..errors import DeadlineExceeded, EngineError, InvalidArgument
 from ..seam.http_request import trim_scope
 from ..seam.ingress_server import StreamBroken
+from ..seam.log import Log
 from ..seam.messages import HTTP, INITIAL_CREDIT, Call, End, Failure, Item, Reply
-from .exchange import Exchange
+from .exchange import TEXT_TYPE, Exchange, printable
 from .failures import failure_head
 from .heads import decode_head
-from .routes import RESERVED, Match, NotFound, RouteTable
+from .readiness import readiness
+from .routes import RESERVED, Match, NotFound, RouteTable, WrongMethod
 from .watch import Watch
 
 if TYPE_CHECKING:
@@ -41,7 +43,7 @@ _CREDIT_BATCH = INITIAL_CREDIT // 2
 _LONGEST_REQUEST_ID = 128
 _NOT_IN_REQUEST_ID = re.compile(r"[^A-Za-z0-9._~:@/+=-]")
 
-_JSON_TYPE = (b"content-type", b"application/json")
+_logger = Log("engine.http")
 
 
 class IngressClient(Protocol):
@@ -82,7 +84,7 @@ class Ingress:
         self._routes: RouteTable | None = None
         self._in_flight = 0
         self._draining = False
-        self._idle: asyncio.Event | None = None
+        self._refused_websockets: set[str] = set()  # endpoints
 
     def __repr__(self) -> str:
         state = "draining" if self._draining else "open"
@@ -97,14 +99,6 @@ class Ingress:
         """Tell health checks to look elsewhere. Requests are answered as before (idempotent)."""
         self._draining = True
 
-    async def wait_idle(self) -> None:
-        """Wait until no request is being answered."""
-        while self._in_flight:
-            if self._idle is None:
-                self._idle = asyncio.Event()
-            self._idle.clear()
-            await self._idle.wait()
-
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Serve one ASGI scope."""
         kind = scope["type"]
@@ -114,13 +108,10 @@ class Ingress:
                 await self._http(scope, receive, send)
             finally:
                 self._in_flight -= 1
-                if self._idle is not None and not self._in_flight:
-                    self._idle.set()
         elif kind == "lifespan":
             await _lifespan(receive, send)
         elif kind == "websocket":
-            await receive()
-            await send({"type": "websocket.close", "code": 1008, "reason": "no WebSocket is served here"})
+            await self._refuse_websocket(scope, receive, send)
         else:
             raise RuntimeError(f"the ingress serves no ASGI scope of type {kind!r}")
 
@@ -306,25 +297,60 @@ class Ingress:
     # -- the ingress's own routes ----------------------------------------------------------------------------------
 
     async def _own_route(self, path: str, exchange: Exchange) -> None:
-        if path not in ("/-/healthz", "/-/routes"):
+        snapshot = self._client.snapshot
+        if path not in ("/-/healthz", "/-/readyz", "/-/routes"):
             await exchange.say(404, "Not Found")
         elif exchange.scope["method"] not in ("GET", "HEAD"):
             await exchange.say(405, "Method Not Allowed", ((b"allow", b"GET, HEAD"),))
-        elif path == "/-/healthz":
-            if self._draining:
-                await exchange.say(503, "draining")
-            elif self._client.snapshot.version < 0:
-                await exchange.say(503, "starting")
-            else:
-                await exchange.say(200, "ok")
-        else:
+        elif path == "/-/routes":
             table = {
                 endpoint.route: {"endpoint": endpoint.name, "methods": list(endpoint.methods)}
-                for endpoint in self._client.snapshot.endpoints.values()
+                for endpoint in snapshot.endpoints.values()
                 if endpoint.route is not None
             }
-            body = json.dumps(table).encode("ascii")
-            await exchange.answer(200, [(b"content-length", b"%d" % len(body)), _JSON_TYPE], body)
+            await exchange.say_json(200, table)
+        elif path == "/-/readyz":
+            if self._draining:
+                await exchange.say_json(503, {"ready": False, "reason": "draining", "backends": {}})
+            else:
+                query = parse_qs(exchange.scope.get("query_string", b"").decode("latin-1"))
+                await exchange.say_json(*readiness(snapshot, query.get("backend", ())))
+        elif self._draining:
+            await exchange.say(503, "draining")
+        elif snapshot.version < 0:
+            await exchange.say(503, "starting")
+        else:
+            await exchange.say(200, "ok")
+
+    # -- WebSockets ------------------------------------------------------------------------------------------------
+
+    async def _refuse_websocket(self, scope: Any, receive: Any, send: Any) -> None:
+        path = scope["path"]
+        root_path = scope.get("root_path")
+        inside = _below(path, root_path) if root_path else path
+        found = self._match(inside, "GET")
+        if isinstance(found, WrongMethod):
+            found = self._match(inside, found.allowed[0])
+        if isinstance(found, NotFound):
+            status, sentence = 404, "Not Found"
+        else:
+            status, sentence = 501, "This route does not serve WebSockets."
+            name = found.endpoint_name
+            if name not in self._refused_websockets:  # which clients may try again and again
+                self._refused_websockets.add(name)
+                _logger.warning(
+                    "refused a WebSocket on %s: endpoint %r is served by backends, which do not serve WebSockets",
+                    printable(path),
+                    name,
+                )
+        await receive()
+        if "websocket.http.response" in (scope.get("extensions") or ()):
+            body = sentence.encode("ascii")
+            headers = [(b"content-length", b"%d" % len(body)), TEXT_TYPE]
+            await send({"type": "websocket.http.response.start", "status": status, "headers": headers})
+            await send({"type": "websocket.http.response.body", "body": body})
+        else:
+            await send({"type": "websocket.close", "code": 1008, "reason": sentence})
 
 
 def _request_id(given: bytes) -> str:

@@ -19,8 +19,8 @@ class BufferedRequest(Request):
     """A `starlette.requests.Request` whose whole body came with it.
 
     Everything works as on the original, as often as wanted and in any order, also from synchronous code that only
-    reads attributes. `receive` gives the body once and then waits until the client is gone, as a server's does, so an
-    ASGI application may be run on ``request.scope`` and ``request.receive``.
+    reads attributes. `receive` gives the body once and then waits, as a server's does, so an ASGI application may be
+    run on ``request.scope`` and ``request.receive``. It never tells that the client left: then the call is cancelled.
 
     Args:
         scope: The ASGI scope, as `engine.seam.http_request.trim_scope` leaves it; taken over, not copied.
@@ -29,8 +29,7 @@ class BufferedRequest(Request):
 
     def __init__(self, scope: dict[str, Any], body: bytes) -> None:
         scope["asgi"] = _ASGI
-        self._replay = _Replay(body)
-        super().__init__(scope, receive=self._replay.receive)
+        super().__init__(scope, receive=_Replay(body).receive)
         self._body = body
 
     @property
@@ -46,11 +45,6 @@ class BufferedRequest(Request):
             "await request.body() or request.query_params, which both kinds of requests have"
         )
 
-    def disconnect(self) -> None:
-        """Say that the client is gone. To be called on the loop that runs the backend."""
-        self._is_disconnected = True
-        self._replay.disconnect()
-
     def release(self) -> None:
         """Close the files of a form that was read. To be called, on any thread, when the call is over."""
         if self._form is not None:
@@ -64,20 +58,9 @@ class _Replay:
 
     def __init__(self, body: bytes) -> None:
         self._body: bytes | None = body
-        self._disconnected = False
-        self._gone: anyio.Event | None = None
-
-    def disconnect(self) -> None:
-        self._disconnected = True
-        if self._gone is not None:
-            self._gone.set()
 
     async def receive(self) -> dict[str, Any]:
-        if self._body is not None:
-            body, self._body = self._body, None
-            return {"type": "http.request", "body": body, "more_body": False}
-        if not self._disconnected:
-            if self._gone is None:
-                self._gone = anyio.Event()
-            await self._gone.wait()
-        return {"type": "http.disconnect"}
+        if self._body is None:
+            await anyio.sleep_forever()
+        body, self._body = self._body, None
+        return {"type": "http.request", "body": body, "more_body": False}

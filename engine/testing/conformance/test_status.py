@@ -195,6 +195,29 @@ def test_health(serve, client):
     assert response.status_code == 200
 
 
+def test_readiness(serve, client):
+    served = serve(raises_secret)
+    url = f"{served.engine.http_url}/-/readyz"
+    answer = client.get(url, params={"backend": served.tag})
+    assert answer.status_code == 200
+    assert answer.json() == {"ready": True, "backends": {served.tag: {"ready": True, "replicas": 1}}}
+    assert served.tag in client.get(url).json()["backends"]
+    assert client.get(url, params={"backend": "no such"}).status_code == 404
+
+
+def test_a_websocket_is_refused_and_the_log_says_on_which_route(serve, client, caplog):
+    served = serve(raises_secret)
+    upgrade = {
+        "connection": "upgrade",
+        "upgrade": "websocket",
+        "sec-websocket-version": "13",
+        "sec-websocket-key": "dGhlIHNhbXBsZSBub25jZQ==",
+    }
+    response = client.get(served.url, headers=upgrade)
+    assert (response.status_code, response.text) == (501, "This route does not serve WebSockets.")
+    eventually(lambda: f"refused a WebSocket on {served.route}: endpoint '{served.name}'" in caplog.text)
+
+
 def test_routes_are_listed(serve, client):
     served = serve(raises_secret, methods=["GET", "PUT"])
     listed = client.get(f"{served.engine.http_url}/-/routes").json()
