@@ -321,6 +321,35 @@ engine.create_endpoint("front", backend="front")
     assert len((tmp_path / "of_a_module.imports").read_text().split()) == 3
 
 
+def test_what_a_script_defines_stands_in_the_main_module(ray_cluster: RayCluster) -> None:
+    """Which is that of Ray's own program otherwise: see `test_what_scripts_hold`."""
+    program = """
+import pickle, sys
+from engine import Engine
+from engine_ray import RayAdapter
+
+class Thing:
+    __slots__ = ("number",)
+
+class Loading:
+    def __init__(self, pickled):
+        self.thing = pickle.loads(pickled)
+
+    def __call__(self, request):
+        assert type(self.thing) is Thing
+        return pickle.loads(pickle.dumps(self.thing))
+
+thing = Thing()
+thing.number = 4
+with Engine(RayAdapter(address=sys.argv[1]), http_options={"location": None}) as engine:
+    engine.create_backend("loading", Loading, pickle.dumps(thing))
+    engine.create_endpoint("loading", backend="loading")
+    result = engine.get_handle("loading").call()
+assert type(result) is Thing and result.number == 4
+"""
+    run_python("-c", program, ray_cluster.address, env={**os.environ, **ENVIRONMENT})
+
+
 def test_handles_work_in_replicas(engine: Engine) -> None:
     engine.create_backend("asking", Kit)
     engine.create_endpoint("asking", backend="asking")

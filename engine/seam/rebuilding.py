@@ -58,10 +58,15 @@ _unfinished: weakref.WeakSet[type] = weakref.WeakSet()  # classes that were made
 
 
 class MainModule(ModuleType):
-    """The ``__main__`` of a replica."""
+    """The ``__main__`` of a replica.
 
-    def __init__(self) -> None:
+    Args:
+        former: What was it before, which runs on: that of the platform's own program.
+    """
+
+    def __init__(self, former: ModuleType) -> None:
         super().__init__("__main__")
+        self._former = former
 
     def __repr__(self) -> str:
         return "<module '__main__' of a replica, which has of the program what its backend mentions>"
@@ -76,7 +81,7 @@ class MainModule(ModuleType):
 def in_main_module() -> Iterator[None]:
     """Put what this thread unpickles of a program's main module into this process's own, which is a replica's."""
     if not isinstance(sys.modules["__main__"], MainModule):
-        sys.modules["__main__"] = MainModule()
+        sys.modules["__main__"] = MainModule(sys.modules["__main__"])
     _mode.main = sys.modules["__main__"]
     try:
         yield
