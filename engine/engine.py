@@ -40,6 +40,7 @@ from .errors import EndpointNotFound, EngineClosed, InvalidArgument
 from .seam.adapter import Adapter, lacking
 from .seam.connector import PlatformRefs
 from .seam.detached import Detachable, RemoteController
+from .seam.error_text import all_there_are
 from .seam.importable import note_modules
 from .seam.may_block import check_may_block, check_not_own_thread
 from .seam.patched import check_unpatched
@@ -482,8 +483,8 @@ class Engine:
         if self._inert is not None:
             return make_handle("", "", "", name, sync=sync)
         if not missing_ok and name not in self._client.snapshot.endpoints:
-            names = ", ".join(map(repr, self._client.snapshot.endpoints)) or "none"
-            raise EndpointNotFound(f"there is no endpoint {name!r}; the endpoints are: {names}")
+            known = all_there_are("endpoints", self._client.snapshot.endpoints)
+            raise EndpointNotFound(f"there is no endpoint {name!r}; {known}")
         note_modules()
         handle = make_handle(self._id, self._adapter.name, self._adapter.control_address, name, sync=sync)
         return handle.bound_to(self._client)

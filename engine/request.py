@@ -275,13 +275,15 @@ class _Form:
     async def _build(self) -> FormData:
         from starlette.datastructures import FormData, UploadFile
 
+        from .seam.error_text import a_kind_of
+
         data = self._data
         if isinstance(data, FormData):
             return data
         if not isinstance(data, Mapping):
             raise InvalidArgument(
                 f"form() needs the caller to pass a dict of fields, as in handle.remote({{'name': 'value'}}); "
-                f"it passed a {type(data).__name__}"
+                f"it passed {a_kind_of(data)}"
             )
         fields: list[tuple[str, str | UploadFile]] = []
         for name, value in data.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -650,3 +651,13 @@ def test_what_is_said_before_it_has_a_host_is_kept() -> None:
     replica.run_next()
     assert told == [Reconfigured(1, None)]
     replica.close()
+
+
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
+@pytest.mark.parametrize("call", [http_call(1), python_call(1)], ids=["http", "handle"])
+def test_whoever_forgets_to_await_the_body_is_told(worlds: Any, call: Any, caplog: pytest.LogCaptureFixture) -> None:
+    world = worlds(lambda request: request.json()["a"])
+    (answer,) = world.ask(call)
+    told = caplog.text if answer.head else str(outcome(answer).__cause__)
+    if answer.head or sys.version_info >= (3, 11):
+        assert "request.json(), body() and form() must be awaited: write `async def`" in told

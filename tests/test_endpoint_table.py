@@ -50,7 +50,7 @@ def test_what_does_not_exist_is_not_changed() -> None:
     ):
         with pytest.raises(InvalidArgument, match="there is no endpoint 'other'; the endpoints are: 'plain', 'routed'"):
             change()
-    with pytest.raises(InvalidArgument, match="the endpoints are: none"):
+    with pytest.raises(InvalidArgument, match=r"; there are no endpoints$"):
         EndpointTable({}).without("other")
 
 

@@ -174,7 +174,7 @@ def test_names(name: str) -> None:
         Engine(backend="ray", name=name, detached=True)
     with pytest.raises(errors.InvalidArgument, match=f"there are: .*'{name}'"):
         Engine.connect("another")
-    with pytest.raises(errors.InvalidArgument, match="there are: none"):
+    with pytest.raises(errors.InvalidArgument, match=r"; there is none$"):
         Engine.connect(name, backend=RayAdapter(namespace="elsewhere"))
     elsewhere = Engine(backend=RayAdapter(namespace="elsewhere"), name=name, detached=True, http_options=HTTP)
     assert elsewhere.list_backends() == engine.list_backends() == {}

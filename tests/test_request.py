@@ -166,7 +166,7 @@ async def test_form() -> None:
     async with request.form(max_files=3) as again:
         assert again == form
     assert await ServeRequest(form, kwargs={}).form() is form
-    with pytest.raises(InvalidArgument, match="passed a int"):
+    with pytest.raises(InvalidArgument, match="passed an int"):
         await ServeRequest(3, kwargs={}).form()
 
 

@@ -186,7 +186,7 @@ def test_a_lone_surrogate_is_escaped() -> None:
 @pytest.mark.parametrize(
     ("value", "says"),
     [
-        ({"a": [1, object()]}, r"the result\['a'\]\[1\] is a object"),
+        ({"a": [1, object()]}, r"the result\['a'\]\[1\] is an object"),
         ({"a": int}, r"the result\['a'\] is a type"),
         ([b"\xff"], r"the result\[0\] is a bytes"),
         ({"a": {(1, 2): 3}}, r"the result\['a'\] has the key \(1, 2\), a tuple"),

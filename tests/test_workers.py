@@ -149,7 +149,8 @@ async def test_a_death_before_it_is_ready_carries_the_last_lines(world: World) -
     with pytest.raises(BackendStartError) as caught:
         await world.workers.start(SPEC, LONG_S)
     assert str(caught.value) == (
-        "replica.w.1 was killed by SIGSEGV before it was ready; its last words:\nline 4\nline 5\nline 6\nline 7\nline 8"
+        "replica.w.1 ended before it was ready: it was killed by SIGSEGV; its last words:\n"
+        "line 4\nline 5\nline 6\nline 7\nline 8"
     )
     assert not world.exits  # whoever started it knows
 
@@ -157,7 +158,7 @@ async def test_a_death_before_it_is_ready_carries_the_last_lines(world: World) -
 @on_loop
 async def test_a_death_without_a_word(world: World) -> None:
     world.adapter.on_start = lambda spec: world.exit("exited with code 3")
-    with pytest.raises(BackendStartError, match=r"^replica.w.1 exited with code 3 before it was ready$"):
+    with pytest.raises(BackendStartError, match=r"^replica.w.1 ended before it was ready: it exited with code 3$"):
         await world.workers.start(SPEC, LONG_S)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..errors import EndpointNotFound
+from ..seam.error_text import all_there_are
 from ..seam.snapshot import EndpointEntry, RoutingSnapshot
 from .replica_set import ReplicaSet, Target
 from .slot import Slot
@@ -87,8 +88,9 @@ class Router:
         """
         endpoint = self.endpoints.get(name)
         if endpoint is None:
-            names = ", ".join(sorted(self.endpoints)) or "none"
-            raise EndpointNotFound(f"there is no endpoint {name!r}; the endpoints are: {names}")
+            raise EndpointNotFound(
+                f"there is no endpoint {name!r}; {all_there_are('endpoints', sorted(self.endpoints))}"
+            )
         if endpoint.only is not None:
             return endpoint.only, endpoint
         fraction = random.random() if shard_key is None else hash_fraction(shard_key)

@@ -19,6 +19,7 @@ from ..errors import EngineError, InvalidArgument
 from ..seam.adapter import Adapter, done_by
 from ..seam.channel import Channel, ChannelListener
 from ..seam.detached import store_of
+from ..seam.error_text import all_there_are
 from ..seam.log import Log
 from ..seam.snapshot import EndpointEntry
 from ..seam.worker import WorkerExit
@@ -332,8 +333,7 @@ class Controller:
     def _backend(self, tag: str) -> BackendReplicas:
         backend = self._existing().get(tag)
         if backend is None:
-            known = ", ".join(map(repr, self._existing())) or "none"
-            raise InvalidArgument(f"there is no backend {tag!r}; the backends are: {known}")
+            raise InvalidArgument(f"there is no backend {tag!r}; {all_there_are('backends', self._existing())}")
         return backend
 
     def _being_deleted(self, tag: str) -> BackendReplicas | None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from ..errors import InvalidArgument
 from ..http.routes import route_shape
+from ..seam.error_text import all_there_are
 from ..seam.snapshot import EndpointEntry
 
 __all__ = ["EndpointTable"]
@@ -93,6 +94,5 @@ class EndpointTable:
     def _entry(self, name: str) -> EndpointEntry:
         entry = self._entries.get(name)
         if entry is None:
-            known = ", ".join(map(repr, self._entries)) or "none"
-            raise InvalidArgument(f"there is no endpoint {name!r}; the endpoints are: {known}")
+            raise InvalidArgument(f"there is no endpoint {name!r}; {all_there_are('endpoints', self._entries)}")
         return entry

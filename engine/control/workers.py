@@ -265,7 +265,9 @@ class Workers:
         worker.move(Life.GONE)
         worker.exit_reason = exit.reason
         if before is Life.STARTING and worker.error is None:
-            worker.error = BackendStartError(f"{worker.spec.name} {exit.reason} before it was ready{_tail(worker)}")
+            worker.error = BackendStartError(
+                f"{worker.spec.name} ended before it was ready: it {exit.reason}{_tail(worker)}"
+            )
         worker.ready.set()
         worker.gone.set()
         for reply in worker.replies.values():

@@ -162,7 +162,12 @@ _reduce_code_dynamically = cloudpickle.Pickler.dispatch_table[CodeType]
 def _reduce_code(code: CodeType) -> _Reduced:
     """Keep the file of code: cloudpickle 3.1.3 drops it, and tracebacks their source lines."""
     kind, arguments = _reduce_code_dynamically(code)
-    return kind, tuple(code.co_filename if argument == "<dynamic-code>" else argument for argument in arguments)
+    return kind, tuple(code.co_filename if _is_made_up(argument) else argument for argument in arguments)
+
+
+def _is_made_up(argument: Any) -> bool:
+    # its type first: bytes, of which code is made, may not be compared with text under `python -bb`
+    return type(argument) is str and argument == "<dynamic-code>"
 
 
 def _nested_submodules(function: FunctionType, values: Iterable[Any]) -> list[ModuleType]:

@@ -1,4 +1,4 @@
-"""What can be said of any exception, whatever its own methods do.
+"""What messages say: of any exception, whatever its own methods do, of types, and of names.
 
 An exception of user code may raise anything when it is asked for its text, its type's name or its cause. Nothing here
 ever raises, so that whoever reports a failure cannot fail over it.
@@ -7,9 +7,9 @@ ever raises, so that whoever reports a failure cannot fail over it.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
-__all__ = ["message_of", "shortened", "summary_of", "traceback_of", "type_name_of"]
+__all__ = ["a_kind_of", "all_there_are", "message_of", "shortened", "summary_of", "traceback_of", "type_name_of"]
 
 
 def type_name_of(error: BaseException) -> str:
@@ -35,6 +35,18 @@ def traceback_of(error: BaseException) -> str:
         _text(lambda: "".join(traceback.format_exception(type(error), error, error.__traceback__)), "")
         or f"{type_name_of(error)}: {message_of(error)}\n"
     )
+
+
+def a_kind_of(value: object) -> str:
+    """Its type's name with an article: ``a list``, ``an int``."""
+    name = type(value).__qualname__
+    return f"an {name}" if name[:1] in "aeioAEIO" else f"a {name}"
+
+
+def all_there_are(kind: str, names: Iterable[str]) -> str:
+    """The end of a message about a name that is none: ``the endpoints are: 'a', 'b'``, ``there are no endpoints``."""
+    known = ", ".join(map(repr, names))
+    return f"the {kind} are: {known}" if known else f"there are no {kind}"
 
 
 def shortened(text: str, most: int) -> str:

@@ -14,6 +14,7 @@ import uuid
 from typing import Any
 
 from ..errors import ResultNotSerializable
+from .error_text import a_kind_of
 
 __all__ = ["to_json"]
 
@@ -112,7 +113,7 @@ def _plain(value: Any, path: str, depth: int) -> Any:
     simpler = _simplify(value)
     if simpler is _NO_FORM:
         raise ResultNotSerializable(
-            f"{path} is a {type(value).__qualname__}, which has no form in JSON; "
+            f"{path} is {a_kind_of(value)}, which has no form in JSON; "
             f"return a starlette Response, bytes, or something made of dicts, lists, strings and numbers"
         )
     return _plain(simpler, path, depth + 1)
@@ -124,4 +125,4 @@ def _plain_key(key: Any, path: str) -> str | int | float | bool | None:
         if simpler is None or isinstance(simpler, (str, int, float)):
             return simpler
         simpler = _simplify(simpler)
-    raise ResultNotSerializable(f"{path} has the key {key!r}, a {type(key).__qualname__}, which has no form in JSON")
+    raise ResultNotSerializable(f"{path} has the key {key!r}, {a_kind_of(key)}, which has no form in JSON")

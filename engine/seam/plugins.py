@@ -41,5 +41,6 @@ def load_plugin(group: str, name: str, field: str) -> Any:
                 raise InvalidArgument(
                     f"{field}={name!r} is installed, by {package}, but {entry.value!r} cannot be imported: {error}"
                 ) from error
-    known = ", ".join(sorted(repr(entry.name) for entry in found)) or "none"
-    raise InvalidArgument(f"{field}={name!r} is not the name of an installed plug-in; there are: {known}")
+    known = ", ".join(sorted(repr(entry.name) for entry in found))
+    there = f"there are: {known}" if known else "there is none"
+    raise InvalidArgument(f"{field}={name!r} is not the name of an installed plug-in; {there}")

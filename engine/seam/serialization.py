@@ -19,7 +19,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from ..errors import EngineError, NotSerializable, RemoteError, RemoteTraceback
 from .descriptors import is_shortage, shortage
-from .error_text import message_of, shortened, summary_of, traceback_of, type_name_of
+from .error_text import a_kind_of, message_of, shortened, summary_of, traceback_of, type_name_of
 from .importable import marks_of_unimportable
 
 __all__ = [
@@ -172,7 +172,7 @@ def _describe(value: Any) -> str:
         text = repr(value)
     except Exception as error:
         text = f"whose repr raised {type(error).__name__}"
-    return f"a {type(value).__qualname__}, {text if len(text) <= 80 else text[:77] + '...'}"
+    return f"{a_kind_of(value)}, {text if len(text) <= 80 else text[:77] + '...'}"
 
 
 def _find_culprit(value: Any, path: str, depth: int, seen: set[int]) -> tuple[str, Any]:

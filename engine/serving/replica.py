@@ -31,7 +31,7 @@ from ..errors import (
 from ..request import ServeRequest
 from ..seam.channel import Channel, ChannelClosed
 from ..seam.control_messages import Drain, Ping, Pong, Reconfigure, Reconfigured
-from ..seam.error_text import message_of, summary_of, traceback_of
+from ..seam.error_text import a_kind_of, message_of, summary_of, traceback_of
 from ..seam.http_request import RequestEnvelope, build_http_request
 from ..seam.log import Log
 from ..seam.messages import HTTP, INITIAL_CREDIT, Call, Cancel, Credit, End, Failure, FailureKind, Item, Message, Reply
@@ -371,13 +371,16 @@ class Replica:
     def _failure(self, job: Job, error: BaseException) -> Failure:
         call = job.call
         kind = FailureKind.ENGINE if issubclass(type(error), EngineError) else FailureKind.USER
+        advice = _advice_on(error)
+        if advice and hasattr(error, "add_note"):
+            error.add_note(advice)  # shown by tracebacks: in the log, and at the caller
         if call.kind != HTTP:
             return Failure(call.id, 0, kind, b"", pack_exception(error))
         from ..http.failures import tell_failure
 
         head, body, untold = tell_failure(error, debug=self._debug)
         if untold is not None and not job.cancelled:
-            self._log(f"{self._name(job)} failed", job, untold)
+            self._log(f"{self._name(job)} failed" + (f" ({advice})" if advice else ""), job, untold)
         return Failure(call.id, 0, kind, head, body)
 
     def _log(self, what: str, job: Job, error: BaseException) -> None:
@@ -435,12 +438,19 @@ class Replica:
 
     def _one_each(self, jobs: list[Job], results: Any) -> list[Any]:
         if not isinstance(results, list) or len(results) != len(jobs):
-            size = f"{len(results)} results" if isinstance(results, list) else f"a {type(results).__name__}"
+            size = f"{len(results)} results" if isinstance(results, list) else a_kind_of(results)
             raise BackendError(
                 f"{self._name(jobs[0])} accepts batches and must return a list as long as the one it gets (or a tuple, "
                 f"an array, a generator): it got {len(jobs)} requests and returned {size}"
             )
         return results
+
+
+def _advice_on(error: BaseException) -> str:
+    """What to do about an error that says only what went wrong; empty for most."""
+    if type(error) in (TypeError, AttributeError) and message_of(error).startswith("'coroutine' object"):
+        return "request.json(), body() and form() must be awaited: write `async def`, and `(await request.json())[...]`"
+    return ""
 
 
 def _reason(error: Exception) -> str:

@@ -27,8 +27,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 _MARK = "_engine_accept_batch"
 _LONGEST_COLLECTION_S = 1.0  # user code runs in it, and may never return
 _collecting = threading.Lock()
-LIFECYCLE = frozenset({"close", "reconfigure"})
-"""Methods that the engine calls, and no client can."""
+LIFECYCLE = frozenset({"check_health", "close", "reconfigure", "websocket"})
+"""Methods that the engine calls, or will, and no client can."""
 
 
 def accept_batch(function: F) -> F:
@@ -194,6 +194,8 @@ class UserCallable:
         """
         known = self._methods.get(name)
         if known is None:
+            if self._is_found_later(name):
+                return Method(name, functools.partial(self._found, name))  # not kept: clients choose the names
             known = self._methods[name] = Method(name, self._find(name))
         return known
 
@@ -233,17 +235,49 @@ class UserCallable:
             raise MethodNotFound(f"{name!r} of backend {self.tag!r} is private: only public methods can be called")
         if name in LIFECYCLE:
             raise MethodNotFound(f"{name!r} of backend {self.tag!r} is called by the engine, and by nobody else")
-        defined = any(name in vars(cls) for cls in type(self.subject).__mro__ if cls is not object)
-        # Looked at without evaluating it: a property is no method, and may cost or raise anything.
-        found = inspect.getattr_static(self.subject, name, None) if defined else None
-        is_method = callable(found) or isinstance(found, (staticmethod, classmethod, functools.partialmethod))
-        function = getattr(self.subject, name) if is_method else None
-        if not callable(function):
-            raise MethodNotFound(f"backend {self.tag!r} has no method {name!r}; {self._public_names()}")
-        return function  # type: ignore[no-any-return]
+        if _defines_method(type(self.subject), name):
+            function = getattr(self.subject, name)
+            if callable(function):
+                return function  # type: ignore[no-any-return]
+        raise self._missing(name)
 
-    def _public_names(self) -> str:
+    def _is_found_later(self, name: str) -> bool:
+        """Whether only the ``__getattr__`` of the user's class knows, which is user code and not to be run here."""
+        return (
+            self._has_methods
+            and _is_open(name)
+            and name != "__call__"
+            and hasattr(type(self.subject), "__getattr__")
+            and name not in getattr(self.subject, "__dict__", ())
+            and not any(name in vars(cls) for cls in type(self.subject).__mro__)
+        )
+
+    def _found(self, method_name: str, /, *args: Any, **kwargs: Any) -> Any:
+        """Call what the ``__getattr__`` of the user's class finds."""
+        try:
+            function = getattr(self.subject, method_name)
+        except AttributeError as error:
+            raise self._missing(method_name) from error
+        if not callable(function) or inspect.isclass(function):
+            raise self._missing(method_name)
+        return function(*args, **kwargs)
+
+    def _missing(self, name: str) -> MethodNotFound:
         kind = type(self.subject)
-        names = [name for name in dir(kind) if _is_open(name) and callable(getattr(kind, name, None))]
-        names = [name for name in names if name != "__call__" or "__call__" in vars(kind)]
-        return f"its methods are: {', '.join(names) or 'none'}"
+        names = ", ".join(name for name in dir(kind) if _is_open(name) and _defines_method(kind, name))
+        there = f"its methods are: {names}" if names else "it has no public methods"
+        return MethodNotFound(f"backend {self.tag!r} has no method {name!r}; {there}")
+
+
+def _defines_method(kind: type, name: str) -> bool:
+    """Whether a class itself, or one that it is derived from, has a method of this name.
+
+    Looked at without evaluating it: a property is no method, and may cost or raise anything. Nor is a class inside of
+    the class, or an object that can be called: they are there for the backend's own use.
+    """
+    if not any(name in vars(cls) for cls in kind.__mro__ if cls is not object):
+        return False
+    found = inspect.getattr_static(kind, name, None)
+    if isinstance(found, (staticmethod, classmethod, functools.partialmethod, functools.singledispatchmethod)):
+        return True
+    return callable(found) and inspect.isroutine(found)

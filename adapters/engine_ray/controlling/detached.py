@@ -287,9 +287,10 @@ def find_controller(name: str, namespace: str | None, adapter: ClusterAdapter) -
     try:
         actor = ray.get_actor(_actor_name(name), namespace=namespace or NAMESPACE)
     except ValueError as error:
-        known = ", ".join(repr(other) for other in _names(namespace or NAMESPACE)) or "none"
+        known = ", ".join(repr(other) for other in _names(namespace or NAMESPACE))
         space = f"in namespace {namespace!r} of" if namespace else "on"
-        raise InvalidArgument(f"there is no detached engine {name!r} {space} {where()}; there are: {known}") from error
+        there = f"there are: {known}" if known else "there is none"
+        raise InvalidArgument(f"there is no detached engine {name!r} {space} {where()}; {there}") from error
     return RayController(actor, ray.get(actor.identify.remote()), adapter)
 
 

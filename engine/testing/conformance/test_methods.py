@@ -15,8 +15,26 @@ class Base:
         return ["inherited", value]
 
 
+class CallableObject:
+    def __call__(self, *values):
+        return "must not be called"
+
+
 class Calculator(Base):
     constant = 5
+    Callable = CallableObject()
+
+    class Nested:
+        def __init__(self, *values):
+            self.text = "must not be called"
+
+    def check_health(self, *values):
+        return "must not be called"
+
+    reconfigure = websocket = check_health
+
+    def close(self):
+        pass
 
     def __init__(self, start=0):
         self.start = start
@@ -123,7 +141,22 @@ def test_a_class_without_call_serves_its_methods(serve):
     assert served.http().status_code == 400
 
 
-MISSING = ["absent", "_private", "__init__", "__class__", "constant", "assigned", "", "two words"]
+MISSING = [
+    "Nested",
+    "Callable",
+    "check_health",
+    "close",
+    "reconfigure",
+    "websocket",
+    "absent",
+    "_private",
+    "__init__",
+    "__class__",
+    "constant",
+    "assigned",
+    "",
+    "two words",
+]
 
 
 @pytest.mark.parametrize("method", MISSING)
@@ -153,6 +186,43 @@ def test_a_property_is_neither_a_method_nor_evaluated(serve, journal):
     assert served.http(headers={"X-SERVE-CALL-METHOD": "costly"}).status_code == 400
     assert served.http().text == "ok"
     assert journal.lines() == []
+
+
+class Delegating:
+    """As a proxy does, its class finds methods by name."""
+
+    def __init__(self):
+        self._names = {"upper", "later", "fails", "reconfigure", "_hidden", "check_health", "Nested"}
+
+    def own(self, value):
+        return ["own", value]
+
+    def __getattr__(self, name):
+        if name.startswith("__") or name not in self._names:
+            raise AttributeError(name)
+        if name == "later":
+            return self._later
+        return str if name == "Nested" else getattr(self, "_" + name, None) or str.upper
+
+    async def _later(self, value="later"):
+        return ["later", str(value)[:5]]
+
+    def _fails(self, *values):
+        raise KeyError("of the method")
+
+
+def test_methods_that_the_class_finds_by_getattr(serve):
+    served = serve(Delegating)
+    assert served.call("text", method_name="own") == ["own", "text"]
+    assert served.call("text", method_name="upper") == "TEXT"
+    assert served.call("text", method_name="later") == ["later", "text"]
+    assert served.http_json(headers={"X-SERVE-CALL-METHOD": "later"})[0] == "later"
+    with pytest.raises(KeyError, match="of the method"):
+        served.call(method_name="fails")
+    for name in ("reconfigure", "check_health", "_hidden", "absent", "Nested", "_names"):
+        with pytest.raises((errors.MethodNotFound, errors.InvalidArgument), match=name):
+            served.call(method_name=name)
+        assert served.http(headers={"X-SERVE-CALL-METHOD": name}).status_code == 400, name
 
 
 def test_static_and_class_methods(serve):
