@@ -242,13 +242,21 @@ async def test_the_application_hears_that_the_client_left(browser: Client) -> No
         assert await asyncio.wait_for(server.app.left.get(), PATIENCE_S) == "/listen"
 
 
-async def test_a_client_that_leaves_in_its_body() -> None:
+@pytest.mark.parametrize("leave", ["close", "half-close", "abort"])
+@pytest.mark.parametrize("framing", ["content-length: 10\r\n\r\n", "transfer-encoding: chunked\r\n\r\n5\r\n"])
+async def test_a_client_that_leaves_in_its_body(framing: str, leave: str) -> None:
     async with serving() as server:
         _, writer = await server.connect()
-        writer.write(b"POST /a HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\nabc")
+        writer.write(b"POST /a HTTP/1.1\r\nhost: x\r\n" + framing.encode() + b"abc")
         await server.app.started.get()
-        writer.close()
+        if leave == "half-close":
+            writer.write_eof()
+        elif leave == "abort":
+            writer.transport.abort()
+        else:
+            writer.close()
         assert await asyncio.wait_for(server.app.left.get(), PATIENCE_S) == "/a"
+        writer.close()
 
 
 async def exchange(server: Running, data: bytes) -> bytes:
