@@ -19,6 +19,7 @@ from engine.seam.may_block import check_may_block
 from engine.seam.messages import INITIAL_CREDIT, Cancel, Credit, End, Failure, FailureKind, Item, Reply
 from engine.seam.serialization import dumps, unpack_exception
 from engine.serving import loop_replica as loop_replica_module
+from engine.serving.farewell import begin_close, finish_close
 from engine.serving.loop_replica import LoopReplica
 from engine.serving.user_callable import UserCallable
 from engine.testing.fakes import FakeChannel
@@ -465,3 +466,27 @@ def test_a_word_after_the_loop_has_ended_is_harmless() -> None:
 
     main()
     worlds[0].replica.control(Drain(5.0))
+
+
+# -- leaving ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_close_that_hangs_is_cut_off(caplog: pytest.LogCaptureFixture) -> None:
+    ended: list[str] = []
+
+    class Hangs(Methods):
+        async def close(self) -> None:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                ended.append("cut off")
+
+    async def main() -> None:
+        user = UserCallable("b", Hangs, (), {})
+        closing = begin_close(user)
+        assert closing is not None
+        await finish_close(user, closing, 0.0)
+
+    asyncio.run(main())
+    assert ended == ["cut off"]
+    assert "close() of backend 'b' is not done within its graceful_shutdown_timeout_s" in caplog.text

@@ -289,22 +289,6 @@ def test_a_close_that_fails_is_logged(serve, engine, journal, caplog, backend, e
     assert "is killed" not in caplog.text
 
 
-def test_a_close_that_hangs_is_cut_off(serve, engine, journal, caplog):
-    class Backend(OnLoop):
-        async def close(self):
-            try:
-                await asyncio.Event().wait()
-            finally:
-                self.journal.add("cut off")
-
-    served = serve(Backend, journal, route=None, config={"graceful_shutdown_timeout_s": 0.5})
-    before = time.monotonic()
-    leave(served, engine)
-    assert time.monotonic() - before < 10
-    assert journal.lines() == ["cut off", "del"]
-    eventually(lambda: "graceful_shutdown_timeout_s" in caplog.text)
-
-
 class Stays:
     """Does not leave."""
 
