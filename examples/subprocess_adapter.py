@@ -4,6 +4,7 @@ Run as a script, it serves a function from two such processes. Elsewhere: Engine
 """
 
 import asyncio
+import contextlib
 import importlib
 import logging
 import os
@@ -12,7 +13,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-from functools import partial
 from typing import NamedTuple
 
 from engine import Engine
@@ -61,13 +61,15 @@ class SubprocessAdapter(SubprocessConnector, AdapterBase):
             )
         loop = asyncio.get_running_loop()
         lost = loop.create_future()
-        control = ControlChannel(ours, partial(self.events.worker_said, spec.worker_id), lost.set_result, loop)
+        control = ControlChannel(ours, lambda msg: self.events.worker_said(spec.worker_id, msg), lost.set_result, loop)
         end = loop.create_task(self.report_end(spec.worker_id, process, lost))
         self.workers[spec.worker_id] = Running(process, control, end)
 
     async def report_end(self, worker_id, process, lost):
         await lost
         code = await asyncio.to_thread(process.wait)
+        with contextlib.suppress(OSError):  # nobody is left
+            os.killpg(process.pid, 9)  # what it has started ends with it
         del self.workers[worker_id]
         reason = f"exited with code {code}" if code >= 0 else f"was killed by signal {-code}"
         self.events.worker_exited(WorkerExit(worker_id, reason))
