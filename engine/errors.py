@@ -13,6 +13,7 @@ __all__ = [
     "BackendError",
     "BackendStartError",
     "CallError",
+    "Cancelled",
     "DeadlineExceeded",
     "EndpointNotFound",
     "EngineClosed",
@@ -93,6 +94,10 @@ class MethodNotFound(CallError, AttributeError):
 
 class NotSerializable(CallError, TypeError):
     """An argument or a backend cannot be pickled; the message says which part of it."""
+
+
+class Cancelled(CallError):
+    """The call was given up by ``ref.cancel()``, so that there is no result to wait for."""
 
 
 class WouldBlock(CallError, RuntimeError):

@@ -22,7 +22,7 @@ from engine.seam.serialization import pack_exception, unpack_exception
 
 FAMILIES = {
     RetryLater: {"Overloaded", "NoReplica", "DeadlineExceeded", "ReplicaDied", "ResourcesUnavailable"},
-    CallError: {"InvalidArgument", "EndpointNotFound", "MethodNotFound", "NotSerializable", "WouldBlock"},
+    CallError: {"Cancelled", "EndpointNotFound", "InvalidArgument", "MethodNotFound", "NotSerializable", "WouldBlock"},
     BackendError: {"BackendStartError", "ResultNotSerializable", "RemoteError"},
 }
 BUILT_IN = {

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, overload
 
 from ..config import LONGEST_S
-from ..errors import DeadlineExceeded, EngineClosed, InvalidArgument
+from ..errors import DeadlineExceeded, EngineClosed, InvalidArgument, MethodNotFound
 from ..seam.connector import PlatformRefs
-from ..seam.may_block import check_may_block, running_asyncio_loop
+from ..seam.may_block import check_may_block, running_asyncio_loop, warn_if_on_loop
 from ..seam.messages import PYTHON, Call
 from ..seam.serialization import dumps_arguments
 from ..seam.workplace import settles_later, surrounding_engine
@@ -83,6 +83,17 @@ class CallOptions:
         return pickle.dumps((self.http_method, self.http_headers), 5)
 
 
+_OPTIONS = frozenset(CallOptions.__dataclass_fields__)
+
+
+def _misplaced(kwargs: dict[str, Any]) -> InvalidArgument:
+    names = [name for name in kwargs if name in _OPTIONS]
+    options = ", ".join(f"{name}={kwargs[name]!r}" for name in names)
+    return InvalidArgument(
+        f"{names[0]} is an option of calls, not a query parameter: pass it by handle.options({options}).call(...)"
+    )
+
+
 def _header_pairs(headers: Any) -> tuple[tuple[str, str], ...]:
     pairs = list(headers.items()) if isinstance(headers, Mapping) else headers
     try:
@@ -119,6 +130,21 @@ class _BaseHandle:
             self._settle()
         state = (self._engine_id, self._adapter_name, self._control_address, self._endpoint, self._options)
         return type(self), state
+
+    if not TYPE_CHECKING:  # type checkers find these mistakes themselves, unless there is a method for them
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            raise InvalidArgument(
+                "a handle is called by its methods: handle.call(x) gives the result, handle.remote(x) a ref"
+            )
+
+        def __getattr__(self, name: str) -> Any:
+            message = f"{type(self).__name__!r} object has no attribute {name!r}"
+            if name.startswith("_"):  # whoever copies, mocks or shows it asks for such
+                raise AttributeError(message, name=name, obj=self)
+            raise MethodNotFound(
+                f"{message}: if it is a method of the backend, use handle.options(method_name={name!r}).call(...)"
+            )
 
     def bound_to(self, client: Client) -> Self:
         """This handle, with its process's client known from the start."""
@@ -191,11 +217,14 @@ class _BaseHandle:
 
     def _call_of(self, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None) -> Call:
         options = self._options
-        if len(args) > 1 and options.method_name == "__call__":
-            raise InvalidArgument(
-                f"a backend takes one argument (and query parameters by name), not {len(args)}; "
-                "call a method with .options(method_name=...) to pass several"
-            )
+        if options.method_name == "__call__":
+            if len(args) > 1:
+                raise InvalidArgument(
+                    f"a backend takes one argument (and query parameters by name), not {len(args)}; "
+                    "call a method with .options(method_name=...) to pass several"
+                )
+            if kwargs and not _OPTIONS.isdisjoint(kwargs):
+                raise _misplaced(kwargs)
         return Call(
             0,
             PYTHON,
@@ -287,6 +316,7 @@ class Handle(_BaseHandle, Generic[T_co]):
             BaseException: Whatever the backend raised.
         """
         check_may_block("a sync handle's call()")
+        warn_if_on_loop("a sync handle's call()")
         options = self._options
         timeout_s = options.timeout_s
         deadline = None if timeout_s is None else time.monotonic() + timeout_s

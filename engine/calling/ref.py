@@ -11,8 +11,8 @@ from types import BuiltinFunctionType
 from typing import TYPE_CHECKING, Any, Generic
 
 from ..config import LONGEST_S
-from ..errors import CallError, DeadlineExceeded, InvalidArgument, WouldBlock
-from ..seam.may_block import check_may_block
+from ..errors import Cancelled, DeadlineExceeded, InvalidArgument, WouldBlock
+from ..seam.may_block import check_may_block, warn_if_on_loop
 from ..seam.messages import Call, End, Failure, Item, Reply
 from .answers import deadline_error, open_answer, settled
 from .caller import Caller
@@ -59,6 +59,9 @@ class Ref(Slot, Generic[T_co]):
         state = "pending" if not self.done() else "failed" if self._error is not None else "done"
         return f"<Ref {self.endpoint!r} {state}>"
 
+    def __dir__(self) -> list[str]:
+        return [*dir(object), "__await__", "add_done_callback", "cancel", "done", "future", "result"]
+
     def __reduce__(self) -> Any:
         raise TypeError(
             "a ref can only be an argument of its own, as in handle.remote(ref): "
@@ -99,6 +102,7 @@ class Ref(Slot, Generic[T_co]):
             raise WouldBlock(
                 "waiting for this ref would block the event loop that its answer comes to, for ever: await it instead"
             )
+        warn_if_on_loop("waiting for a ref")
 
     def future(self) -> Future[T_co]:
         """A `concurrent.futures.Future` of the same result."""
@@ -118,11 +122,18 @@ class Ref(Slot, Generic[T_co]):
         self.add_done_callback(copy)
         return future
 
-    def cancel(self) -> None:
-        """Give the call up: what waits for the ref fails, and the replica need not run it."""
-        if not self.done() and self._caller is not None:
-            self._caller.cancel(self)
-            self.fail(CallError("the call was cancelled"))
+    def cancel(self) -> bool:
+        """Give the call up: whoever waits for the ref gets `errors.Cancelled`, and the replica need not run it.
+
+        A coroutine that runs is cancelled, a plain callable that runs is not interrupted.
+
+        Returns:
+            Whether the call was given up; False if it had settled before, so that the ref stays as it is.
+        """
+        if self.done() or self._caller is None:
+            return False
+        self._caller.cancel(self)
+        return self._settle(None, Cancelled(f"the call of {self.endpoint!r} was cancelled by ref.cancel()"))
 
     def add_done_callback(self, callback: Callable[[Ref], None]) -> None:
         """Call ``callback(ref)`` once the result is there, in the thread that learns of it; it must not block."""
@@ -165,13 +176,13 @@ class Ref(Slot, Generic[T_co]):
             self._caller.cancel(self)
             self.fail(deadline_error(self.endpoint, timeout_s))
 
-    def _settle(self, message: Any, error: BaseException | None) -> None:
-        """Take the first outcome; one that comes later (an answer after the deadline, say) changes nothing."""
+    def _settle(self, message: Any, error: BaseException | None) -> bool:
+        """Take the first outcome; one that comes later (an answer after the deadline, say) changes nothing: False."""
         due: list[Callable[[Ref], None]] = []
         try:
             with self._lock:
                 if self._callbacks is None:
-                    return
+                    return False
                 self._message, self._error = message, error
                 due = self._callbacks
                 self._callbacks = None
@@ -183,6 +194,7 @@ class Ref(Slot, Generic[T_co]):
         except BaseException:  # an interrupt, which may have come between: those who wait are told all the same
             self._call_back(due)
             raise
+        return True
 
     def _call_back(self, due: list[Callable[[Ref], None]]) -> None:
         interrupt: BaseException | None = None
@@ -239,6 +251,7 @@ def get(refs: Any, timeout: float | None = None, platform: PlatformRefs | None =
     if foreign:
         assert platform is not None
         check_may_block("waiting for a ref")
+        warn_if_on_loop("waiting for a ref")
         theirs = iter(platform.results(foreign, timeout))
     results = [
         ref.result(None if deadline is None else max(0.0, deadline - time.monotonic()))
@@ -268,6 +281,7 @@ def wait(
     if not own:
         assert platform is not None
         check_may_block("waiting for a ref")
+        warn_if_on_loop("waiting for a ref")
         return platform.wait(checked, num_returns, timeout)
     if len(own) < len(checked):
         raise InvalidArgument("refs must all be of one engine: wait for those of each engine by a call of its own")
@@ -292,8 +306,16 @@ def wait(
 
 def _checked(refs: Any, platform: PlatformRefs | None) -> list[Any]:
     if isinstance(refs, Ref) or not isinstance(refs, Sequence):
-        raise InvalidArgument(f"refs must be a list of refs, not {refs!r}")
+        raise InvalidArgument(f"refs must be a list of refs, not {refs!r}{_where_it_belongs(refs)}")
     for position, ref in enumerate(refs):
         if not isinstance(ref, Ref) and not (platform is not None and platform.is_ref(ref)):
-            raise InvalidArgument(f"refs[{position}] must be a ref as handle.remote() returns it, not {ref!r}")
+            raise InvalidArgument(
+                f"refs[{position}] must be a ref as handle.remote() returns it, not {ref!r}{_where_it_belongs(ref)}"
+            )
     return list(refs)
+
+
+def _where_it_belongs(value: Any) -> str:
+    if hasattr(value, "__await__"):
+        return ": await it; what an async handle's remote() gives is a ref once it was awaited"
+    return ""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from ..errors import WouldBlock
@@ -17,13 +19,19 @@ __all__ = [
     "mark_busy_thread",
     "mark_loop_thread",
     "mark_own_thread",
+    "may_block_loop",
     "running_asyncio_loop",
     "unmark_busy_thread",
     "unmark_loop_thread",
     "unmark_own_thread",
+    "warn_if_on_loop",
 ]
 
 _loop_threads: set[int] = set()  # threads that run the event loop of an async backend, or foreign code on an own thread
+_OURS = ("engine.seam.", "engine.calling.", "engine.engine")
+_NOTEBOOKS = ("ipykernel", "marimo")
+_warned = False  # see `warn_if_on_loop`
+_calm_threads: set[int] = set()  # see `may_block_loop`
 _own_threads: set[int] = set()  # threads that run the controller of an engine
 
 
@@ -92,6 +100,44 @@ def check_not_own_thread(what: str) -> None:
             f"{what} would block the engine's own thread, in which handlers and filters of logging and callbacks run: "
             "do it in another one (logging.handlers.QueueHandler, for one, hands log records over)"
         )
+
+
+@contextmanager
+def may_block_loop() -> Iterator[None]:
+    """The loop of this thread has nothing else to do meanwhile."""
+    thread = threading.get_ident()
+    _calm_threads.add(thread)
+    try:
+        yield
+    finally:
+        _calm_threads.discard(thread)
+
+
+def warn_if_on_loop(what: str) -> None:
+    """Tell the application, once, that it blocks an asyncio loop of its own. Notebooks run one where all cells wait."""
+    events = sys.modules.get("asyncio.events")
+    if events is not None and not _warned and events._get_running_loop() is not None:
+        _warn(what)
+
+
+def _warn(what: str) -> None:
+    global _warned
+    if threading.get_ident() in _calm_threads:
+        return
+    _warned = True
+    if any(notebook in sys.modules for notebook in _NOTEBOOKS):
+        return
+    import warnings
+
+    level, frame = 1, sys._getframe(0)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_OURS):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(
+        f"{what} blocks the event loop that runs in this thread, and with it all of its tasks: get the handle with "
+        "get_handle(name, sync=False) and await its calls and refs (this is said once)",
+        RuntimeWarning,
+        stacklevel=level,
+    )
 
 
 def running_asyncio_loop() -> asyncio.AbstractEventLoop | None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..calling.connectors import register_connector
 from ..seam.control_messages import Drained, Started, StartFailed
+from ..seam.may_block import may_block_loop
 from ..seam.rebuilding import in_main_module, in_origin
 from ..seam.serialization import loads_during_imports, pack_exception_briefly
 from ..seam.worker import WorkerHost
@@ -102,7 +103,8 @@ def _construct_on_loop(
     from .loop_replica import LoopReplica
 
     async def construct() -> tuple[UserCallable, contextvars.Context]:
-        user = UserCallable(spec.backend_tag, *definition)
+        with may_block_loop():
+            user = UserCallable(spec.backend_tag, *definition)
         if spec.config.user_config is not None:
             outcome = user.reconfigure(spec.config.user_config)
             if inspect.isawaitable(outcome):

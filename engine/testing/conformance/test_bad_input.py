@@ -50,6 +50,12 @@ class LockAttribute:
         return "never"
 
 
+def never_awaited(handle):
+    coroutine = handle.remote(1)
+    coroutine.close()  # or Python complains, rightly
+    return coroutine
+
+
 BAD_CALLS = {
     "duplicate tag": (lambda e, s: e.create_backend(s.tag, ok), ValueError, "{tag}.*exists"),
     "duplicate endpoint": (lambda e, s: e.create_endpoint(s.name, backend=s.tag), ValueError, "{tag}.*exists"),
@@ -123,6 +129,21 @@ BAD_CALLS = {
     "headers are no dict": (lambda e, s: s.handle.options(http_headers=5), ValueError, "http_headers.*5"),
     "verb is unknown": (lambda e, s: s.handle.options(http_method="FETCH"), ValueError, "http_method.*FETCH"),
     "two arguments without a method": (lambda e, s: s.call(1, 2), ValueError, "one argument"),
+    "option in the place of a query parameter": (
+        lambda e, s: s.handle.call(1, timeout_s=0.5),
+        ValueError, r"timeout_s is an option.*handle\.options\(timeout_s=0\.5\)\.call",
+    ),
+    "options in the place of query parameters": (
+        lambda e, s: s.handle.remote(1, x=1, method_name="m", shard_key="k"),
+        ValueError, r"options\(method_name='m', shard_key='k'\)",
+    ),
+    "call of the handle itself": (lambda e, s: s.handle(1), ValueError, r"handle\.call\(x\).*handle\.remote\(x\)"),
+    "call of the async handle itself": (lambda e, s: s.ahandle(1), ValueError, r"handle\.call\(x\)"),
+    "method as an attribute of the handle": (
+        lambda e, s: s.handle.add.remote(1), AttributeError, r"'add'.*options\(method_name='add'\)",
+    ),
+    "get of a coroutine": (lambda e, s: e.get(never_awaited(s.ahandle)), ValueError, "coroutine.*await it"),
+    "get of a list of coroutines": (lambda e, s: e.get([never_awaited(s.ahandle)]), ValueError, "coroutine.*await it"),
     "get of no ref": (lambda e, s: e.get(5), ValueError, "5"),
     "get of a list with no ref": (lambda e, s: e.get([s.handle.remote(), 5]), ValueError, r"\b5\b"),
     "wait for too many": (lambda e, s: e.wait([s.handle.remote()], num_returns=2), ValueError, "num_returns.*2"),

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
+import copy
 import pickle
+import sys
 import threading
 
 import pytest
 
 from engine import errors
+from engine.seam import may_block
 from engine.testing.instruments import eventually, interrupting
 
 
@@ -174,6 +178,80 @@ def test_timeout_option(held, gate):
     assert held.options(timeout_s=20).call(3) == 3
 
 
+def test_a_method_called_by_name_may_have_parameters_with_the_names_of_options(serve):
+    class Backend:
+        def wait(self, *, timeout_s, method_name):
+            return timeout_s, method_name
+
+    handle = serve(Backend, route=None).handle.options(method_name="wait")
+    assert handle.call(timeout_s=2, method_name="m") == (2, "m")
+
+
+def test_a_call_that_was_given_up(engine, adapter, held, gate):
+    if not adapter.own_refs:
+        pytest.skip("refs are the platform's own")
+    waiting, settled = held.remote(1), held.remote(2)
+    future = waiting.future()
+    gate.wait_for_arrivals(2)
+    assert waiting.cancel() is True
+    assert waiting.cancel() is False
+    for result in (waiting.result, lambda: engine.get(waiting), future.result, lambda: held.remote(waiting).result()):
+        with pytest.raises(errors.Cancelled, match=r"ref\.cancel"):
+            result()
+    gate.open()
+    assert settled.result(20) == 2
+    assert settled.cancel() is False
+    assert settled.result() == 2
+
+
+def test_the_public_face_of_a_ref(adapter, doubled):
+    if not adapter.own_refs:
+        pytest.skip("refs are the platform's own")
+    public = {name for name in dir(doubled.remote(1)) if not name.startswith("_")}
+    assert public == {"add_done_callback", "cancel", "done", "future", "result"}
+
+
+def test_a_handle_is_asked_for_what_it_does_not_have(doubled):
+    assert not hasattr(doubled, "absent")
+    assert not hasattr(doubled, "_repr_html_")
+    assert copy.copy(doubled).call(2) == 4
+    assert copy.deepcopy(doubled).call(2) == 4
+
+
+def test_a_call_that_blocks_an_event_loop_is_told_of_once(doubled, engine, monkeypatch):
+    monkeypatch.setattr(may_block, "_warned", False)
+
+    async def calls():
+        ref = doubled.remote(3)
+        with pytest.warns(RuntimeWarning, match="sync=False") as caught:
+            assert doubled.call(2) == 4
+        assert caught[0].filename == __file__
+        assert (doubled.call(2), engine.get(ref)) == (4, 6)
+
+    asyncio.run(calls())
+    monkeypatch.setattr(may_block, "_warned", False)
+    monkeypatch.setitem(sys.modules, "ipykernel", sys)
+
+    async def cell():
+        assert doubled.call(2) == 4
+
+    asyncio.run(cell())
+
+
+def test_waiting_for_a_ref_on_an_event_loop_is_told_of_as_well(serve, engine, gate, monkeypatch):
+    monkeypatch.setattr(may_block, "_warned", False)
+
+    def backend(request):
+        gate.pass_through()
+
+    async def wait(ref):
+        with pytest.warns(RuntimeWarning, match="waiting for a ref"), pytest.raises(errors.DeadlineExceeded):
+            engine.get(ref, timeout=0.01)
+
+    asyncio.run(wait(serve(backend, route=None).handle.remote()))
+    gate.open()
+
+
 def test_a_timeout_covers_the_arguments_that_are_on_their_way(serve, held, gate):
     late = held.remote(1)
     waiting = serve(lambda request: request.data, route=None)
@@ -264,6 +342,7 @@ def test_calls_keep_their_order(serve, journal):
 
 
 @pytest.mark.anyio
+@pytest.mark.filterwarnings("ignore:.* blocks the event loop:RuntimeWarning")
 async def test_blocking_calls_work_in_a_running_loop_of_the_main_program(engine, doubled):
     """As in a notebook cell: nothing but the caller waits on this loop."""
     assert doubled.call(4) == 8
