@@ -186,7 +186,8 @@ class BackendReplicas:
         If ``reconfigure`` raises in some replicas, the others return to the former configuration, which rules. If a new
         replica does not start, all of the change rules but the number of replicas. If the store does not keep the
         change, nothing of it rules. A replica that refuses to return is replaced, and so is one that takes longer than
-        ``reconfigure_timeout_s``. If the one in its place does not start, nothing of the change rules.
+        ``reconfigure_timeout_s``. If the one in its place does not start, nothing of the change rules; nor does it if
+        whoever asked for it gives it up.
 
         Returns:
             The replicas that are too many now. They are out of service, and the caller's to end.
@@ -213,7 +214,8 @@ class BackendReplicas:
         try:
             started = await self._start(plan, after.num_replicas - len(self.running))
         except BaseException as error:
-            if late:  # perhaps nobody can take this configuration: the next replicas are to start with the former one
+            # If some were late, perhaps nobody can take this configuration: the next ones are to start with the former.
+            if late or isinstance(error, asyncio.CancelledError):
                 await self._return_from(after)
                 raise
             failure = error

@@ -374,6 +374,34 @@ def test_an_interrupted_change_is_taken_back(engine, serve, gate, tmp_path):
     assert served.call() == (f"{served.tag}#1", "new")
 
 
+class StartsOnce:
+    """Whoever is not the first to be constructed stays in that until the gate opens."""
+
+    def __init__(self, first, gate):
+        self.config = None
+        try:
+            first.mkdir()
+        except FileExistsError:
+            gate.pass_through()
+
+    def reconfigure(self, config):
+        self.config = config
+
+    def __call__(self, request):
+        return get_replica_context().replica_tag, self.config
+
+
+def test_a_change_is_taken_back_that_was_interrupted_while_replicas_start(engine, serve, gate, tmp_path):
+    served = serve(StartsOnce, tmp_path / "first", gate, config={"user_config": "old"}, route=None)
+    before = engine.get_backend_config(served.tag)
+    with interrupting(gate.arrivals), pytest.raises(KeyboardInterrupt):
+        engine.update_backend_config(served.tag, {"user_config": "new", "max_queued_requests": 3, "num_replicas": 2})
+    gate.open()
+    engine.update_backend_config(served.tag, {})  # waits for the way back
+    assert engine.get_backend_config(served.tag) == before
+    assert served.call() == (f"{served.tag}#1", "old")
+
+
 def test_an_interrupted_deletion_is_seen_through(engine, serve, gate):
     def held(request):
         gate.pass_through()
