@@ -258,6 +258,47 @@ def test_what_a_replica_spawns_imports_the_module(tmp_path: Path) -> None:
     assert imports == 3
 
 
+def test_a_program_that_a_replica_starts_has_engines_of_its_own(tmp_path: Path) -> None:
+    """Also in what it spawns by `multiprocessing`: that is not the replica's."""
+    (tmp_path / "other.py").write_text(
+        """
+from engine import Engine
+
+with Engine("inline", http_options={"location": None}) as engine:
+    engine.create_backend("own", lambda request: "its own")
+    engine.create_endpoint("own", backend="own")
+    print(engine.get_handle("own").call())
+"""
+    )
+    (tmp_path / "tool.py").write_text(
+        """
+import importlib, multiprocessing
+
+if __name__ == "__main__":
+    import other
+    spawned = multiprocessing.get_context("spawn").Process(target=importlib.import_module, args=("other",))
+    spawned.start()
+    spawned.join()
+"""
+    )
+    (tmp_path / "app.py").write_text(
+        f"""{PRELUDE}
+import subprocess
+
+def start(request):
+    return subprocess.run([sys.executable, "tool.py"], stdout=subprocess.PIPE, text=True, check=True).stdout
+
+engine = Engine(http_options={{"location": None}})
+engine.create_backend("start", start)
+engine.create_endpoint("start", backend="start")
+handle = engine.get_handle("start")
+"""
+    )
+    output, imports = run(tmp_path, "import app; print(app.handle.call()); app.engine.shutdown()")
+    assert output.splitlines()[:2] == ["its own", "its own"]
+    assert imports == 2
+
+
 def test_what_a_program_spawns_imports_its_main_module_again(tmp_path: Path) -> None:
     script = tmp_path / "app.py"
     script.write_text(

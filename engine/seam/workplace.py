@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 _MARK = "ENGINE_WORKER"
-"""In the environment of a worker, for the processes that its user code spawns by `multiprocessing`."""
+"""In the environment of a worker its process id, for the processes that its user code spawns by `multiprocessing`."""
 _IMPORTS = "<frozen importlib._bootstrap>"
 """The file of the code that imports modules, in every Python."""
 
@@ -54,7 +54,7 @@ def enter_engine(surrounding: Surrounding) -> None:
     global _surrounding
     enter_worker()
     _surrounding = surrounding
-    os.environ[_MARK] = "1"
+    os.environ[_MARK] = str(os.getpid())
 
 
 def is_worker() -> bool:
@@ -121,7 +121,12 @@ def _importing() -> bool:
 
 def _is_child_of_worker() -> bool:
     process = sys.modules.get("multiprocessing.process")
-    return process is not None and process.parent_process() is not None and _MARK in os.environ
+    parent = process.parent_process() if process is not None else None
+    if process is None or parent is None or _MARK not in os.environ:
+        return False
+    # Programs of their own that a worker starts have its environment, too, and may spawn processes of theirs. Of what
+    # those spawn in turn only the direct parent is known: it is rather taken for a worker's, than to go on without end.
+    return os.environ[_MARK] == str(parent.pid) or len(process.current_process()._identity) > 1
 
 
 def _is_importing_main_again() -> bool:
