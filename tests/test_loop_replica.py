@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import Callable, Coroutine
@@ -490,3 +491,21 @@ def test_a_close_that_hangs_is_cut_off(caplog: pytest.LogCaptureFixture) -> None
     asyncio.run(main())
     assert ended == ["cut off"]
     assert "close() of backend 'b' is not done within its graceful_shutdown_timeout_s" in caplog.text
+
+
+def test_an_end_that_cannot_be_logged_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    class Refusing(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            raise RuntimeError("not here")
+
+    class Fails(Methods):
+        def close(self) -> None:
+            raise ValueError("not like this")
+
+    handler = Refusing()
+    logging.getLogger("engine.backend").addHandler(handler)
+    try:
+        assert begin_close(UserCallable("b", Fails, (), {})) is None
+    finally:
+        logging.getLogger("engine.backend").removeHandler(handler)
+    assert "RuntimeError: not here" in capsys.readouterr().err

@@ -92,9 +92,8 @@ class InlineHost:
         if service.event_loop is not None:
             service.event_loop.run_until_complete(self._serve_on_loop(service))
             return
-        self.mailbox.meanwhile = (
-            service.delayed
-        )  # nobody looks later how long user code takes; and there is no way to hide
+        # Nobody looks later how long user code takes: whoever posts something meanwhile does.
+        self.mailbox.meanwhile = service.delayed
         self.mailbox.take_turn()
         service.attach(self)
         self.tell(Ready(f"inline:{self.worker_id}"))

@@ -15,11 +15,13 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+from engine.seam.log import Log
+
 from .process import flush_c_streams
 
 __all__ = ["disinherit", "finish_interpreter"]
 
-_log = logging.getLogger("engine.local")
+_log = Log("engine.local")
 _PATIENCE_S = 1.0
 """After which a worker says which threads it waits for."""
 

@@ -7,15 +7,17 @@ has is cut off: a coroutine here, everything else by the controller, which kills
 from __future__ import annotations
 
 import asyncio
-import logging
+import contextlib
 from collections.abc import Awaitable
 from typing import Any
 
+from ..seam.error_text import type_name_of
+from ..seam.log import Log
 from .user_callable import UserCallable
 
 __all__ = ["begin_close", "finish_close"]
 
-_logger = logging.getLogger("engine.backend")
+_logger = Log("engine.backend")
 
 
 def begin_close(user: UserCallable) -> Awaitable[Any] | None:
@@ -47,7 +49,9 @@ async def _guarded(user: UserCallable, closing: Awaitable[Any]) -> None:
 
 
 def _log(user: UserCallable, error: BaseException) -> None:
-    try:
-        _logger.error("close() of backend %r failed", user.tag, exc_info=error)
-    except BaseException:  # of the error itself, asked for its text
-        _logger.error("close() of backend %r failed with %s", user.tag, type(error).__name__)
+    logged = False
+    with contextlib.suppress(BaseException):  # of the error itself, asked for its text in the main thread
+        logged = _logger.error("close() of backend %r failed", user.tag, exc_info=error)
+    if not logged:
+        with contextlib.suppress(BaseException):
+            _logger.error("close() of backend %r failed with %s", user.tag, type_name_of(error))
