@@ -350,6 +350,23 @@ def test_calls_that_are_handed_back_keep_their_order(world: World) -> None:
     assert world.counted() == IDLE
 
 
+def test_a_call_that_is_handed_back_is_not_overtaken(world: World) -> None:
+    """Else others could go before it again and again, as long as there are any."""
+    world.show(backend_entry("b", ["r1"], limit=8))
+    for name in "abc":
+        world.submit(name)
+    for index in (1, 2):
+        world.refuse("r1", index, kind=FailureKind.BUSY)
+    world.reply("r1", 0)
+    assert world.names("r1") == list("abcb")
+    world.refuse("r1", kind=FailureKind.BUSY)  # another caller's call is a long one
+    assert world.names("r1") == list("abcbb")
+    world.reply("r1")
+    world.reply("r1")
+    assert world.names("r1") == list("abcbbc")
+    assert world.counted() == IDLE
+
+
 def test_the_retry_timer_is_set_once(world: World) -> None:
     world.submit("a")
     world.refuse("r1")
@@ -989,6 +1006,20 @@ def test_calls_without_a_backend_are_routed_again(world: World) -> None:
     world.reply("r1")  # what is in flight finishes where it is
     assert slots[0].settled == 1
     assert world.channel("r1").closed
+
+
+def test_calls_that_are_routed_again_go_before_those_that_came_later(world: World) -> None:
+    backends = [backend_entry("b", ["r1"]), backend_entry("c", ["r2"])]
+    world.show(*backends)
+    world.submit("a")
+    world.submit("b")
+    world.show(*backends, endpoints={"e": {"c": 1.0}})
+    world.submit("c")
+    world.submit("d")
+    world.show(backends[1])
+    for _ in range(3):
+        world.reply("r2")
+    assert world.names("r2") == ["c", "b", "d"]
 
 
 def test_calls_without_an_endpoint_fail(world: World) -> None:

@@ -254,6 +254,32 @@ def test_calls_wait_in_order() -> None:
     assert placed(known) == []
 
 
+def test_thousands_of_calls_that_come_back_are_not_looked_at_each_time() -> None:
+    looks = 0
+
+    class Counting(FakeSlot):
+        @property
+        def since(self) -> float:
+            nonlocal looks
+            looks += 1
+            return self._placed_at
+
+        @since.setter
+        def since(self, value: float) -> None:
+            self._placed_at = value
+
+    known = make("r1", limit=1)
+    place(known)
+    slots = [Counting(str(number)) for number in range(1000)]
+    for number, slot in enumerate(slots):
+        slot.since = NOW + number
+    shuffled = random.sample(slots, len(slots))
+    for slot in shuffled:
+        known.put_back(slot)
+    assert list(known.waiting) == slots
+    assert looks < 20 * len(slots)
+
+
 def test_nobody_overtakes_those_who_wait() -> None:
     known = make("r1", limit=1)
     place(known, "a")

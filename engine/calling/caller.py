@@ -438,7 +438,7 @@ class Caller:
                 else:
                     replica_set.refused(target, answer.load, now)
                 hung_up = self._disconnect(target) if target.gone and not target.in_flight else None
-                if replica_set.waiting or replica_set.copies:
+                if taken and (replica_set.waiting or replica_set.copies):  # else this call comes first: `_requeue`
                     replica_set.next_placements(now, ready)
                 self._torn = False
             if hung_up is not None:

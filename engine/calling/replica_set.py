@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 import random
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterable
+from operator import attrgetter
 
 from ..errors import NoReplica, Overloaded
 from ..seam.channel import Channel
@@ -18,6 +20,7 @@ from .slot import Slot
 __all__ = ["RETRY_S", "UNREACHABLE_S", "ReplicaSet", "Target"]
 
 _random = random.random
+_since = attrgetter("since")
 RETRY_S = 0.005
 """How long a replica that refused is left alone. Other callers' calls end without our hearing of it, so look again."""
 UNREACHABLE_S = 0.05
@@ -151,9 +154,7 @@ class ReplicaSet:
         refusal = self.refusal()
         if refusal is not None:
             raise refusal
-        slot.waited = True
-        self.waiting.append(slot)
-        slot.wait_in(self.waiting)
+        _put_in_order(self.waiting, slot)  # at its end, unless the call comes from a backend that is gone
         return None
 
     def put_back(self, slot: Slot) -> None:
@@ -390,13 +391,11 @@ class ReplicaSet:
 
 
 def _put_in_order(queue: deque[Slot], slot: Slot) -> None:
-    earlier = 0
-    for waiting in queue:
-        if waiting.since > slot.since:
-            break
-        earlier += 1
     slot.waited = True
-    queue.insert(earlier, slot)
+    if queue and queue[-1].since > slot.since:
+        queue.insert(bisect_right(queue, slot.since, key=_since), slot)
+    else:
+        queue.append(slot)
     slot.wait_in(queue)
 
 
