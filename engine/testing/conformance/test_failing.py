@@ -10,6 +10,7 @@ import builtins
 import concurrent.futures
 import dataclasses
 import itertools
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -298,6 +299,16 @@ async def async_batched(requests):
 
 
 BACKENDS = {"plain": plain, "async": asynchronous, "plain batched": plain_batched, "async batched": async_batched}
+
+
+@pytest.fixture(autouse=True)
+def unheard():
+    """Log nothing: the reports of tests cannot carry such texts from one process to another."""
+    logger = logging.getLogger("engine")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    yield
+    logger.setLevel(before)
 
 
 @pytest.fixture(params=BACKENDS)
