@@ -24,6 +24,7 @@ from engine.seam.channel import ChannelClosed
 from engine.seam.control_messages import Drain, Ping, Pong, Reconfigure, Reconfigured
 from engine.seam.messages import INITIAL_CREDIT, Cancel, Credit, End, Failure, FailureKind, Item, Reply
 from engine.seam.serialization import dumps, unpack_exception
+from engine.serving import blocking_replica
 from engine.serving import replica as replica_module
 from engine.serving.blocking_replica import BlockingReplica
 from engine.serving.user_callable import UserCallable
@@ -506,6 +507,29 @@ def test_a_stream_that_nobody_reads_is_closed(worlds: Any) -> None:
     assert [type(answer) for answer in answers] == [Item] * INITIAL_CREDIT + [End]
     assert answers[-1] == End(1, 0, True)
     assert events == ["closed"]
+
+
+@pytest.mark.parametrize("has_credit", [True, False])
+def test_those_that_wait_for_a_long_stream_of_short_steps_are_handed_back(worlds: Any, has_credit: bool) -> None:
+    world = worlds(Streaming, [])
+
+    def grow_long() -> None:
+        world.replica._began = PAST
+
+    def end() -> None:
+        meanwhile.extend(world.caller.of_type(Failure))
+        world.caller.answer(Cancel(1))
+
+    meanwhile: list[Failure] = []
+
+    quick: list[Any] = [lambda: None] * (INITIAL_CREDIT + 1)
+    world.loop.script = [grow_long, *quick] if has_credit else [*quick, grow_long]
+    world.loop.script.append(end)
+    world.ask(http_call(1, method="count"), python_call(2, method="count"))
+    assert meanwhile == [Failure(2, 1, FailureKind.BUSY, b"", b"")]
+    waits = world.loop.polls[INITIAL_CREDIT + 1 :]
+    assert all(timeout_s is None for timeout_s in waits[not has_credit :])
+    assert has_credit or 0 < waits[0] <= blocking_replica._LONG_S
 
 
 def test_a_stream_that_breaks_in_the_middle_says_so(worlds: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -46,6 +46,7 @@ class BlockingReplica(Replica):
         self._loop: asyncio.AbstractEventLoop | None = None  # for streams and stray coroutines; made when needed
         self._began: float | None = None  # when the call that runs began; None also for batches, which fill meanwhile
         self._told: set[Channel] = set()  # callers that were told that it is a long one
+        self._gave_way = False  # those that waited for the stream that runs were handed back
 
     def attach(self, loop: ServiceLoop) -> None:
         """See `engine.seam.service.Service.attach`."""
@@ -128,6 +129,7 @@ class BlockingReplica(Replica):
                 self._run_one(queue.popleft())
             finally:
                 self._began = None
+                self._gave_way = False
                 if self._told:
                     self._told.clear()
         # Another thread may have heard of more to do while user code ran.
@@ -253,8 +255,21 @@ class BlockingReplica(Replica):
     async def _between_items(self, job: Job) -> None:
         assert self._service_loop is not None
         self._service_loop.poll(0.0)
+        until_long_s = self._give_way()
         while job.credit <= 0 and not job.cancelled:
-            self._service_loop.poll(None)
+            self._service_loop.poll(until_long_s)
+            until_long_s = self._give_way()
+
+    def _give_way(self) -> float | None:
+        """Hand back what waits for a stream that has become long, be its steps short; or say in how long it will be."""
+        if self._gave_way or self._began is None:
+            return None
+        remaining_s = self._began + _LONG_S - time.monotonic()
+        if remaining_s > 0:
+            return remaining_s
+        self._gave_way = True  # who comes later is handed back at once
+        self._hand_back()
+        return None
 
 
 def _interrupt(job: Job) -> None:
