@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -747,11 +748,22 @@ def _interrupted() -> bool:
 
 
 @POLLER
-def test_a_listener_that_raises_loses_its_own_channel_alone(setting: Setting, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("logged", [True, False])
+def test_a_listener_that_raises_loses_its_own_channel_alone(
+    setting: Setting, logged: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the application's own code raises when it is told so."""
+
     class Broken(FakeListener):
         def received(self, channel: Channel, message: Message) -> None:
             raise SystemExit("from a listener")
 
+    def filtered(record: logging.LogRecord) -> bool:
+        if not logged:
+            raise SystemExit("from a filter")
+        return True
+
+    monkeypatch.setattr(logging.getLogger("engine.wire"), "filters", [filtered])
     sound, broken = FakeListener(), Broken()
     channel, peer = setting.open(sound)
     other, its_peer = setting.open(broken)
@@ -762,7 +774,7 @@ def test_a_listener_that_raises_loses_its_own_channel_alone(setting: Setting, ca
     peer.say(reply(2))
     eventually(lambda: sound.heard == [reply(2)])
     assert (other.closed, broken.losses, sound.losses) == (True, 1, 0)
-    assert "from a listener" in caplog.text
+    assert ("from a listener" in caplog.text) is logged
 
 
 # -- the poller ------------------------------------------------------------------------------------------------------

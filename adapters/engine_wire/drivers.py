@@ -221,9 +221,9 @@ class Poller:
             if events & selectors.EVENT_READ:
                 channel.on_readable()
         except BaseException:  # of whoever hears this channel: the others go on
-            import logging
+            from engine.seam.log import Log
 
-            logging.getLogger("engine.wire").exception("%r could not be served", channel)
+            Log("engine.wire").exception("%r could not be served", channel)
             if events & selectors.EVENT_WRITE:  # for reading, the channel itself knows whether it can go on
                 channel.lose("it could not be served")
 
