@@ -304,6 +304,7 @@ class Engine:
             BaseException: What ``reconfigure`` or a new replica's constructor raised.
         """
         self._check_open()
+        _check_name(tag, "tag")
         self._control(UpdateBackendConfig(tag, private_copy(tag, config)))
 
     @overload
@@ -318,6 +319,8 @@ class Engine:
         Raises:
             errors.InvalidArgument: The backend is unknown.
         """
+        self._check_open()
+        _check_name(tag, "tag")
         return private_copy(tag, self._control(GetBackendConfig(tag)))
 
     def list_backends(self) -> dict[str, BackendConfig]:
@@ -340,8 +343,12 @@ class Engine:
             force: End the replicas at once instead, and break off any other control call that waits for them.
 
         Raises:
-            errors.InvalidArgument: The backend is unknown, or an endpoint uses it.
+            errors.InvalidArgument: The backend is unknown, an endpoint uses it, or ``force`` is wrong.
         """
+        self._check_open()
+        _check_name(tag, "tag")
+        if not isinstance(force, bool):
+            raise InvalidArgument(f"force must be True or False, not {force!r}")
         self._control(DeleteBackend(tag, force))
 
     # -- endpoints -----------------------------------------------------------------------------------------------------
@@ -394,6 +401,8 @@ class Engine:
         Raises:
             errors.InvalidArgument: It is unknown.
         """
+        self._check_open()
+        _check_name(name, "name")
         self._control(DeleteEndpoint(name))
 
     def list_endpoints(self) -> dict[str, dict[str, Any]]:
@@ -428,6 +437,7 @@ class Engine:
             errors.InvalidArgument: The endpoint or a backend is unknown, or a weight is wrong.
         """
         self._check_open()
+        _check_name(name, "name")
         self._control(SetTraffic(name, validate_weights(weights)))
 
     @overload
@@ -450,6 +460,8 @@ class Engine:
             errors.InvalidArgument: The endpoint or the backend is unknown, or the proportion is wrong.
         """
         self._check_open()
+        _check_name(name, "name")
+        _check_name(tag, "tag")
         self._control(ShadowTraffic(name, tag, validate_proportion(proportion)))
 
     # -- calls ---------------------------------------------------------------------------------------------------------
