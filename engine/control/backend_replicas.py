@@ -289,14 +289,17 @@ class BackendReplicas:
         Raises:
             BaseException: What a replica's constructor raised, or why it did not become ready.
         """
+        before = self._started
         starts = [asyncio.ensure_future(self._start_one(plan)) for _ in range(count)]
         try:
             await asyncio.gather(*starts)
         except BaseException:
             for start in starts:
                 start.cancel()
-            done = await asyncio.gather(*starts, return_exceptions=True)
-            await self.end([one for one in done if isinstance(one, Worker)], at_once=True)
+            await asyncio.gather(*starts, return_exceptions=True)
+            # Also those that were being killed already: their starts did not wait for that any more.
+            ids = [_replica_tag(plan, number) for number in range(before + 1, self._started + 1)]
+            await self.end([one for one in map(self._workers.get, ids) if one is not None], at_once=True)
             raise
         ready = []
         for start in starts:
@@ -312,7 +315,7 @@ class BackendReplicas:
         if self.deleted:
             raise self._deleted_error()
         self._started += 1
-        replica_tag = f"{plan.tag}#{self._started}"
+        replica_tag = _replica_tag(plan, self._started)
         spec = ReplicaSpec(
             engine_id=self._engine_id,
             adapter_name=self._adapter.name,
@@ -414,6 +417,10 @@ class BackendReplicas:
                     self._failed(summary_of(error))
                     _logger.error("backend %r: a replica could not be replaced: %r", self.plan.tag, error)
                 self._announce()
+
+
+def _replica_tag(plan: BackendPlan, number: int) -> str:
+    return f"{plan.tag}#{number}"
 
 
 def _equal(one: Any, other: Any) -> bool:
