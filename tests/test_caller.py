@@ -31,6 +31,7 @@ from engine.errors import (
 )
 from engine.seam.channel import ChannelClosed
 from engine.seam.messages import Call, Cancel, Control, Credit, End, Failure, FailureKind, Item, Reply
+from engine.seam.serialization import dumps
 from engine.seam.snapshot import BackendEntry, RoutingSnapshot
 from engine.testing.fakes import FakeAdapter, FakeChannel, FakeHome, FakeSlot
 from engine.testing.instruments import PATIENCE_S, eventually
@@ -145,6 +146,29 @@ def test_a_stream_ends_with_its_end(world: World) -> None:
     assert world.counted() == IDLE
     world.channel("r1").answer(Item(call.id, b"", b"3"))
     assert slot.heard == answers
+
+
+def test_a_ref_may_be_opened_by_two_threads_at_once() -> None:
+    class Interleaved(Ref[str]):
+        """Another thread opens it between two steps of whoever does that first."""
+
+        __slots__ = ("_begun", "_was_opened")
+
+        @property
+        def _opened(self) -> bool:
+            before: bool = self._was_opened
+            if not before and not self._begun:
+                self._begun = True
+                assert self.result() == "result"
+            return before
+
+        @_opened.setter
+        def _opened(self, value: bool) -> None:
+            self._begun = self._was_opened = value
+
+    ref = Interleaved(None, "e")
+    ref.deliver(Reply(1, 0, b"", dumps("result", "the result")))
+    assert ref.result() == "result"
 
 
 def test_a_thread_that_drives_need_not_be_watched_over(world: World) -> None:
@@ -678,6 +702,28 @@ def test_a_call_given_up_while_its_channel_is_opened(world: World) -> None:
     assert world.calls("r1") == []
     assert not slots[0].settled
     assert world.counted() == IDLE
+
+
+def test_calls_that_wait_behind_one_that_is_given_up_while_it_is_sent_go_on(world: World) -> None:
+    """No answer is due then from the replica, which handed one of them back and refused the other."""
+    world.show(backend_entry("b", ["r1"], limit=8))
+    opened = world.adapter.open_channel
+    given_up = FakeSlot("given up")
+
+    def open_channel(*args: Any, **options: Any) -> FakeChannel:
+        world.adapter.open_channel = opened  # type: ignore[method-assign]
+        world.submit("b")
+        world.submit("c")
+        world.refuse("r1", 0, kind=FailureKind.BUSY)
+        world.refuse("r1", 1)
+        world.caller.cancel(given_up)
+        return opened(*args, **options)
+
+    world.adapter.open_channel = open_channel  # type: ignore[method-assign]
+    submit(world.caller, a_call("a"), given_up)
+    channel = world.adapter.channels[0]  # the one that "a" had opened was not wanted any more
+    eventually(lambda: world.home.fire() or len(channel.of_type(Call)) == 3)
+    assert [name_of(call) for call in channel.of_type(Call)] == list("bcb")
 
 
 # -- opening and closing channels --------------------------------------------------------------------------------------

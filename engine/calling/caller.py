@@ -464,7 +464,9 @@ class Caller:
                 replica_set = target.replica_set
                 replica_set.withdrawn(target)
                 hung_up = self._disconnect(target) if target.gone and not target.in_flight else None
-                replica_set.next_placements(time.monotonic(), ready)
+                now = time.monotonic()
+                replica_set.next_placements(now, ready)
+                self._schedule_retry(replica_set, RETRY_S, now)  # no answer will come from there
                 self._torn = False
             if hung_up is not None:
                 hung_up.close()

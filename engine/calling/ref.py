@@ -219,10 +219,11 @@ class Ref(Slot, Generic[T_co]):
         # error, they would keep each other in memory.
         if self._error is not None:
             raise _anew(self._error)
+        message = self._message  # first, for another thread may be opening it just now
         if not self._opened:
-            self._value = open_answer(self._message)
-            self._message = None
+            self._value = open_answer(message)
             self._opened = True
+            self._message = None
         return self._value  # type: ignore[no-any-return]
 
 
