@@ -29,7 +29,6 @@ import select
 import socket
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import repeat
 from operator import getitem
@@ -47,6 +46,7 @@ if TYPE_CHECKING:
 __all__ = ["Driver", "SocketChannel"]
 
 _READ_SIZE = 1 << 16
+_JOINED = 64  # frames in one write, at most
 _NOWAIT = socket.MSG_DONTWAIT
 _LONGEST_POLL_S = 86400.0  # poll takes no more than 2**31 ms; whoever waits longer looks again
 _TERMINAL = frozenset((Reply, Failure, End))
@@ -104,7 +104,7 @@ class SocketChannel:
         self._taking_over = threading.Lock()
         self._write_lock = threading.Lock()  # guards changes of _opening, _unsent and _closed, and the order of frames
         self._opening = opening
-        self._unsent: deque[bytes | memoryview] = deque()
+        self._unsent: list[bytes | memoryview] = []
         # Each item is what the kernel gave, or how much of the first of `_unsent` it took.
         self._receives: Iterator[bytes] = map(sock.recv, repeat(_READ_SIZE), repeat(_NOWAIT))
         first: Iterator[Any] = map(getitem, repeat(self._unsent), repeat(0))
@@ -159,10 +159,8 @@ class SocketChannel:
                 if self._closed:
                     raise ChannelClosed("the channel is closed")
                 if type(message) is Call:
-                    self._unanswered[message.id] = None
-                    unsent += (frame,)  # with no call in between: see `awaits`
-                else:
-                    unsent += (frame,)
+                    self._unanswered[message.id] = None  # with no call before the next line: see `awaits`
+                unsent += (frame,)
                 if unsent[0] is not frame:
                     return  # whoever empties it will come to this
                 try:
@@ -199,6 +197,8 @@ class SocketChannel:
             unsent = self._unsent
             try:
                 while unsent:
+                    if len(unsent) > 1:
+                        _join_first(unsent)
                     for sent in self._sends:
                         unsent[0] = unsent[0][sent:]
                         break
@@ -287,9 +287,12 @@ class SocketChannel:
         me = threading.Lock()
         with me:
             try:
-                if self._take(me):
+                role = self._role
+                if role.setdefault(_READER, me) is me or self._take_over(me):
                     self._read()
-                    self._leave(me)
+                    del role[_READER]
+                    if self._closed or (self._unanswered and not self.armed) or self._opening is not None:
+                        self._leave(me)
             except BaseException:
                 self._recover(me)
                 raise
@@ -334,7 +337,8 @@ class SocketChannel:
             decoder.cut()
         except ProtocolError as error:
             self._cut_again(error)
-        self._deliver()
+        if decoder.messages:
+            self._deliver(decoder.messages)
 
     def _cut_again(self, error: ProtocolError) -> None:
         try:
@@ -344,16 +348,16 @@ class SocketChannel:
         else:  # it was not the peer's fault: a signal handler raised while a message was made of bytes
             raise error.__cause__ or error
 
-    def _deliver(self) -> None:
+    def _deliver(self, messages: list[Message]) -> None:
         listener = self.listener
         assert listener is not None
-        messages = self._decoder.messages
+        unanswered = self._unanswered
         while messages:
             message = messages[0]
             self._delivering = True
             listener.received(self, message)
-            if type(message) in _TERMINAL and message.id in self._unanswered:  # type: ignore[union-attr]
-                del self._unanswered[message.id]  # type: ignore[union-attr]
+            if unanswered and type(message) in _TERMINAL and message.id in unanswered:  # type: ignore[union-attr]
+                del unanswered[message.id]  # type: ignore[union-attr]
             self._delivering = False
             del messages[0]
 
@@ -452,10 +456,18 @@ class SocketChannel:
             if self._delivering and type(self._decoder.messages[0]) not in _TERMINAL:
                 raise _TakenOrNot
             self._decoder.cut()
-            self._deliver()
+            self._deliver(self._decoder.messages)
         except BaseException:
             # Nobody knows any more who got what. An answer can be taken twice, but its listener will not have it.
             self.lose("taking a message from it was interrupted")
+
+
+def _join_first(unsent: list[bytes | memoryview]) -> None:
+    """Make one of the first frames, if they are small: fewer writes, and fewer that are taken out of a long list."""
+    first = unsent[:_JOINED]
+    if sum(map(len, first)) <= _READ_SIZE:
+        joined = b"".join(first)
+        unsent[: len(first)] = (joined,)
 
 
 class _TakenOrNot(Exception):

@@ -12,7 +12,6 @@ from __future__ import annotations
 import pickle
 import struct
 import time
-from collections import deque
 
 from engine.errors import InvalidArgument
 from engine.seam.messages import Call, Cancel, Control, Credit, End, Failure, Item, Message, Reply
@@ -132,7 +131,7 @@ class Decoder:
         self._greeting_due = greeting
         self._tail = b""
         self.arrived: bytes | None = None
-        self.messages: deque[Message] = deque()
+        self.messages: list[Message] = []
         self.large: bytearray | None = None
         self.filled = 0
 
@@ -153,13 +152,12 @@ class Decoder:
             if self.large is not None and self.filled == len(self.large):
                 self._cut(bytes(self.large))
             return
-        if not self._tail and not self._greeting_due and len(data) >= 13:
+        if not (self._tail or self.messages or self._greeting_due) and len(data) >= 13:
             size, kind, call_id = _header.unpack_from(data)
             if size + 13 == len(data) and 0 < kind <= _CONTROL:  # one whole frame, as almost always
                 message = _decode(kind, call_id, data, 13, len(data))
                 # No signal handler runs between these two: there is no call.
-                self.messages += (message,)
-                self.arrived = None
+                self.messages, self.arrived = [message], None
                 return
         self._cut(self._tail + data if self._tail else data)
 

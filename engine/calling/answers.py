@@ -88,19 +88,19 @@ class ThreadSlot(Slot):
         """See `Slot.deliver`."""
         if self.arrived.locked():  # else it is told a second time
             self.answer = message
-            self._wake()
+            try:
+                self.arrived.release()
+            except RuntimeError:
+                pass  # somebody has told it just now
 
     def fail(self, error: EngineError) -> None:
         """See `Slot.fail`."""
         if self.arrived.locked():
             self.error = error
-            self._wake()
-
-    def _wake(self) -> None:
-        try:
-            self.arrived.release()
-        except RuntimeError:
-            pass  # somebody has told it just now
+            try:
+                self.arrived.release()
+            except RuntimeError:
+                pass  # somebody has told it just now
 
     def wait(self, caller: Submitter, timeout_s: float | None, deadline: float | None) -> None:
         """Drive the call's channel, or wait for whoever drives it, until the answer is there.

@@ -322,7 +322,7 @@ class Handle(_BaseHandle, Generic[T_co]):
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         client = self._reach(deadline)
         caller = client.thread_caller()
-        if kwargs or len(args) != 1 or type(args[0]) not in PLAIN:
+        if kwargs or (args and (len(args) != 1 or type(args[0]) not in PLAIN)):
             try:
                 args, kwargs = prepared(args, kwargs, client.refs, deadline)
             except DeadlineExceeded as error:
@@ -334,7 +334,7 @@ class Handle(_BaseHandle, Generic[T_co]):
         except BaseException:
             caller.cancel(slot)
             raise
-        return slot.open()  # type: ignore[no-any-return]
+        return slot.open() if slot.error is not None else open_answer(slot.answer)  # type: ignore[no-any-return]
 
     def _start(
         self, caller: Caller, ref: Ref, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None
@@ -424,7 +424,7 @@ class AsyncHandle(_BaseHandle, Generic[T_co]):
         options = self._options
         deadline = None if options.timeout_s is None else time.monotonic() + options.timeout_s
         client = self._reach(deadline) if self._client is not None else await self._reach_aside(deadline)
-        if kwargs or len(args) != 1 or type(args[0]) not in PLAIN:
+        if kwargs or (args and (len(args) != 1 or type(args[0]) not in PLAIN)):
             try:
                 args, kwargs = await prepared_async(args, kwargs, client.refs, deadline)
             except DeadlineExceeded as error:

@@ -279,7 +279,11 @@ class ReplicaSet:
 
     def answered(self, target: Target, load: int, now: float) -> None:
         """A replica answered a call, and said how many calls it holds."""
-        self._count_out(target, load, now)
+        target.in_flight -= 1  # as in `_count_out`, which would be a call on the way of every answer
+        if load > target.in_flight:
+            target.elsewhere, target.elsewhere_at = load - target.in_flight, now
+        else:
+            target.elsewhere = 0
         target.blocked_until = 0.0
         if target.slow_for:
             target.slow_for -= 1

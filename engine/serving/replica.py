@@ -227,7 +227,10 @@ class Replica:
         if call.kind == HTTP:
             job.request = build_http_request(call.head, call.payload)
             return (job.request,), {}
-        args, kwargs = self._loaded_arguments(call.payload)
+        try:
+            args, kwargs = self.loads(call.payload)
+        except BaseException as error:
+            args, kwargs = self._loaded_leniently(call.payload, error)
         for arg in args:
             if type(arg) is RequestEnvelope:
                 args = tuple(self._opened(job, arg) for arg in args)
@@ -242,16 +245,13 @@ class Replica:
         http_method, headers = loads(call.head) if call.head else ("GET", ())
         return (ServeRequest(data, kwargs=kwargs, method=http_method, headers=headers),), {}
 
-    def _loaded_arguments(self, payload: bytes) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        try:
-            return self.loads(payload)  # type: ignore[no-any-return]
-        except BaseException as error:
-            with contextlib.suppress(Exception):
-                return loads_leniently(payload)  # type: ignore[no-any-return]
-            raise NotSerializable(
-                f"the argument cannot be rebuilt in the replica ({summary_of(error)}); "
-                "its type must be importable there"
-            ) from error
+    @staticmethod
+    def _loaded_leniently(payload: bytes, failure: BaseException) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        with contextlib.suppress(Exception):
+            return loads_leniently(payload)  # type: ignore[no-any-return]
+        raise NotSerializable(
+            f"the argument cannot be rebuilt in the replica ({summary_of(failure)}); its type must be importable there"
+        ) from failure
 
     @staticmethod
     def _opened(job: Job, arg: Any) -> Any:
