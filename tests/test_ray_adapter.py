@@ -195,7 +195,7 @@ def test_a_ref_inside_another_object_is_refused(engine: Engine, kit: Any) -> Non
     handle = engine.get_handle("kit").options(method_name="add")
     for start in (handle.call, handle.remote):
         with pytest.raises(
-            errors.NotSerializable, match=r"argument cannot be pickled: \[0\] is a ObjectRef.*on its own"
+            errors.NotSerializable, match=r"argument cannot be pickled: \[0\] is an ObjectRef.*on its own"
         ):
             start([ref])
     assert handle.call("a mention of ObjectRef is none", "") == "a mention of ObjectRef is none"
@@ -207,10 +207,10 @@ def test_a_ref_inside_a_result_is_refused(engine: Engine, kit: Any) -> None:
     handle = engine.get_handle("kit").options(method_name="put")
     assert handle.call(5) == 5, "a ref on its own is resolved, as everything that can be awaited"
     for make in (handle.call, lambda *args: engine.get(handle.remote(*args))):
-        with pytest.raises(errors.ResultNotSerializable, match=r"\[0\] is a ObjectRef.*ray.get"):
+        with pytest.raises(errors.ResultNotSerializable, match=r"\[0\] is an ObjectRef.*ray.get"):
             make(5, True)
     nested = ray.put([ray.put(1)])
-    with pytest.raises(errors.NotSerializable, match=r"what a ref .* stands for .*\[0\] is a ObjectRef"):
+    with pytest.raises(errors.NotSerializable, match=r"what a ref .* stands for .*\[0\] is an ObjectRef"):
         engine.get(kit("add", nested), timeout=PATIENCE_S)
 
 
