@@ -60,8 +60,8 @@ def names() -> list[str]:
     try:
         Engine.connect("no such engine")
     except errors.InvalidArgument as error:
-        listed = str(error).rpartition("there are: ")[2]
-        return [] if listed == "none" else [name.strip("'") for name in listed.split(", ")]
+        listed = str(error).partition("; there are: ")[2]
+        return [name.strip("'") for name in listed.split(", ")] if listed else []
     raise AssertionError("there is one")
 
 
@@ -166,7 +166,7 @@ def test_a_creator_that_leaves_its_block_lets_go(name: str) -> None:
 
 def test_names(name: str) -> None:
     with pytest.raises(
-        errors.InvalidArgument, match=f"there is no detached engine '{name}' on the Ray cluster at .*; there are:"
+        errors.InvalidArgument, match=f"there is no detached engine '{name}' on the Ray cluster at .*; there are"
     ):
         Engine.connect(name)
     engine = Engine(backend="ray", name=name, detached=True, http_options=HTTP)
@@ -174,7 +174,7 @@ def test_names(name: str) -> None:
         Engine(backend="ray", name=name, detached=True)
     with pytest.raises(errors.InvalidArgument, match=f"there are: .*'{name}'"):
         Engine.connect("another")
-    with pytest.raises(errors.InvalidArgument, match=r"; there is none$"):
+    with pytest.raises(errors.InvalidArgument, match=r"; there are none$"):
         Engine.connect(name, backend=RayAdapter(namespace="elsewhere"))
     elsewhere = Engine(backend=RayAdapter(namespace="elsewhere"), name=name, detached=True, http_options=HTTP)
     assert elsewhere.list_backends() == engine.list_backends() == {}

@@ -42,5 +42,5 @@ def load_plugin(group: str, name: str, field: str) -> Any:
                     f"{field}={name!r} is installed, by {package}, but {entry.value!r} cannot be imported: {error}"
                 ) from error
     known = ", ".join(sorted(repr(entry.name) for entry in found))
-    there = f"there are: {known}" if known else "there is none"
+    there = f"there are: {known}" if known else "there are none"
     raise InvalidArgument(f"{field}={name!r} is not the name of an installed plug-in; {there}")

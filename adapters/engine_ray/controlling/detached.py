@@ -289,7 +289,7 @@ def find_controller(name: str, namespace: str | None, adapter: ClusterAdapter) -
     except ValueError as error:
         known = ", ".join(repr(other) for other in _names(namespace or NAMESPACE))
         space = f"in namespace {namespace!r} of" if namespace else "on"
-        there = f"there are: {known}" if known else "there is none"
+        there = f"there are: {known}" if known else "there are none"
         raise InvalidArgument(f"there is no detached engine {name!r} {space} {where()}; {there}") from error
     return RayController(actor, ray.get(actor.identify.remote()), adapter)
 
