@@ -5,7 +5,7 @@ code but the import of the modules it is told to preload, and it never starts a 
 fork. Runs on the main thread of an interpreter of its own, started by `engine_local.launcher`.
 
 Each worker leads a process group of its own, in which all that it starts stays unless it asks for another one. When the
-worker has ended, however it did, what is left of its group is killed.
+worker has ended, however it did, what is left of its group is ended, too.
 
 When the engine's process dies, a signal from the kernel (Linux) or the end of its socket tells this one; it then kills
 its workers and their groups. While an import has it, which may never end, the kernel kills it instead. When it dies
@@ -18,7 +18,7 @@ import contextlib
 import os
 from typing import TYPE_CHECKING, Any
 
-from .process import die_with_parent, kill_group
+from .process import die_with_parent, end_group, kill_group
 
 if TYPE_CHECKING:
     from .orders import Spawn
@@ -191,13 +191,15 @@ class ForkServer:
         return bool(data)
 
     def _obey(self, order: object) -> None:
+        import signal
+
         from .orders import Kill, Spawn
 
         if isinstance(order, Spawn):
             self._spawn(order)
         elif isinstance(order, Kill) and order.worker_id in self._pids:
-            # Not reaped yet, so the number is still this worker's.
-            kill_group(self._pids[order.worker_id])
+            # Not reaped yet, so the number is still this worker's. What it has started follows when it is buried.
+            os.kill(self._pids[order.worker_id], signal.SIGKILL)
 
     def _report(self, report: object) -> None:
         from .orders import pack
@@ -218,9 +220,9 @@ class ForkServer:
     def _bury(self, pid: int, status: int) -> None:
         from .orders import Exited
 
+        end_group(pid)  # the number is nobody else's as long as there is anybody left in the group
         worker_id = self._workers.pop(pid)
         del self._pids[worker_id]
-        kill_group(pid)  # the number is nobody else's as long as there is anybody left in the group
         self._report(Exited(worker_id, status))
 
     # -- forking -----------------------------------------------------------------------------------------------------

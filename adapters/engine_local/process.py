@@ -5,14 +5,17 @@ Needs nothing but ctypes, so that a new process can tie its life to its parent's
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+import time
 from typing import Any
 
 __all__ = [
     "adopt_orphans",
     "describe_exit",
     "die_with_parent",
+    "end_group",
     "flush_c_streams",
     "kill_group",
     "name_process",
@@ -20,10 +23,13 @@ __all__ = [
 ]
 
 _SIGKILL = 9
+_SIGTERM = 15
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
 _PR_SET_CHILD_SUBREAPER = 36
 _NAME_SIZE = 15  # bytes that the kernel keeps
+_TIDYING_S = 0.2
+_LOOK_S = 0.002
 
 
 def die_with_parent(parent: int, by: int = _SIGKILL) -> None:
@@ -54,6 +60,25 @@ def kill_group(pid: int) -> None:
         os.killpg(pid, _SIGKILL)
     except OSError:
         pass  # nobody is left, or all have taken on another user's rights
+
+
+def end_group(pid: int) -> None:
+    """End what is left of a worker that is gone; it gets a moment to tidy up, and is waited for.
+
+    The resource tracker of `multiprocessing`, for one, removes the shared memory that the worker had. It takes no
+    notice of the first signal, and ends by itself.
+    """
+    try:
+        os.killpg(pid, _SIGTERM)
+        until = time.monotonic() + _TIDYING_S
+        while time.monotonic() < until:
+            with contextlib.suppress(ChildProcessError):  # they are children of this process if it adopts orphans
+                os.waitpid(-pid, os.WNOHANG)
+            os.killpg(pid, 0)
+            time.sleep(_LOOK_S)
+    except OSError:
+        return  # nobody is left, or all have taken on another user's rights
+    kill_group(pid)
 
 
 def name_process(name: str) -> None:
