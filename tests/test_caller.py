@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import anyio
 import pytest
 from fakes import a_call, backend_entry, snapshot
 
 from engine.calling import replica_set
 from engine.calling.caller import Caller
-from engine.calling.ref import Ref
+from engine.calling.ref import Ref, wait
 from engine.calling.slot import Slot
 from engine.errors import (
     DeadlineExceeded,
@@ -169,6 +170,30 @@ def test_a_ref_may_be_opened_by_two_threads_at_once() -> None:
     ref = Interleaved(None, "e")
     ref.deliver(Reply(1, 0, b"", dumps("result", "the result")))
     assert ref.result() == "result"
+
+
+@pytest.mark.parametrize("how", ["result", "wait", "asyncio", "trio"])
+def test_who_looks_for_a_result_again_and_again_leaves_nothing_behind(how: str) -> None:
+    ref: Ref[Any] = Ref(None, "e")
+    heard: list[Ref[Any]] = []
+    ref.add_done_callback(heard.append)
+    before = list(ref._callbacks or ())
+
+    async def look() -> None:
+        with anyio.move_on_after(0):
+            await ref
+
+    for _ in range(3):
+        if how == "result":
+            with pytest.raises(DeadlineExceeded):
+                ref.result(timeout=0)
+        elif how == "wait":
+            assert wait([ref], timeout=0) == ([], [ref])
+        else:
+            anyio.run(look, backend=how)
+    assert ref._callbacks == before
+    ref.fail(EngineClosed("over"))
+    assert heard == [ref]
 
 
 def test_a_thread_that_drives_need_not_be_watched_over(world: World) -> None:

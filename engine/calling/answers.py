@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import BackendError, DeadlineExceeded, EngineError
 from ..seam.error_text import summary_of
@@ -237,15 +237,21 @@ class StreamSlot(Slot):
 # -- whoever comes later -----------------------------------------------------------------------------------------------
 
 
-async def settled(add_done_callback: Callable[[Callable[[Any], None]], None]) -> None:
-    """Return once a ref is done, on asyncio (any loop) or trio. Cancelling the wait leaves the call alone.
+class Settling(Protocol):
+    """What can be waited for: a ref."""
 
-    Args:
-        add_done_callback: The ref's: calls back, in any thread, once it is done.
-    """
+    def add_done_callback(self, callback: Callable[[Any], None]) -> None:
+        """Call back, in any thread, once it is done."""
+
+    def drop_done_callback(self, callback: Callable[[Any], None]) -> None:
+        """Forget a callback (idempotent)."""
+
+
+async def settled(ref: Settling) -> None:
+    """Return once a ref is done, on asyncio (any loop) or trio. Cancelling the wait leaves the call alone."""
     loop = running_asyncio_loop()
     if loop is None:
-        await _settled_on_trio(add_done_callback)
+        await _settled_on_trio(ref)
         return
     future: asyncio.Future[None] = loop.create_future()
 
@@ -262,11 +268,15 @@ async def settled(add_done_callback: Callable[[Callable[[Any], None]], None]) ->
         except RuntimeError:
             pass  # the loop was closed: nobody waits any more
 
-    add_done_callback(wake)
-    await future
+    ref.add_done_callback(wake)
+    try:
+        await future
+    except BaseException:
+        ref.drop_done_callback(wake)
+        raise
 
 
-async def _settled_on_trio(add_done_callback: Callable[[Callable[[Any], None]], None]) -> None:
+async def _settled_on_trio(ref: Settling) -> None:
     trio: Any = sys.modules.get("trio")
     if trio is None:
         raise RuntimeError("a ref can be awaited on asyncio and on trio")
@@ -279,8 +289,12 @@ async def _settled_on_trio(add_done_callback: Callable[[Callable[[Any], None]], 
         except trio.RunFinishedError:
             pass  # nobody waits any more
 
-    add_done_callback(wake)
-    await event.wait()
+    ref.add_done_callback(wake)
+    try:
+        await event.wait()
+    except BaseException:
+        ref.drop_done_callback(wake)
+        raise
 
 
 # -- nobody ------------------------------------------------------------------------------------------------------------

@@ -86,7 +86,7 @@ async def _result_by(ref: Ref, deadline: float) -> Any:
         import anyio
 
         with anyio.move_on_after(deadline - time.monotonic()):
-            await settled(ref.add_done_callback)
+            await settled(ref)
         if not ref.done():
             raise DeadlineExceeded("an argument did not come in time")
     return ref.result(0)

@@ -90,7 +90,10 @@ class Ref(Slot, Generic[T_co]):
             self.add_done_callback(ready.put)
             try:
                 ready.get(timeout=None if timeout is None else min(max(0.0, timeout), LONGEST_S))
-            except Empty:
+            except BaseException as error:
+                self.drop_done_callback(ready.put)
+                if not isinstance(error, Empty):
+                    raise
                 raise DeadlineExceeded(
                     f"the result of {self.endpoint!r} did not come within timeout={timeout:g} s"
                 ) from None
@@ -143,9 +146,15 @@ class Ref(Slot, Generic[T_co]):
                 return
         callback(self)
 
+    def drop_done_callback(self, callback: Callable[[Ref], None]) -> None:
+        """Forget a callback (idempotent): whoever looks again and again must not leave one each time."""
+        with self._lock:
+            if self._callbacks is not None and callback in self._callbacks:
+                self._callbacks.remove(callback)
+
     def __await__(self) -> Generator[Any, Any, T_co]:
         if not self.done():
-            yield from settled(self.add_done_callback).__await__()
+            yield from settled(self).__await__()
         return self._open()
 
     def stand_for(self, call: Call, shard_key: str | None) -> None:
@@ -294,12 +303,15 @@ def wait(
         deadline = None if timeout is None else time.monotonic() + timeout
         for ref in own:
             ref.add_done_callback(settled.put)
-        for _ in range(num_returns):
-            remaining = None if deadline is None else min(max(0.0, deadline - time.monotonic()), LONGEST_S)
-            try:
+        try:
+            for _ in range(num_returns):
+                remaining = None if deadline is None else min(max(0.0, deadline - time.monotonic()), LONGEST_S)
                 settled.get(timeout=remaining)
-            except Empty:
-                break
+        except Empty:
+            pass
+        finally:
+            for ref in own:
+                ref.drop_done_callback(settled.put)
     ready = [ref for ref in own if ref.done()][:num_returns]
     chosen = set(map(id, ready))
     return ready, [ref for ref in checked if id(ref) not in chosen]
