@@ -588,6 +588,7 @@ class Engine:
 
         Raises:
             errors.WouldBlock: Called in the engine's own thread: by a handler of logging, or a callback.
+            errors.EngineError: A worker cannot be ended, or the adapter does not stop: half a minute later it is left.
         """
         check_not_own_thread("shutdown()")
         self._close(lambda: self._runner.stop(timeout_s))

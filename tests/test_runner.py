@@ -155,6 +155,24 @@ def test_a_start_that_hangs_can_be_shut_down(monkeypatch, leaves_nothing):
         runner.wait_started()
 
 
+def test_an_end_that_hangs_is_told(monkeypatch, leaves_nothing):
+    """Also to whoever waits for a call that was in flight."""
+    monkeypatch.setattr(runner_module, "_SHUTDOWN_MARGIN_S", 0.05)
+
+    async def hang(grace_s):
+        await asyncio.Event().wait()
+
+    adapter = FakeAdapter()
+    own = Client("e", adapter)
+    runner = Runner("e", adapter, own, HTTPOptions.of(None))
+    runner.wait_started()
+    runner.controller.shutdown = hang
+    with pytest.raises(errors.EngineError, match=r"has not ended within 0\.05 s, .* the fake adapter does not stop"):
+        runner.stop(0.0)
+    assert own.closed
+    runner.stop(0.0)
+
+
 class Exits:
     """An operation that raises what would end any loop, as user code does that is pickled for it."""
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..calling.client import Client
 from ..config import HTTPOptions
-from ..errors import EngineClosed
+from ..errors import EngineClosed, EngineError
 from ..seam.adapter import Adapter, done_by
 from ..seam.descriptors import telling_shortages
 from ..seam.detached import store_of
@@ -112,6 +112,9 @@ class Runner:
 
         Who comes while another thread does it waits for that; within itself, as in a signal handler, it does nothing.
         Whoever is interrupted while he waits, by a second Ctrl-C, leaves calls in flight no more time.
+
+        Raises:
+            errors.EngineError: Something does not want to end. It is left, and calls that wait for it fail.
         """
         check_not_own_thread("shutdown()")
         with self._stop_lock:
@@ -187,12 +190,19 @@ class Runner:
 
     def _end(self, grace_s: float) -> None:
         import asyncio
+        from concurrent import futures
 
         loop = self._loop
         assert loop is not None
         ending = asyncio.run_coroutine_threadsafe(self._shut_down(grace_s), loop)
+        timeout_s = grace_s + _SHUTDOWN_MARGIN_S
         try:
-            ending.result(grace_s + _SHUTDOWN_MARGIN_S)
+            ending.result(timeout_s)
+        except (futures.TimeoutError, TimeoutError):
+            raise EngineError(
+                f"the engine has not ended within {timeout_s:g} s, and is left: a worker cannot be killed, or "
+                f"the {self._adapter.name} adapter does not stop"
+            ) from None
         except (KeyboardInterrupt, SystemExit):
             self.hurry()
             with contextlib.suppress(Exception):  # the interrupt says more
@@ -238,6 +248,7 @@ class Runner:
             for task in pending:
                 task.cancel()
             loop.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
+            client.close()  # if that was not come to
             asyncio.set_event_loop(None)
             loop.close()
 
