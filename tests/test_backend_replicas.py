@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 
 import pytest
 from fakes import until
@@ -50,6 +51,42 @@ def test_what_does_not_start_is_gone_when_that_is_told(ends: str) -> None:
             await creating
 
     asyncio.run(asyncio.wait_for(main(), 20))
+
+
+def test_the_log_has_the_traceback_of_what_keeps_a_replica_from_starting(caplog: pytest.LogCaptureFixture) -> None:
+    """Once for each reason, not each time."""
+
+    def of_the_model(reason: str) -> bytes:
+        try:
+            raise RuntimeError(reason)  # the line that raises
+        except RuntimeError as error:
+            return pack_exception(error)
+
+    reasons = ["model file is gone", "model file is gone", "no disk"]
+
+    async def main() -> None:
+        adapter = FakeAdapter()
+        workers = Workers(adapter, lambda worker: None)
+        backend = replicas_of(adapter, workers, count=1)
+
+        def fail(spec: WorkerSpec) -> None:
+            told = StartFailed(of_the_model(reasons[len(adapter.started) - 1]))
+            loop = asyncio.get_running_loop()
+            loop.call_soon(workers.worker_said, spec.worker_id, told)
+            loop.call_soon(workers.worker_exited, WorkerExit(spec.worker_id, "ended"))
+
+        adapter.on_start = fail
+        refilling = asyncio.ensure_future(backend.refill())
+        await until(lambda: len(caplog.records) == len(reasons))
+        backend.deleted = True
+        await refilling
+
+    asyncio.run(asyncio.wait_for(main(), 20))
+    texts = [logging.Formatter().format(record) for record in caplog.records]
+    assert [text.splitlines()[0] for text in texts] == [
+        f"backend 'b': a replica could not be replaced: RuntimeError: {reason}" for reason in reasons
+    ]
+    assert ["# the line that raises" in text for text in texts] == [True, False, True]
 
 
 def replicas_of(adapter: FakeAdapter, workers: Workers, *, count: int) -> BackendReplicas:

@@ -80,6 +80,7 @@ class BackendReplicas:
         self._failures = 0  # replicas in a row that did not start, or died soon
         self._last_error: str | None = None  # what became of the last one that failed or died
         self._failed_at = 0.0  # monotonic seconds
+        self._explained: str | None = None  # the log has the traceback of this failure to start; None after a start
         self._dead: deque[str] = deque(maxlen=_KEPT_DEAD)  # ids of the last ones
         self._starting: set[str] = set()  # ids of those that are not ready yet
         self._leaving: set[Worker] = set()  # out of service, and not gone yet
@@ -400,6 +401,13 @@ class BackendReplicas:
         self._last_error = what
         self._failed_at = time.monotonic()
 
+    def _log_failure(self, error: Exception) -> None:
+        """Say why a replica did not start; with its traceback only if that was not said of the last one."""
+        what = summary_of(error)
+        exc_info = error if what != self._explained else None
+        self._explained = what
+        _logger.error("backend %r: a replica could not be replaced: %s", self.plan.tag, what, exc_info=exc_info)
+
     async def refill(self) -> None:
         """Start the replicas that are missing, one after the other; the more fail in a row, the more slowly."""
         while True:
@@ -411,11 +419,12 @@ class BackendReplicas:
                 try:
                     ready = await self._start(self.plan, 1)
                     self.running += ready
+                    self._explained = None
                 except Exception as error:
                     if self.deleted:
                         return
                     self._failed(summary_of(error))
-                    _logger.error("backend %r: a replica could not be replaced: %r", self.plan.tag, error)
+                    self._log_failure(error)
                 self._announce()
 
 
