@@ -1,4 +1,8 @@
-"""What user code or the engine raised, as HTTP. Runs in the replica, and in the ingress for what never came there."""
+"""What user code or the engine raised, as HTTP. Runs in the replica, and in the ingress for what never came there.
+
+What says that a call was wrong is about the client's request only if the engine found that out for this very request.
+Raised by user code, it is about a call that the backend made, say: the backend's failure, like all else it raises.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,9 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from ..errors import (
-    BackendError,
     DeadlineExceeded,
     EndpointNotFound,
     EngineClosed,
-    EngineError,
     MethodNotFound,
     NoReplica,
     Overloaded,
@@ -26,14 +28,17 @@ __all__ = ["Told", "failure_head", "tell_failure"]
 
 _RETRY_AFTER_S = b"1"
 
+_Row = tuple[type[BaseException], int, str]
 # The most special type first; the first that fits decides.
-_FAILURES: tuple[tuple[type[BaseException], int, str], ...] = (
+_PASSED_ON: tuple[_Row, ...] = (
     (Overloaded, 503, "Too many requests are waiting; try again later."),
     (NoReplica, 503, "Nothing can serve this request at the moment; try again later."),
     (ReplicaDied, 502, "The process that served this request ended before it answered."),
     (DeadlineExceeded, 504, "This request was not answered in time."),
     (RetryLater, 503, "This request cannot be served at the moment; try again later."),
     (EngineClosed, 503, "The service is shutting down."),
+)
+_OF_THE_REQUEST: tuple[_Row, ...] = (
     (MethodNotFound, 400, "What this route serves has no public method of that name."),
     (EndpointNotFound, 404, "Not Found"),
 )
@@ -53,32 +58,32 @@ class Told(NamedTuple):
     untold: BaseException | None
 
 
-def tell_failure(error: BaseException, *, debug: bool = False) -> Told:
+def tell_failure(error: BaseException, *, of_the_request: bool, debug: bool = False) -> Told:
     """Say to an HTTP client what went wrong, without telling it about the inside. Never raises, whatever the error is.
 
     Args:
         error: An `engine.errors.EngineError`, a starlette or FastAPI ``HTTPException``, or whatever user code raised.
+        of_the_request: The engine itself found fault with the request, so that user code has no part in it.
         debug: Put the traceback into the body where it would be "Internal Server Error".
     """
     try:
         if _is_http_exception(error):
             return Told(*_http_exception(error), None)
-        untold = None if isinstance(error, EngineError) and not isinstance(error, BackendError) else error
-        return Told(*_other(error, debug=debug), untold)
+        for kind, status, sentence in (*_PASSED_ON, *_OF_THE_REQUEST) if of_the_request else _PASSED_ON:
+            if isinstance(error, kind):
+                later = ((b"retry-after", _RETRY_AFTER_S),) if status == 503 and kind is not EngineClosed else ()
+                return Told(*_text(status, sentence, later), None)
+        return Told(*_other(error, debug=debug), error)
     except BaseException as worse:  # a detail that has no form in JSON, a header that HTTP cannot carry, or anything
         return Told(*_text(500, traceback_of(worse) if debug else "Internal Server Error"), worse)
 
 
 def failure_head(error: BaseException, *, debug: bool = False) -> tuple[bytes, bytes]:
-    """Head and body of `tell_failure`."""
-    return tell_failure(error, debug=debug)[:2]
+    """Head and body of `tell_failure`, for what the engine itself raised over the request."""
+    return tell_failure(error, of_the_request=True, debug=debug)[:2]
 
 
 def _other(error: BaseException, *, debug: bool) -> tuple[bytes, bytes]:
-    for kind, status, sentence in _FAILURES:
-        if isinstance(error, kind):
-            later = ((b"retry-after", _RETRY_AFTER_S),) if status == 503 and kind is not EngineClosed else ()
-            return _text(status, sentence, later)
     forms = sys.modules.get("starlette.formparsers")
     if forms is not None and isinstance(error, forms.MultiPartException):
         return _text(400, str(error.message))

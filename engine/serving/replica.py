@@ -37,7 +37,7 @@ from ..seam.log import Log
 from ..seam.messages import HTTP, INITIAL_CREDIT, Call, Cancel, Credit, End, Failure, FailureKind, Item, Message, Reply
 from ..seam.serialization import dumps, loads, loads_leniently, pack_exception, shorten_packed_exception
 from ..seam.service import ServiceLoop
-from .user_callable import Method, UserCallable
+from .user_callable import Method, NoSuchMethod, UserCallable
 
 if TYPE_CHECKING:
     import asyncio
@@ -378,7 +378,8 @@ class Replica:
             return Failure(call.id, 0, kind, b"", pack_exception(error))
         from ..http.failures import tell_failure
 
-        head, body, untold = tell_failure(error, debug=self._debug)
+        of_the_request = type(error) is NoSuchMethod
+        head, body, untold = tell_failure(error, of_the_request=of_the_request, debug=self._debug)
         if untold is not None and not job.cancelled:
             self._log(f"{self._name(job)} failed" + (f" ({advice})" if advice else ""), job, untold)
         return Failure(call.id, 0, kind, head, body)

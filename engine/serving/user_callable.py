@@ -13,6 +13,7 @@ from ..errors import InvalidArgument, MethodNotFound
 __all__ = [
     "LIFECYCLE",
     "Method",
+    "NoSuchMethod",
     "UserCallable",
     "accept_batch",
     "accepts_batches",
@@ -168,6 +169,19 @@ def _wants_request(function: Callable[..., Any]) -> bool:
     return name.strip("'\"").rpartition(".")[2] in ("Request", "ServeRequest")
 
 
+class NoSuchMethod(MethodNotFound):
+    """A `MethodNotFound` of this backend's own callers; user code sees those of the calls that it makes.
+
+    It has that name in tracebacks, too, and is just that wherever it arrives.
+    """
+
+    __module__ = MethodNotFound.__module__
+    __qualname__ = MethodNotFound.__qualname__
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return MethodNotFound, self.args
+
+
 class UserCallable:
     """A function, or an object and its public methods.
 
@@ -190,7 +204,7 @@ class UserCallable:
         """Find a public method.
 
         Raises:
-            MethodNotFound: There is none of this name.
+            NoSuchMethod: There is none of this name.
         """
         known = self._methods.get(name)
         if known is None:
@@ -230,11 +244,11 @@ class UserCallable:
         if not self._has_methods:
             if name == "__call__":
                 return self.subject  # type: ignore[no-any-return]
-            raise MethodNotFound(f"backend {self.tag!r} is a function and has no method {name!r}")
+            raise NoSuchMethod(f"backend {self.tag!r} is a function and has no method {name!r}")
         if _is_private(name):
-            raise MethodNotFound(f"{name!r} of backend {self.tag!r} is private: only public methods can be called")
+            raise NoSuchMethod(f"{name!r} of backend {self.tag!r} is private: only public methods can be called")
         if name in LIFECYCLE:
-            raise MethodNotFound(f"{name!r} of backend {self.tag!r} is called by the engine, and by nobody else")
+            raise NoSuchMethod(f"{name!r} of backend {self.tag!r} is called by the engine, and by nobody else")
         if _defines_method(type(self.subject), name):
             function = getattr(self.subject, name)
             if callable(function):
@@ -262,11 +276,11 @@ class UserCallable:
             raise self._missing(method_name)
         return function(*args, **kwargs)
 
-    def _missing(self, name: str) -> MethodNotFound:
+    def _missing(self, name: str) -> NoSuchMethod:
         kind = type(self.subject)
         names = ", ".join(name for name in dir(kind) if _is_open(name) and _defines_method(kind, name))
         there = f"its methods are: {names}" if names else "it has no public methods"
-        return MethodNotFound(f"backend {self.tag!r} has no method {name!r}; {there}")
+        return NoSuchMethod(f"backend {self.tag!r} has no method {name!r}; {there}")
 
 
 def _defines_method(kind: type, name: str) -> bool:

@@ -9,6 +9,7 @@ import pytest
 from fastapi import HTTPException as FastAPIHTTPException
 from starlette.exceptions import HTTPException
 
+from engine import errors, get_replica_context
 from engine.testing.instruments import eventually
 
 SECRET = "the secret of the backend"
@@ -107,6 +108,47 @@ def test_user_error_does_not_leak(serve, caplog):
     assert response.headers["content-type"].startswith("text/plain")
     assert SECRET not in str(response.headers)
     eventually(lambda: SECRET in caplog.text and "raise ValueError(SECRET)" in caplog.text)
+
+
+async def calls_in_vain(request):
+    """A call of its own, or an error of the engine's that it raises itself, as the request asks."""
+    wrong = request.query_params["wrong"]
+    if hasattr(errors, wrong):
+        raise getattr(errors, wrong)(f"by me: {wrong}")
+    if wrong == "endpoint":
+        return await get_replica_context().get_handle("no such").call(1)
+    handle = get_replica_context().get_handle(request.query_params["other"])
+    if wrong == "method":
+        return await handle.options(method_name="predct").call(1)
+    return await handle.call(threading.Lock()) if wrong == "argument" else await handle.call(1, timeout_s=3)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "logged"),
+    [
+        ("method", "MethodNotFound: backend"),
+        ("endpoint", "EndpointNotFound: there is no endpoint 'no such'"),
+        ("argument", "NotSerializable: "),
+        ("option", "timeout_s"),
+        ("MethodNotFound", "by me: MethodNotFound"),
+        ("EndpointNotFound", "by me: EndpointNotFound"),
+        ("InvalidArgument", "by me: InvalidArgument"),
+        ("WouldBlock", "by me: WouldBlock"),
+        ("EngineError", "by me: EngineError"),
+    ],
+)
+def test_a_backends_own_call_that_was_wrong_is_its_failure(serve, caplog, wrong, logged):
+    other = serve(lambda request: "ok", route=None)
+    response = serve(calls_in_vain).http(params={"wrong": wrong, "other": other.name})
+    assert (response.status_code, response.text) == (500, "Internal Server Error")
+    eventually(lambda: logged in caplog.text and "in calls_in_vain" in caplog.text)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "status"), [("Overloaded", 503), ("NoReplica", 503), ("DeadlineExceeded", 504), ("ReplicaDied", 502)]
+)
+def test_what_a_backends_own_call_has_to_wait_for_is_passed_on(serve, wrong, status):
+    assert serve(calls_in_vain).http(params={"wrong": wrong}).status_code == status
 
 
 def test_user_error_with_debug(own_engine, client):
