@@ -572,7 +572,13 @@ def backends(version: int = 1) -> RoutingSnapshot:
         tags = [ReplicaEntry(f"{tag}#{number}", "") for number in range(replicas)]
         return BackendEntry(tag, tuple(tags), 8, None, failures=failures)
 
-    entries = (entry("up", 2), entry("failing", 0, failures=3), entry("new", 0), entry("unused", 0))
+    entries = (
+        entry("up", 2),
+        entry("failing", 0, failures=3),
+        entry("once", 0, failures=1),
+        entry("new", 0),
+        entry("unused", 0),
+    )
     traffic = {"a": (("failing", 0.0), ("up", 1.0)), "b": (("failing", 0.5), ("up", 0.5)), "c": (("new", 1.0),)}
     endpoints = {name: EndpointEntry(name, None, (), split) for name, split in traffic.items()}
     return RoutingSnapshot(version, endpoints, {entry.tag: entry for entry in entries})
@@ -585,7 +591,9 @@ async def test_readiness() -> None:
         "replicas": 0,
         "reason": "no replica: the last 3 in a row died soon or did not start",
     }
+    once = {**failing, "reason": "no replica: the last one died soon or did not start"}
     new = {"ready": False, "replicas": 0, "reason": "no replica yet"}
+    missing = {"ready": False, "reason": "there is no backend 'nö', or it is still being created", "backends": {}}
     client, app = make(echo)
     client.snapshot = backends()
     async with http(app) as browser:
@@ -594,7 +602,8 @@ async def test_readiness() -> None:
             ("?backend=up", 200, {"ready": True, "backends": {"up": up}}),
             ("?backend=up&backend=new", 503, {"ready": False, "backends": {"up": up, "new": new}}),
             ("?backend=unused", 503, {"ready": False, "backends": {"unused": new}}),
-            ("?backend=n%C3%B6", 404, {"ready": False, "reason": "there is no backend 'nö'", "backends": {}}),
+            ("?backend=once", 503, {"ready": False, "backends": {"once": once}}),
+            ("?backend=n%C3%B6", 404, missing),
         ):
             response = await browser.get(f"/-/readyz{query}")
             assert (response.status_code, response.json()) == (status, body)

@@ -21,13 +21,15 @@ def readiness(snapshot: RoutingSnapshot, tags: Sequence[str] = ()) -> tuple[int,
             makes nobody look elsewhere.
 
     Returns:
-        The HTTP status (200; 503 if one is not ready; 404 if there is none of that name), and what to say as JSON.
+        The HTTP status (200; 503 if one is not ready; 404 if there is none of that name yet), and what to say as JSON.
     """
     if snapshot.version < 0:
         return 503, {"ready": False, "reason": "starting", "backends": {}}
     unknown = [tag for tag in tags if tag not in snapshot.backends]
     if unknown:
-        return 404, {"ready": False, "reason": f"there is no backend {unknown[0]!r}", "backends": {}}
+        # The snapshot need not have one whose first replicas are starting.
+        reason = f"there is no backend {unknown[0]!r}, or it is still being created"
+        return 404, {"ready": False, "reason": reason, "backends": {}}
     entries = [snapshot.backends[tag] for tag in tags or sorted(_in_use(snapshot))]
     backends = {entry.tag: _state(entry) for entry in entries}
     ready = all(state["ready"] for state in backends.values())
@@ -42,9 +44,8 @@ def _in_use(snapshot: RoutingSnapshot) -> set[str]:
 def _state(entry: BackendEntry) -> dict[str, Any]:
     state: dict[str, Any] = {"ready": bool(entry.replicas), "replicas": len(entry.replicas)}
     if not entry.replicas:
+        last = "one" if entry.failures == 1 else f"{entry.failures} in a row"
         state["reason"] = (
-            f"no replica: the last {entry.failures} in a row died soon or did not start"
-            if entry.failures
-            else "no replica yet"
+            f"no replica: the last {last} died soon or did not start" if entry.failures else "no replica yet"
         )
     return state
