@@ -639,11 +639,20 @@ class Engine:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """As `__exit__`, without blocking the event loop."""
-        from anyio import CancelScope, to_thread
+        """As `__exit__`, without blocking the event loop.
+
+        A task that is cancelled while it waits here, by asyncio's own means, is one that was interrupted: that is how
+        `asyncio.run` passes Ctrl-C on.
+        """
+        from anyio import CancelScope, get_cancelled_exc_class, to_thread
 
         with CancelScope(shield=True):
-            await to_thread.run_sync(self._leave, _grace_s(kind))
+            try:
+                await to_thread.run_sync(self._leave, _grace_s(kind))
+            except get_cancelled_exc_class():
+                self._runner.hurry()
+                await to_thread.run_sync(self._leave, 0.0)  # waits for the thread that is at it, if it has begun
+                raise
 
     def _at_exit(self) -> None:
         if self._closed and self._pid == os.getpid():

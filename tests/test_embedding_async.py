@@ -9,7 +9,9 @@ import anyio
 import anyio.to_thread
 import pytest
 
-from engine import Engine
+from engine import Engine, errors
+from engine import engine as engine_module
+from engine.testing.instruments import eventually
 from engine_inline import InlineAdapter
 from engine_local import LocalAdapter
 
@@ -82,6 +84,41 @@ async def test_an_exception_in_async_with(leaves_nothing):
     with pytest.raises(KeyError, match="mine"):
         async with Engine(backend="local", http_options={"location": None}):
             raise KeyError("mine")
+
+
+def test_cancelled_again_while_calls_finish(monkeypatch, gate, leaves_nothing):
+    """As by the second Ctrl-C under `asyncio.run`."""
+    monkeypatch.setattr(engine_module, "_GRACE_S", 1000.0)
+
+    async def held(request):
+        await gate.apass_through()
+
+    async def serving(engine, up):
+        async with engine:
+            await asyncio.to_thread(engine.create_backend, "held", held, config={"graceful_shutdown_timeout_s": 1000})
+            await asyncio.to_thread(lambda: engine.create_endpoint("held", backend="held"))
+            up.set_result(engine.get_handle("held").remote())
+            await asyncio.Event().wait()
+
+    async def main():
+        engine, up = (
+            Engine(backend="local", http_options={"location": None}),
+            asyncio.get_running_loop().create_future(),
+        )
+        task = asyncio.create_task(serving(engine, up))
+        ref = await up
+        await asyncio.to_thread(gate.wait_for_arrivals, 1)
+        task.cancel()
+        await asyncio.to_thread(eventually, lambda: "closed" in repr(engine))
+        assert not task.done()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        with pytest.raises(errors.EngineError):
+            ref.future().result(0)  # it was ended before
+        assert not gate.is_open()
+
+    asyncio.run(asyncio.wait_for(main(), 30))
 
 
 async def test_cancelled_in_async_with(leaves_nothing):
