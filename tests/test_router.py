@@ -10,7 +10,8 @@ from fakes import backend_entry, snapshot
 from engine.calling import router as router_module
 from engine.calling.router import Router
 from engine.calling.traffic import hash_fraction
-from engine.errors import EndpointNotFound
+from engine.errors import EndpointNotFound, EngineClosed
+from engine.seam.snapshot import RoutingSnapshot
 from engine.testing.fakes import FakeSlot
 
 NOW = 1000.0
@@ -32,6 +33,14 @@ def test_an_unknown_endpoint_is_named_with_those_there_are() -> None:
     router.apply(snapshot(1, backend_entry("b", []), endpoints={"z": {"b": 1}, "a": {"b": 1}}))
     with pytest.raises(EndpointNotFound, match=r"the endpoints are: 'a', 'z'$"):
         router.route("x", None)
+
+
+def test_there_is_nothing_to_call_while_the_engine_shuts_down() -> None:
+    router = Router()
+    router.apply(snapshot(1, backend_entry("b", [])))
+    router.apply(RoutingSnapshot(2, closing=True))
+    with pytest.raises(EngineClosed, match="the engine is shutting down"):
+        router.route("e", None)
 
 
 def test_traffic_is_split_by_a_random_number(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..errors import EndpointNotFound
+from ..errors import EndpointNotFound, EngineClosed
 from ..seam.error_text import all_there_are
 from ..seam.snapshot import EndpointEntry, RoutingSnapshot
 from .replica_set import ReplicaSet, Target
@@ -85,8 +85,11 @@ class Router:
 
         Raises:
             EndpointNotFound: There is no such endpoint.
+            EngineClosed: There is none any more.
         """
         endpoint = self.endpoints.get(name)
+        if endpoint is None and self.snapshot.closing:
+            raise EngineClosed("the engine is shutting down")
         if endpoint is None:
             raise EndpointNotFound(
                 f"there is no endpoint {name!r}; {all_there_are('endpoints', sorted(self.endpoints))}"

@@ -134,7 +134,7 @@ class Controller:
         await self._workers.close()
         await self._ingresses.stop(grace_s)
         self._client.begin_close()
-        self._publisher.publish({}, {})
+        self._publisher.publish_end()
         backends = [*self._backends.values(), *self._leaving.values()]
         # Whatever the ingresses took of it: who is idle gets the time to leave by himself.
         left_s = max(deadline - asyncio.get_running_loop().time(), min(grace_s, _LEAST_GRACE_S))

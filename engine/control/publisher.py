@@ -57,8 +57,15 @@ class Publisher:
 
     def publish(self, endpoints: dict[str, EndpointEntry], backends: dict[str, BackendEntry]) -> int:
         """Let this picture rule; returns its version."""
+        return self._rule(RoutingSnapshot(self.version + 1, endpoints, backends))
+
+    def publish_end(self) -> None:
+        """Let an empty picture rule, from which callers learn that the engine is shutting down."""
+        self._rule(RoutingSnapshot(self.version + 1, closing=True))
+
+    def _rule(self, snapshot: RoutingSnapshot) -> int:
         self._silent = False
-        self._snapshot = RoutingSnapshot(self.version + 1, endpoints, backends)
+        self._snapshot = snapshot
         self._client.apply(self._snapshot)
         for channel, subscriber in list(self._subscribers.items()):
             if subscriber.subscribed:

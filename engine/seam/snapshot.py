@@ -66,8 +66,13 @@ class EndpointEntry:
 
 @dataclass(frozen=True)
 class RoutingSnapshot:
-    """One consistent picture of endpoints and backends; a higher version replaces a lower one."""
+    """One consistent picture of endpoints and backends; a higher version replaces a lower one.
+
+    Attributes:
+        closing: The last one: the engine is shutting down, so that there is nothing to call any more.
+    """
 
     version: int = 0
     endpoints: dict[str, EndpointEntry] = field(default_factory=dict)
     backends: dict[str, BackendEntry] = field(default_factory=dict)
+    closing: bool = False

@@ -160,6 +160,33 @@ def test_close_is_called_when_the_engine_shuts_down(adapter, journal):
     assert sorted(journal.lines()) == ["close", "close", "del", "del"]
 
 
+class CallsInClose:
+    def __init__(self, journal):
+        self.journal = journal
+        self.other = get_replica_context().get_handle("other")
+
+    def __call__(self, request):
+        return self.other.call()
+
+    def close(self):
+        try:
+            while self.other.call() == "ok":  # until that has heard, too
+                pass
+        except errors.EngineError as error:
+            self.journal.add(f"{type(error).__name__}: {error}")
+
+
+def test_a_close_that_calls_learns_that_the_engine_shuts_down(adapter, journal):
+    with adapter.engine() as engine:
+        engine.create_backend("other", lambda request: "ok")
+        engine.create_endpoint("other", backend="other")
+        engine.create_backend("calls", CallsInClose, journal)
+        engine.create_endpoint("calls", backend="calls")
+        assert engine.get_handle("calls").call() == "ok"
+    (line,) = journal.lines()
+    assert line.startswith("EngineClosed: the engine")
+
+
 def test_close_comes_after_what_runs(serve, engine, journal, gate):
     class Backend(Plain):
         def __call__(self, request):
