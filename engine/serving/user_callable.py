@@ -40,12 +40,18 @@ def accept_batch(function: F) -> F:
     tuple, an array or a generator.
 
     Raises:
-        errors.InvalidArgument: It is a class, or nothing that can be called or marked.
+        errors.InvalidArgument: It is a class or an object of one, or nothing that can be called or marked.
     """
     marked: Any = function.__func__ if isinstance(function, (staticmethod, classmethod)) else function
     if inspect.isclass(marked):
         raise InvalidArgument(
             f"accept_batch marks a function or a method, not a class: put it on the method of {marked.__name__} that "
+            "takes a list, say __call__"
+        )
+    served = class_served(marked)
+    if served is not None:
+        raise InvalidArgument(
+            f"accept_batch marks a function or a method, not an object: put it on the method of {served.__name__} that "
             "takes a list, say __call__"
         )
     try:
@@ -74,13 +80,51 @@ def check_servable(definition: Any) -> None:
     """Refuse what nobody could call.
 
     Raises:
-        errors.InvalidArgument: It is neither a function, nor a class, nor an object with public methods.
+        errors.InvalidArgument: It is neither a function, nor a class, nor an object with public methods; or the engine
+            could not call ``__init__``, ``close`` or ``reconfigure`` as its class has it.
     """
     served = class_served(definition)
     if not callable(definition) and (served is None or not any(callable(method) for method in _methods_of(served))):
         raise InvalidArgument(
             f"func_or_class must be a function, a class, or an object with methods, not {definition!r}"
         )
+    if served is not None:
+        _check_hooks(served, constructs=inspect.isclass(definition))
+
+
+def _check_hooks(served: type, *, constructs: bool) -> None:
+    """Refuse what the engine would call in vain, or not at all; what only the object itself tells is seen later."""
+    of = f"of {served.__name__}, which the engine calls,"
+    if constructs and (_is_async(_static(served, "__init__")) or _has_yield(_static(served, "__init__"))):
+        raise InvalidArgument(
+            f"func_or_class: __init__ {of} must be a plain def: a constructor cannot be awaited. "
+            "What is to be awaited can be started there, by asyncio.create_task, or awaited by the first call"
+        )
+    for name in ("close", "reconfigure"):
+        hook = _static(served, name)
+        if _has_yield(hook):
+            raise InvalidArgument(f"func_or_class: {name} {of} must not have a yield: its body would never run")
+    close = _static(served, "close")
+    if close is not None and not callable(close) and not hasattr(close, "__get__"):
+        raise InvalidArgument(f"func_or_class: close {of} must be a method, not {close!r}; give it another name")
+    if inspect.isfunction(close):
+        bound = not isinstance(inspect.getattr_static(served, "close"), staticmethod)
+        try:
+            inspect.signature(close, follow_wrapped=False).bind(*[None] * bound)
+        except TypeError as error:
+            raise InvalidArgument(
+                f"func_or_class: close {of} must need no arguments: {error}; give them defaults, or it another name"
+            ) from None
+
+
+def _static(served: type, name: str) -> Any:
+    """What a class has under a name, without what makes it a method of a class or of none."""
+    found = inspect.getattr_static(served, name, None)
+    return found.__func__ if isinstance(found, (staticmethod, classmethod)) else found
+
+
+def _has_yield(function: Any) -> bool:
+    return inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function)
 
 
 def accepts_batches(definition: Any) -> bool:

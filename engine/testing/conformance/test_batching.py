@@ -229,6 +229,8 @@ def test_a_class_is_not_marked_but_its_method_is(serve, engine):
 
     with pytest.raises(errors.InvalidArgument, match="put it on the method of Backend"):
         accept_batch(Backend)
+    with pytest.raises(errors.InvalidArgument, match="not an object: put it on the method of Backend"):
+        accept_batch(Backend())
     with pytest.raises(errors.InvalidArgument, match="cannot mark"):
         accept_batch(Backend().many.__call__)
     handle = serve(Backend, route=None, config=THREE).handle.options(method_name="many")

@@ -349,6 +349,56 @@ def test_a_replica_that_does_not_leave_is_killed(serve, engine, adapter, gate, c
     assert caplog.text.count("is killed; its close(), exit functions or threads keep it") == len(stay)
 
 
+def hooked(**attributes):
+    return type("Hooked", (), {"__call__": lambda self, request: "ok", **attributes})
+
+
+async def awaits(self):
+    pass
+
+
+def yields(self, *args):
+    yield
+
+
+async def yields_on_loop(self, *args):
+    yield
+
+
+def takes_one(self, how):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("name", "hook", "message"),
+    [
+        ("close", yields, "close of Hooked, .* must not have a yield"),
+        ("close", yields_on_loop, "close of Hooked, .* must not have a yield"),
+        ("reconfigure", yields_on_loop, "reconfigure of Hooked, .* must not have a yield"),
+        ("close", 3, "close of Hooked, .* must be a method, not 3"),
+        ("close", takes_one, "close of Hooked, .* must need no arguments: .*'how'"),
+        ("close", staticmethod(takes_one), "close of Hooked, .* must need no arguments: .*'self'"),
+        ("__init__", awaits, "__init__ of Hooked, .* must be a plain def"),
+        ("__init__", yields, "__init__ of Hooked, .* must be a plain def"),
+    ],
+)
+def test_a_hook_that_cannot_be_called_is_refused(engine, name, hook, message):
+    with pytest.raises(errors.InvalidArgument, match=message):
+        engine.create_backend("hooked", hooked(**{name: hook}))
+    if name != "__init__":
+        with pytest.raises(errors.InvalidArgument, match=message):
+            engine.create_backend("hooked", hooked(**{name: hook})())
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [None, property(takes_one), staticmethod(lambda: None), classmethod(lambda cls, how=1: None), awaits],
+    ids=["none", "property", "static", "class", "async"],
+)
+def test_a_hook_that_can_be_called_is_not(serve, hook):
+    assert serve(hooked(close=hook), route=None).call() == "ok"
+
+
 @pytest.mark.parametrize("way", ["handle", "http"])
 def test_clients_cannot_call_what_the_engine_calls(serve, journal, way):
     class Backend(Plain):
