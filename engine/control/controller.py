@@ -37,6 +37,8 @@ __all__ = ["Controller"]
 _logger = Log("engine.controller")
 
 _APPLIED_TIMEOUT_S = 5.0
+_OTHERS_TIMEOUT_S = 1.0
+"""For callers in other processes to learn how calls are split now. One that hangs makes none that could go wrong."""
 _LEFT_ALONE_TIMEOUT_S = 1.0
 """For callers to learn that a replica leaves. What comes later is refused there, and placed elsewhere."""
 
@@ -414,6 +416,7 @@ class Controller:
             raise
         if not await self._publisher.applied(version, _APPLIED_TIMEOUT_S, ingress_only=True):
             _logger.warning("an ingress has not taken the newest routes within %g s", _APPLIED_TIMEOUT_S)
+        await self._publisher.applied(version, _OTHERS_TIMEOUT_S, ingress_only=False)
 
     async def _end_backend(self, backend: BackendReplicas, *, at_once: bool) -> None:
         tag = backend.plan.tag
