@@ -18,6 +18,7 @@ import h2.events
 import httpx
 import pytest
 import trustme
+from hypercorn.protocol.h2 import BUFFER_HIGH_WATER
 
 from engine.config import HTTPOptions
 from engine.errors import InvalidArgument
@@ -458,6 +459,20 @@ class Http2:
                         self.connection.acknowledge_received_data(event.flow_controlled_length or 0, stream_id)
             self.flush()
 
+    async def echo(self) -> None:
+        """Wait until the server has read everything up to here, and gone on meanwhile."""
+        self.connection.ping(b"as it is")
+        self.flush()
+        heard = False
+        while not heard:
+            events = self.connection.receive_data(await self.reader.read(65536))
+            heard = any(isinstance(event, h2.events.PingAckReceived) for event in events)
+
+    def open_window(self, amount: int) -> None:
+        self.connection.increment_flow_control_window(amount)
+        self.connection.increment_flow_control_window(amount, 1)
+        self.flush()
+
     async def leave(self, how: str) -> None:
         if how == "reset":
             self.connection.reset_stream(1)
@@ -500,14 +515,29 @@ async def test_who_waits_to_send_over_http_2_is_let_go_when_the_client_leaves(
         client.writer.close()
 
 
+@pytest.mark.parametrize("opened", [0, 1])
+async def test_a_stream_over_http_2_waits_for_its_clients_window(opened: int) -> None:
+    async with serving() as server:
+        client = await Http2.ask(server, "prior knowledge")
+        await client.take(65_535, window=False)
+        for _ in range(100):
+            if opened:
+                client.open_window(opened)
+            await client.echo()
+        # what the client took, and what was buffered when the last send went through
+        assert server.app.sent < 65_535 + 100 * opened + BUFFER_HIGH_WATER
+        client.open_window(100_000)
+        await client.take(1_000_000, window=True)
+        await client.leave("abort")
+        assert await asyncio.wait_for(server.app.left.get(), PATIENCE_S) == "/endless"
+
+
 @pytest.mark.parametrize("window", [True, False])
 async def test_a_client_of_http_2_that_takes_nothing_is_broken_off(window: bool) -> None:
     async with serving() as server:
         client = await Http2.ask(server, "prior knowledge")
         if window:  # a window, but nobody who reads
-            client.connection.increment_flow_control_window(2**30)
-            client.connection.increment_flow_control_window(2**30, 1)
-            client.flush()
+            client.open_window(2**30)
         await client.take(1, window=False)
         server.stop.set()
         await asyncio.sleep(0)

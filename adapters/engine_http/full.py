@@ -18,9 +18,9 @@ import h2.events
 import h2.exceptions
 import h11
 from hypercorn.events import Closed, Event, RawData, Updated
+from hypercorn.protocol.events import Body, Data, Response, StreamClosed
 from hypercorn.protocol.events import Event as StreamEvent
-from hypercorn.protocol.events import Response, StreamClosed
-from hypercorn.protocol.h2 import H2Protocol
+from hypercorn.protocol.h2 import BUFFER_HIGH_WATER, H2Protocol
 from hypercorn.protocol.h11 import H2CProtocolRequiredError, H2ProtocolAssumedError, H11Protocol
 from hypercorn.typing import ConnectionState
 
@@ -284,8 +284,9 @@ class _H1(H11Protocol):
 class _H2(H2Protocol):
     """Hypercorn's HTTP/2, which resets a stream that broke off and survives a body that nobody reads.
 
-    An application that waits until a stream's client has taken more is let go when the client leaves, which hypercorn's
-    own forgets: when the connection ends, and when a stream is reset whose flow-control window is used up.
+    An application that sends waits until the stream's buffer has room again: hypercorn's own goes on as soon as the
+    client's flow-control window is used up. It is let go when the client leaves, which hypercorn's own forgets: when
+    the connection ends, and when a stream is reset whose window is used up.
     """
 
     async def handle(self, event: Event) -> None:
@@ -305,6 +306,16 @@ class _H2(H2Protocol):
                     pass  # the client was faster
                 await self._flush()
         await super().stream_send(event)
+        if isinstance(event, (Body, Data)):
+            await self._has_room(event.stream_id)
+
+    async def _has_room(self, stream_id: int) -> None:
+        # The sending task takes from a buffer until there is nothing to take, because it or the window is empty, and
+        # sets `_paused` then; closing the buffer sets it, too. Who waits looks at the buffer after having cleared it.
+        buffer = self.stream_buffers.get(stream_id)
+        while buffer is not None and len(buffer.buffer) >= BUFFER_HIGH_WATER and not buffer._complete:
+            await buffer._paused.wait()
+            await buffer._paused.clear()
 
     async def _handle_events(self, events: list[h2.events.Event]) -> None:
         for event in events:
