@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import dataclasses
 import datetime
 import decimal
@@ -21,6 +22,7 @@ import pytest
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
+from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 
 from engine import errors
@@ -226,6 +228,29 @@ def test_plain_responses_go_as_they_are(response: Response, status: int, body: b
     assert encoded.background is None
 
 
+@pytest.mark.parametrize("length", ["4", "6", "0", "", "-5", "five", "\u00b2"])
+def test_a_response_is_as_long_as_it_says(length: str) -> None:
+    with pytest.raises(ValueError, match="content-length"):
+        encode_result(Response(b"hello", headers={"content-length": length}))
+    with pytest.raises(ValueError, match="content-length"):
+        encode_result(Response(b"hello", headers={"Content-Length": length}))
+
+
+@pytest.mark.parametrize(
+    ("response", "method"),
+    [
+        (Response(b"", headers={"content-length": "1000"}), "HEAD"),
+        (Response(b"", status_code=304, headers={"content-length": "1000"}), "GET"),
+        (Response(b"", status_code=204, headers={"content-length": "1000"}), "GET"),
+        (Response(b"hello", headers={"content-length": "5"}), "GET"),
+    ],
+)
+def test_lengths_that_are_right_or_of_no_body(response: Response, method: str) -> None:
+    encoded = encode_result(response, Request({"type": "http", "method": method}))
+    assert isinstance(encoded, Encoded)
+    assert decode_head(encoded.head) == (response.status_code, response.raw_headers)
+
+
 @pytest.mark.anyio
 async def test_a_background_task_is_handed_over() -> None:
     ran: list[int] = []
@@ -413,6 +438,41 @@ async def test_a_streaming_response_of_a_plain_iterator() -> None:
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize(("length", "fits"), [("0", 0), ("1", 1), ("3", 2), ("2, 2", 0), ("2", 3)])
+async def test_a_streaming_response_is_as_long_as_it_says(length: str, fits: int) -> None:
+    closed: list[bool] = []
+    ran: list[int] = []
+    background = BackgroundTask(ran.append, 1)
+    response = StreamingResponse(
+        async_numbers(closed, "a", "b"), headers={"content-length": length}, background=background
+    )
+    stream = streamed(response)
+    got: list[bytes] = []
+    with pytest.raises(ValueError, match="content-length") if fits < 3 else contextlib.nullcontext():
+        async for _, chunk in stream.parts(SCOPE):
+            got += [chunk]
+    assert got == [b"a", b"b", b""][:fits]
+    assert (stream.background is None) == (fits < 3)
+
+
+@pytest.mark.anyio
+async def test_a_stream_without_a_body_may_have_any_length() -> None:
+    length = {"content-length": "1000"}
+    response = StreamingResponse(iter(()), status_code=304, headers=length)
+    assert (await collect(streamed(response)))[1] == {b"content-length": b"1000"}
+    parts = streamed(StreamingResponse(iter(()), headers=length)).parts(SCOPE | {"method": "HEAD"})
+    assert [chunk async for _, chunk in parts] == [b""]
+
+
+@pytest.mark.anyio
+async def test_lengths_that_contradict_each_other() -> None:
+    response = StreamingResponse(iter(["ab"]))
+    response.raw_headers += [(b"content-length", b"2"), (b"Content-Length", b"3")]
+    with pytest.raises(ValueError, match="more than one"):
+        await collect(streamed(response))
+
+
+@pytest.mark.anyio
 async def test_files(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "big.bin"
     path.write_bytes(b"0123456789" * 20_000)
@@ -504,6 +564,9 @@ def test_http_exceptions() -> None:
         b"gone",
     )
     assert failed(HTTPException(204)) == (204, {}, b"")
+    assert failed(HTTPException(304, headers={"Content-Length": "7"})) == (304, {b"content-length": b"7"}, b"")
+    assert failed(HTTPException(205, headers={"Content-Length": "7"}))[0] == 500
+    assert failed(HTTPException(304, headers={"Content-Length": "seven"}))[0] == 500
     status, headers, body = failed(HTTPException(409, {"why": "x"}))  # type: ignore[arg-type]
     assert (status, headers[b"content-type"], body) == (409, b"application/json", b'{"detail":{"why":"x"}}')
     headers = failed(HTTPException(418, "<p>", {"Content-Type": "text/html", "Content-Length": "99"}))[1]

@@ -110,7 +110,7 @@ def _http_exception(error: Any) -> tuple[bytes, bytes]:
     status = error.status_code
     given = [(_latin(name).lower(), _latin(value)) for name, value in (error.headers or {}).items()]
     if status in (204, 205, 304):
-        return encode_head(status, given), b""
+        return encode_head(status, given, 0 if status == 205 else None), b""
     # FastAPI answers in JSON, and Starlette's plain text can carry a string only
     in_json = _is_http_exception(error, "fastapi") or not isinstance(error.detail, str)
     body = to_json({"detail": error.detail}) if in_json else error.detail.encode("utf-8", "replace")

@@ -14,11 +14,14 @@ __all__ = [
     "JSON",
     "JSON_LINES",
     "TEXT",
+    "WITHOUT_BODY",
     "Headers",
+    "announced_length",
     "decode_head",
     "encode_head",
     "stream_head",
     "whole_head",
+    "wrong_length",
 ]
 
 Headers: TypeAlias = list[tuple[bytes, bytes]]
@@ -27,6 +30,9 @@ TEXT = "text/plain; charset=utf-8"
 BYTES = "application/octet-stream"
 JSON = "application/json"
 JSON_LINES = "application/x-ndjson"
+
+WITHOUT_BODY = (204, 304)
+"""Answers with these statuses have no body, whatever their headers say."""
 
 # Heads repeat: the same few statuses, content types and lengths come again and again. Only short ones are kept, and
 # all are forgotten when they become too many, so that neither memory nor one client's cookies stay.
@@ -40,8 +46,13 @@ _NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
 
 
-def encode_head(status: int, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+def encode_head(status: int, headers: Iterable[tuple[bytes, bytes]], length: int | None = None) -> bytes:
     """Write status and headers for the way through a channel.
+
+    Args:
+        status: The status.
+        headers: The headers.
+        length: How long the body is; None where that is not known yet, or the client gets no body.
 
     Raises:
         ValueError: HTTP cannot carry them; the message says which, and why.
@@ -55,8 +66,35 @@ def encode_head(status: int, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
                 f"HTTP cannot carry the header {name!r} with the value {value!r}: both must be bytes, the name made of "
                 "letters, digits and hyphens, the value of one line"
             )
+        if name.lower() == b"content-length":
+            announced = _length(value)
+            if length is not None and announced != length:
+                raise ValueError(wrong_length(announced, length))
         pairs.append((name.decode("latin-1"), value.decode("latin-1")))
     return json.dumps([_checked_status(status), pairs], separators=(",", ":")).encode("ascii")
+
+
+def announced_length(headers: Iterable[tuple[bytes, bytes]]) -> int | None:
+    """The length that the body has according to headers that `encode_head` has accepted, or None.
+
+    Raises:
+        ValueError: They contradict each other.
+    """
+    lengths = {_length(value) for name, value in headers if name.lower() == b"content-length"}
+    if len(lengths) > 1:
+        raise ValueError(f"the answer has more than one content-length: {sorted(lengths)}")
+    return lengths.pop() if lengths else None
+
+
+def wrong_length(announced: int, length: int | str) -> str:
+    """Say that a body is not as long as its header promises: a server could not send it."""
+    return f"the content-length of the answer is {announced}, but its body has {length} bytes; leave the header out"
+
+
+def _length(value: bytes) -> int:
+    if not value.isdigit():
+        raise ValueError(f"the content-length of an answer must be a number, not {value!r}")
+    return int(value)
 
 
 def _checked_status(status: int) -> int:

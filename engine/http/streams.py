@@ -9,7 +9,17 @@ from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaita
 from typing import Any, TypeAlias
 
 from ..seam.jsonable import to_json
-from .heads import BYTES, EMPTY_HEAD, JSON_LINES, TEXT, encode_head, stream_head
+from .heads import (
+    BYTES,
+    EMPTY_HEAD,
+    JSON_LINES,
+    TEXT,
+    WITHOUT_BODY,
+    announced_length,
+    encode_head,
+    stream_head,
+    wrong_length,
+)
 
 __all__ = ["Background", "Part", "Streamed"]
 
@@ -125,6 +135,8 @@ class Streamed:
             response.body_iterator = _Contained(response.body_iterator)
         task = asyncio.ensure_future(_contained(response, scope, handover))
         head = b""
+        announced: int | None = None
+        size = 0
         over = False
         try:
             while not over:
@@ -132,10 +144,17 @@ class Streamed:
                 if message is None:
                     raise RuntimeError(f"{type(response).__qualname__} returned before its answer was complete")
                 if message["type"] == "http.response.start":
-                    head = encode_head(message["status"], message.get("headers", ()))
+                    status, headers = message["status"], [*message.get("headers", ())]
+                    head = encode_head(status, headers)
+                    if status not in WITHOUT_BODY and scope["method"] != "HEAD":
+                        announced = announced_length(headers)
                 elif message["type"] == "http.response.body":
-                    over = not message.get("more_body", False)
+                    last = not message.get("more_body", False)
                     chunk = bytes(message.get("body", b""))
+                    size += len(chunk)
+                    if announced is not None and (size > announced or (last and size < announced)):
+                        raise ValueError(wrong_length(announced, size if last else f"at least {size}"))
+                    over = last
                     if chunk or head or over:
                         yield head, chunk
                         head = b""

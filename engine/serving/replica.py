@@ -296,7 +296,7 @@ class Replica:
         from ..http.results import Encoded, encode_result
 
         try:
-            encoded = encode_result(result)
+            encoded = encode_result(result, job.request)
         except BaseException as error:
             self._fail(job, error)
             return None

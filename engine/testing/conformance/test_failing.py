@@ -209,6 +209,13 @@ RESULTS: dict[str, Callable[[], Any]] = {
     "response with status 100": lambda: broken_status(100),
     "response with status 1000": lambda: broken_status(1000),
     "response with status none": lambda: broken_status(None),
+    "response longer than it says": lambda: PlainTextResponse("never", headers={"content-length": "1"}),
+    "response shorter than it says": lambda: PlainTextResponse("never", headers={"content-length": "9"}),
+    "response whose length is no number": lambda: PlainTextResponse("never", headers={"content-length": "five"}),
+    "streaming response longer than it says": lambda: StreamingResponse(
+        iter(["never"]), headers={"content-length": "1"}
+    ),
+    "empty streaming response with a length": lambda: StreamingResponse(iter(()), headers={"content-length": "1"}),
     "streaming response with status 99": lambda: StreamingResponse(iter(["never"]), status_code=99),
     "streaming response with lines": lambda: StreamingResponse(iter(["never"]), headers={"x": "a\r\nb"}),
 }
@@ -355,6 +362,7 @@ def test_whatever_is_returned(served):
     for name in RESULTS:
         response = served.http("POST", content=f"return:{name}")
         assert (response.status_code, response.text) == (500, "Internal Server Error"), name
+        assert "x-request-id" in response.headers, name
         check_rests(served, pid)
     for name in ("reluctant", "in a list"):
         assert failure_of(served, f"return:{name}") in (errors.ResultNotSerializable, errors.RemoteError)

@@ -170,6 +170,18 @@ def test_head_has_no_body(serve):
     assert response.headers["content-type"].startswith("text/plain")
 
 
+def test_answers_without_a_body_may_say_how_long_it_would_be(serve):
+    def backend(request):
+        status = int(request.query_params.get("status", 200))
+        return Response(status_code=status, headers={"content-length": "1000"})
+
+    served = serve(backend)
+    response = served.http("HEAD")
+    assert (response.status_code, response.headers["content-length"]) == (200, "1000")
+    assert served.http(params={"status": 304}).status_code == 304
+    assert served.http().status_code == 500
+
+
 def test_a_result_that_is_no_json_fails_alone(serve):
     def backend(request):
         return {"key": object()} if request.query_params else "fine"
@@ -228,3 +240,15 @@ def test_a_result_without_a_form_in_json_is_explained_in_the_log(serve, caplog):
     served = serve(lambda request: {"inner": [object()]})
     assert served.http().status_code == 500
     assert eventually(lambda: "has no form in JSON" in caplog.text) is True
+
+
+def test_a_response_that_is_not_as_long_as_it_says_is_explained_in_the_log(serve, caplog):
+    served = serve(lambda request: Response(b"hello", headers={"content-length": request.query_params["length"]}))
+    for length in (2, 9):
+        response = served.http(params={"length": length})
+        assert (response.status_code, response.text) == (500, "Internal Server Error")
+        why = f"content-length of the answer is {length}, but its body has 5 bytes"
+        eventually(lambda why=why: why in caplog.text)
+        failed = f"backend {served.tag!r} failed, request {response.headers['x-request-id']}"
+        eventually(lambda failed=failed: failed in caplog.text)
+    assert "middleware" not in caplog.text
