@@ -757,6 +757,7 @@ async def test_a_middleware_that_raises(debug: bool, caplog: pytest.LogCaptureFi
     assert debug or response.text == "Internal Server Error"
     (record,) = caplog.records
     assert record.name == "engine.http" and record.exc_info is not None
+    assert f"(request {response.headers['x-request-id']})" in record.getMessage()
 
 
 async def test_a_middleware_that_raises_late_breaks_the_answer(caplog: pytest.LogCaptureFixture) -> None:
@@ -772,6 +773,22 @@ async def test_a_middleware_that_raises_late_breaks_the_answer(caplog: pytest.Lo
     with pytest.raises(StreamBroken):
         await exchange.task
     assert caplog.records[0].exc_info is not None
+    request_id = dict(exchange.sent[0]["headers"])[b"x-request-id"].decode()
+    assert f"(request {request_id})" in caplog.text
+
+
+@pytest.mark.parametrize("headers", [None, [None], [(b"x-request-id", None)], [("x-request-id", "text")]])
+async def test_a_middleware_that_fails_for_its_own_headers_is_logged(
+    headers: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def broken(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        raise ValueError("secret")
+
+    exchange = Exchange(wrap_middlewares(broken, [])).says()
+    with pytest.raises(StreamBroken):
+        await exchange.task
+    assert "failed in a middleware (request " in caplog.text and "secret" in caplog.text
 
 
 async def test_a_broken_stream_passes_the_guard_without_a_second_record(caplog: pytest.LogCaptureFixture) -> None:

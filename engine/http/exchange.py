@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import random
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from ..seam.log import Log
 from .heads import Headers
 
-__all__ = ["TEXT_TYPE", "Exchange", "printable"]
+__all__ = ["TEXT_TYPE", "Exchange", "printable", "request_id_of"]
 
 _logger = Log("engine.http")
 
 TEXT_TYPE = (b"content-type", b"text/plain; charset=utf-8")
 _JSON_TYPE = (b"content-type", b"application/json")
+_LONGEST_REQUEST_ID = 128
+_NOT_IN_REQUEST_ID = re.compile(r"[^A-Za-z0-9._~:@/+=-]")
 
 
 class Exchange:
@@ -70,6 +74,12 @@ class Exchange:
             why,
             self.request_id,
         )
+
+
+def request_id_of(given: bytes | None) -> str:
+    """A request's id: the client's, only as far as it is harmless in a header and in a log; or a new one."""
+    cleaned = "" if given is None else _NOT_IN_REQUEST_ID.sub("", given.decode("latin-1"))[:_LONGEST_REQUEST_ID]
+    return cleaned or f"{random.getrandbits(64):016x}"
 
 
 def printable(path: str) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import traceback
 from collections.abc import Sequence
 from typing import Any
 
 from ..seam.ingress_server import ASGIApp, StreamBroken
 from ..seam.log import Log
-from .exchange import TEXT_TYPE, printable
+from .exchange import TEXT_TYPE, printable, request_id_of
 
 __all__ = ["ErrorGuard", "wrap_middlewares"]
 
@@ -32,11 +33,12 @@ class ErrorGuard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started = False
+        started: Any = None  # the message that began the answer
 
         async def noting_send(message: Any) -> None:
             nonlocal started
-            started = True
+            if started is None:
+                started = message
             await send(message)
 
         try:
@@ -44,14 +46,26 @@ class ErrorGuard:
         except StreamBroken:
             raise
         except Exception as error:
-            _logger.exception("%s %s failed in a middleware", scope["method"], printable(scope["path"]))
-            if started:
+            # of the answer that has begun, if one has: the ingress may have given the request its id
+            request_id = request_id_of(_given_id(started) or _given_id(scope))
+            _logger.exception(
+                "%s %s failed in a middleware (request %s)", scope["method"], printable(scope["path"]), request_id
+            )
+            if started is not None:
                 raise StreamBroken from error
             text = "".join(traceback.format_exception(error)) if self._debug else "Internal Server Error"
             body = text.encode("utf-8", "replace")
-            headers = [(b"content-length", b"%d" % len(body)), TEXT_TYPE]
+            headers = [(b"content-length", b"%d" % len(body)), TEXT_TYPE, (b"x-request-id", request_id.encode("ascii"))]
             await send({"type": "http.response.start", "status": 500, "headers": headers})
             await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+def _given_id(message: Any) -> bytes | None:
+    with contextlib.suppress(Exception):  # a middleware may have put anything into it, and have failed for that
+        for name, value in message["headers"]:
+            if name.lower() == b"x-request-id" and isinstance(value, bytes):
+                return value
+    return None
 
 
 def wrap_middlewares(app: ASGIApp, middlewares: Sequence[Any], debug: bool = False) -> ASGIApp:

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import pickle
-import random
-import re
 import time
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import parse_qs
@@ -26,7 +24,7 @@ from ..seam.http_request import trim_scope
 from ..seam.ingress_server import StreamBroken
 from ..seam.log import Log
 from ..seam.messages import HTTP, INITIAL_CREDIT, Call, End, Failure, Item, Reply
-from .exchange import TEXT_TYPE, Exchange, printable
+from .exchange import TEXT_TYPE, Exchange, printable, request_id_of
 from .failures import failure_head
 from .heads import decode_head
 from .readiness import readiness
@@ -40,8 +38,6 @@ __all__ = ["Ingress", "IngressClient"]
 
 
 _CREDIT_BATCH = INITIAL_CREDIT // 2
-_LONGEST_REQUEST_ID = 128
-_NOT_IN_REQUEST_ID = re.compile(r"[^A-Za-z0-9._~:@/+=-]")
 
 _logger = Log("engine.http")
 
@@ -129,7 +125,7 @@ class Ingress:
                 call_method = _text(value).strip()
             elif name == b"x-serve-shard-key":
                 shard_key = _text(value)
-        request_id = f"{random.getrandbits(64):016x}" if given_id is None else _request_id(given_id)
+        request_id = request_id_of(given_id)
         exchange = Exchange(scope, send, request_id)
 
         path = scope["path"]
@@ -351,12 +347,6 @@ class Ingress:
             await send({"type": "websocket.http.response.body", "body": body})
         else:
             await send({"type": "websocket.close", "code": 1008, "reason": sentence})
-
-
-def _request_id(given: bytes) -> str:
-    """A client's request id is passed on only as far as it is harmless in a header and in a log."""
-    cleaned = _NOT_IN_REQUEST_ID.sub("", given.decode("latin-1"))[:_LONGEST_REQUEST_ID]
-    return cleaned or f"{random.getrandbits(64):016x}"
 
 
 def _text(value: bytes) -> str:

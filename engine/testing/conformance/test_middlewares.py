@@ -112,9 +112,13 @@ def test_one_that_answers_itself(serve):
 
 def test_one_that_raises(serve, caplog):
     served = serve(seen)
-    response = served.http(params={"door": "raises"})
-    assert (response.status_code, response.text) == (500, "Internal Server Error")
-    eventually(lambda: "the secret of the door" in caplog.text)
+    for given in ({}, {"X-Request-Id": "mine-7"}):
+        response = served.http(params={"door": "raises"}, headers=given)
+        assert (response.status_code, response.text) == (500, "Internal Server Error")
+        request_id = response.headers["x-request-id"]
+        eventually(lambda request_id=request_id: f"failed in a middleware (request {request_id})" in caplog.text)
+    assert request_id == "mine-7"
+    assert "the secret of the door" in caplog.text
     assert served.http().status_code == 200
 
 
