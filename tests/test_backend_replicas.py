@@ -70,19 +70,19 @@ def test_the_log_has_the_traceback_of_what_keeps_a_replica_from_starting(caplog:
         backend = replicas_of(adapter, workers, count=1)
 
         def fail(spec: WorkerSpec) -> None:
-            told = StartFailed(of_the_model(reasons[len(adapter.started) - 1]))
+            told = StartFailed(of_the_model(reasons[min(len(adapter.started), len(reasons)) - 1]))
             loop = asyncio.get_running_loop()
             loop.call_soon(workers.worker_said, spec.worker_id, told)
             loop.call_soon(workers.worker_exited, WorkerExit(spec.worker_id, "ended"))
 
         adapter.on_start = fail
         refilling = asyncio.ensure_future(backend.refill())
-        await until(lambda: len(caplog.records) == len(reasons))
+        await until(lambda: len(caplog.records) >= len(reasons))
         backend.deleted = True
         await refilling
 
     asyncio.run(asyncio.wait_for(main(), 20))
-    texts = [logging.Formatter().format(record) for record in caplog.records]
+    texts = [logging.Formatter().format(record) for record in caplog.records[: len(reasons)]]
     assert [text.splitlines()[0] for text in texts] == [
         f"backend 'b': a replica could not be replaced: RuntimeError: {reason}" for reason in reasons
     ]
