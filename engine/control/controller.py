@@ -38,7 +38,7 @@ _logger = Log("engine.controller")
 
 _APPLIED_TIMEOUT_S = 5.0
 _OTHERS_TIMEOUT_S = 1.0
-"""For callers in other processes to learn how calls are split now. One that hangs makes none that could go wrong."""
+"""For callers in other processes to learn of splits and limits. One that hangs makes no call that could go wrong."""
 _LEFT_ALONE_TIMEOUT_S = 1.0
 """For callers to learn that a replica leaves. What comes later is refused there, and placed elsewhere."""
 
@@ -197,6 +197,7 @@ class Controller:
         """
         backend = self._backend(tag)
         await self._change(backend, backend.update(changes))
+        await self._publisher.applied(self._publisher.version, _OTHERS_TIMEOUT_S, ingress_only=False)
 
     async def delete_backend(self, tag: str, *, force: bool) -> None:
         """End a backend that no endpoint uses; if that goes on already, wait for it, or end it at once by ``force``.
