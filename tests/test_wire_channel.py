@@ -743,6 +743,29 @@ def test_whoever_comes_takes_over_from_a_reader_that_left_without_a_word(setting
     assert not channel._role
 
 
+@POLLER
+def test_nobody_takes_over_from_a_reader_that_is_followed_by_another_one(setting: Setting) -> None:
+    """Whoever finds the role taken may look at its holder when that one has left and the next one has come."""
+    channel, _peer = setting.open(FakeListener())
+    first, second = threading.Lock(), threading.Lock()
+    first.acquire()
+    second.acquire()
+
+    class Role(dict[str, threading.Lock]):
+        def setdefault(self, key: str, default: threading.Lock) -> threading.Lock:  # type: ignore[override]
+            holder = super().setdefault(key, default)
+            if holder is first and channel._taking_over.locked():
+                self[key] = second
+                first.release()
+            return holder
+
+    channel._role = role = Role(reader=first)
+    assert not channel.drive(never, 0.0)
+    channel.on_readable()
+    assert role == {"reader": second}
+    del role["reader"]
+
+
 def _interrupted() -> bool:
     raise KeyboardInterrupt
 

@@ -413,13 +413,18 @@ class SocketChannel:
 
     def _take_over(self, me: threading.Lock) -> bool:
         """The same if it is taken, which only helps if whoever has it has left without giving it back."""
+        role = self._role
         with self._taking_over:
-            holder = self._role.setdefault(_READER, me)
-            if holder is me:
-                return True
-            if holder.locked():
-                return False
-            self._role[_READER] = me  # the one who has left for good does not touch it any more
+            while True:
+                holder = role.setdefault(_READER, me)
+                if holder is me:
+                    return True
+                if holder.locked():
+                    return False
+                if role.get(_READER) is holder:
+                    break  # and stays so: it has left for good, and the others come by here
+                # else it has given the role back since, and another one may have it
+            role[_READER] = me
         self._finish()
         return True
 
