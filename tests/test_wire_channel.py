@@ -485,6 +485,29 @@ def test_a_connection_that_breaks_behind_the_last_words(setting: Setting) -> Non
 
 
 @EVERY
+@pytest.mark.parametrize("heard", [True, False], ids=["call-read", "call-unread"])
+@pytest.mark.parametrize(("greet", "greeted"), [(True, True), (True, False), (False, False)])
+def test_a_peer_that_ends_before_it_greets_never_accepted(
+    setting: Setting, greet: bool, greeted: bool, heard: bool
+) -> None:
+    """It may listen no more while connections wait for it; then what was sent on them was heard by nobody."""
+    listener = FakeListener()
+    channel, peer = setting.open(listener, greet=greet)
+    channel.send(call(1))
+    if heard:
+        peer.sock.recv(1 << 16)
+    if greeted:
+        peer.sock.sendall(GREETING)
+    peer.sock.close()
+    if setting.kind == "undriven":
+        channel.drive(never, PATIENCE_S)
+    else:
+        setting.on_home(channel.watch)
+    assert listener.gone.wait(PATIENCE_S)
+    assert channel.opened == (greeted or not greet)
+
+
+@EVERY
 def test_sending_to_a_dead_peer(setting: Setting) -> None:
     channel, peer = setting.open(FakeListener())
     peer.sock.close()

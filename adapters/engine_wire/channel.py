@@ -114,6 +114,10 @@ class SocketChannel:
         self._closed = False
         self._told = False
         self._why_lost: str | None = None
+        # Whoever accepts a connection greets before it reads. Across a network even that may not arrive, and an opening
+        # tells by itself.
+        self._greeting_proves = greet and opening is None
+        self._never_accepted = False
         self.armed = False  # whether the driver reads; only the driver's arm and disarm touch it
         self._poll_input = select.poll()  # for the holder of the reader role alone
         self._poll_input.register(self.fd, select.POLLIN)
@@ -139,7 +143,7 @@ class SocketChannel:
     @property
     def opened(self) -> bool:
         """See `engine.seam.channel.Channel.opened`."""
-        return self._opening is None
+        return self._opening is None and not self._never_accepted
 
     @property
     def has_unsent(self) -> bool:
@@ -328,10 +332,10 @@ class SocketChannel:
         except OSError as error:
             if is_foreign(error):
                 raise
-            self.lose(f"the connection broke ({error.strerror})")
+            self._end(f"the connection broke ({error.strerror})")
             return
         if ended:
-            self.lose("the peer closed the connection")
+            self._end("the peer closed the connection")
             return
         try:
             decoder.cut()
@@ -339,6 +343,12 @@ class SocketChannel:
             self._cut_again(error)
         if decoder.messages:
             self._deliver(decoder.messages)
+
+    def _end(self, reason: str) -> None:
+        """All that the peer said has been read."""
+        # It may have been dying already, and its connection have waited for it in vain.
+        self._never_accepted = self._greeting_proves and self._decoder.greeting_due
+        self.lose(reason)
 
     def _cut_again(self, error: ProtocolError) -> None:
         try:

@@ -123,12 +123,13 @@ class Decoder:
     Attributes:
         arrived: Bytes as they came, still to be cut; None if there are none.
         messages: Complete ones that nobody has taken yet.
+        greeting_due: Whether the peer has not greeted yet, as it must.
         large: A frame to be read in place, while there is one.
         filled: How much of it is there, in bytes.
     """
 
     def __init__(self, *, greeting: bool) -> None:
-        self._greeting_due = greeting
+        self.greeting_due = greeting
         self._tail = b""
         self.arrived: bytes | None = None
         self.messages: list[Message] = []
@@ -152,7 +153,7 @@ class Decoder:
             if self.large is not None and self.filled == len(self.large):
                 self._cut(bytes(self.large))
             return
-        if not (self._tail or self.messages or self._greeting_due) and len(data) >= 13:
+        if not (self._tail or self.messages or self.greeting_due) and len(data) >= 13:
             size, kind, call_id = _header.unpack_from(data)
             if size + 13 == len(data) and 0 < kind <= _CONTROL:  # one whole frame, as almost always
                 message = _decode(kind, call_id, data, 13, len(data))
@@ -163,7 +164,7 @@ class Decoder:
 
     def _cut(self, data: bytes) -> None:
         messages: list[Message] = []
-        greeting_due = self._greeting_due
+        greeting_due = self.greeting_due
         position, end = 0, len(data)
         while end - position >= 13:
             size, kind, call_id = _header.unpack_from(data, position)
@@ -183,7 +184,7 @@ class Decoder:
         filled = 0 if large is None else end - position
         # No signal handler runs from here on: there is no call.
         self.messages += messages
-        self._greeting_due, self._tail, self.large, self.filled, self.arrived = greeting_due, tail, large, filled, None
+        self.greeting_due, self._tail, self.large, self.filled, self.arrived = greeting_due, tail, large, filled, None
 
 
 def _check_greeting(data: bytes) -> None:

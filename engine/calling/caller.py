@@ -150,9 +150,9 @@ class Caller:
             return
         try:
             channel.send(Cancel(call_id))
-            channel.watch()
         except ChannelClosed:
-            self.lost(channel, "the channel is closed")
+            pass  # its reader will find that out, and count the call out
+        channel.watch()
 
     def credit(self, slot: Slot, amount: int) -> None:
         """Let a streaming replica send this many more items."""
@@ -160,8 +160,8 @@ class Caller:
         if channel is not None and not slot.given_up and self._pending.get(slot.call_id) is slot:
             try:
                 channel.send(Credit(slot.call_id, amount))
-            except ChannelClosed as error:
-                self.lost(channel, str(error))
+            except ChannelClosed:
+                channel.watch()  # its reader tells the slot
 
     # -- snapshots -------------------------------------------------------------------------------------------------
 
@@ -342,8 +342,8 @@ class Caller:
             channel.send(_new(Call, (call_id, *call[1:])))
             if watch:
                 channel.watch()
-        except ChannelClosed as error:
-            self._not_sent(slot, target, call_id, channel, str(error))
+        except ChannelClosed:
+            self._not_sent(slot, target, call_id, channel)
         except EngineError as error:
             if slot.call_id == call_id and slot in target.holds:
                 self._withdraw(slot)
@@ -358,9 +358,10 @@ class Caller:
         slot.come_back()
         return False
 
-    def _not_sent(self, slot: Slot, target: Target, call_id: int, channel: Channel | None, reason: str) -> None:
+    def _not_sent(self, slot: Slot, target: Target, call_id: int, channel: Channel | None) -> None:
         # What the slot says may be of a later try already: whoever reads the channel may have found it lost meanwhile,
-        # taken the slot out and sent the call elsewhere. Then there is nothing left to do here but for the channel.
+        # taken the slot out and sent the call elsewhere. Then there is nothing left to do here. What becomes of the
+        # channel's other calls depends on the replica's last words, so it is its reader who tells.
         mine = False
         try:
             with self._lock:
@@ -372,12 +373,14 @@ class Caller:
                     target.replica_set.unreachable(target, 1, time.monotonic())
                     self._torn = False
             if channel is not None:
-                self.lost(channel, reason)
+                channel.watch()
             if mine:
                 self._pending.pop(call_id, None)
                 self._requeue(slot, call_id)
         except BaseException:
             self._recover([])
+            if channel is not None:
+                channel.watch()
             if mine:
                 self._pending.pop(call_id, None)
                 self._requeue(slot, call_id)

@@ -39,7 +39,8 @@ class Channel(Protocol):
         """Queue a message for the peer, from any thread, without blocking.
 
         Raises:
-            ChannelClosed: The channel is closed or lost.
+            ChannelClosed: The channel is closed, or the peer is gone. The listener of a channel that nobody has closed
+                is told, now or when it has heard the peer's last words, if somebody watches or drives the channel.
             engine.errors.InvalidArgument: The message is larger than the channel's frame limit.
         """
 

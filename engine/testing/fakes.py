@@ -91,6 +91,8 @@ class FakeChannel:
         self.closed = False
         self.raises: Exception | None = None
         self.on_send: Callable[[Any], None] | None = None
+        self._died_of: str | None = None
+        self._told = False
 
     def __repr__(self) -> str:
         return f"<FakeChannel to {self.address}>"
@@ -100,7 +102,7 @@ class FakeChannel:
         if self.raises is not None:
             error, self.raises = self.raises, None
             raise error
-        if self.closed:
+        if self.closed or self._died_of is not None:
             raise ChannelClosed("the channel is closed")
         if isinstance(message, Call):
             self.unanswered[message.id] = None
@@ -113,8 +115,10 @@ class FakeChannel:
         return call_id in self.unanswered and not self.closed
 
     def watch(self) -> None:
-        """See `engine.seam.channel.Channel.watch`."""
+        """See `engine.seam.channel.Channel.watch`; finds at once that the peer has died."""
         self.watched += 1
+        if self._died_of is not None:
+            self.break_off(self._died_of)
 
     def drive(self, done: Callable[[], bool], timeout_s: float | None) -> bool:
         """See `engine.seam.channel.Channel.drive`: nobody can drive it."""
@@ -133,11 +137,18 @@ class FakeChannel:
         if isinstance(message, (Reply, Failure, End)):
             self.unanswered.pop(message.id, None)
 
+    def die(self, reason: str = "the peer closed the connection") -> None:
+        """Let the peer die, which nobody has noticed before somebody watches the channel."""
+        self._died_of = reason
+
     def break_off(self, reason: str = "the peer closed the connection") -> None:
-        """Let the peer die."""
+        """Let the peer die, and tell the listener."""
         assert self.listener is not None
+        self._died_of = reason
         self.closed = True
-        self.listener.lost(self, reason)
+        if not self._told:
+            self.listener.lost(self, reason)
+            self._told = True
 
     def of_type(self, kind: type[_Kind]) -> list[_Kind]:
         """What was sent of one type, in order."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import threading
@@ -11,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from engine import errors
-from engine.testing.instruments import eventually, is_running
+from engine.testing.instruments import PATIENCE_S, eventually, is_running
 
 pytestmark = pytest.mark.usefixtures("processes")
 
@@ -128,6 +129,23 @@ def test_calls_that_wait_learn_that_replicas_fail_one_after_another(serve, engin
             return False
 
     eventually(served_again)
+
+
+@pytest.mark.parametrize("backend", [Mortal, AsyncMortal])
+def test_a_call_that_a_replica_died_before_it_heard_goes_to_the_next(serve, engine, backend):
+    """A caller of its own connects to a replica that does not accept it any more."""
+    served = serve(backend, route=None)
+    pid = served.call()
+    os.kill(pid, signal.SIGSTOP)
+
+    async def call():
+        return await served.ahandle.call()
+
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(asyncio.run, call())
+        eventually(lambda: engine.statistics()["backends"][served.tag]["in_flight"])
+        os.kill(pid, signal.SIGKILL)
+        assert answer.result(PATIENCE_S) != pid
 
 
 def test_a_death_leaves_the_other_replica_serving(serve, gate):
