@@ -1182,15 +1182,29 @@ def test_a_caller_that_comes_while_there_is_no_controller_waits(monkeypatch: pyt
     client.close()
 
 
-def let_seekers_end() -> int:
-    """Wait until nobody looks for a controller any more; how many there were."""
-    seekers = [thread for thread in threading.enumerate() if thread.name == "engine-subscribe"]
-    for seeker in seekers:
-        seeker.join()
-    return len(seekers)
+@pytest.fixture
+def let_seekers_end(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """Waits until nobody looks for a controller any more; returns how many threads have done since the last time."""
+    begun: list[threading.Thread] = []
+
+    class Seeker(threading.Thread):
+        def start(self) -> None:
+            begun.append(self)
+            super().start()
+
+    def let_them_end() -> int:
+        seekers, begun[:] = begun[:], []
+        for seeker in seekers:
+            seeker.join()
+        return len(seekers)
+
+    monkeypatch.setattr(subscription, "threading", SimpleNamespace(**{**vars(threading), "Thread": Seeker}))
+    return let_them_end
 
 
-def test_a_word_that_does_not_arrive_is_no_second_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_word_that_does_not_arrive_is_no_second_loss(
+    monkeypatch: pytest.MonkeyPatch, let_seekers_end: Callable[[], int]
+) -> None:
     """The reader of the channel tells of it, once; and a channel that was given up long ago is nobody's loss."""
     adapter = Returning()
     client, channel = subscribed(adapter, monkeypatch)
@@ -1200,7 +1214,8 @@ def test_a_word_that_does_not_arrive_is_no_second_loss(monkeypatch: pytest.Monke
     assert let_seekers_end() == 0
     channel.break_off()
     assert let_seekers_end() == 1
-    channel.break_off()
+    assert channel.listener is not None
+    channel.listener.lost(channel, "once more")
     assert let_seekers_end() == 0
     assert len(adapter.channels) == 2
     client.close()
@@ -1211,7 +1226,7 @@ def test_a_word_that_does_not_arrive_is_no_second_loss(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("opened", ["first", "again"])
 @pytest.mark.parametrize("found", ["before it is known", "before it is asked", "afterwards"])
 def test_a_connection_refused_at_once_is_sought_again_once(
-    monkeypatch: pytest.MonkeyPatch, opened: str, found: str
+    monkeypatch: pytest.MonkeyPatch, let_seekers_end: Callable[[], int], opened: str, found: str
 ) -> None:
     """The poller finds the refusal at any moment of the new channel's first ones."""
     monkeypatch.setattr(subscription, "_RETRY_S", 0.01)
@@ -1260,7 +1275,9 @@ def test_a_connection_refused_at_once_is_sought_again_once(
 
 
 @pytest.mark.usefixtures("leaves_nothing")
-def test_a_caller_that_leaves_while_it_connects_closes_what_it_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_caller_that_leaves_while_it_connects_closes_what_it_opened(
+    monkeypatch: pytest.MonkeyPatch, let_seekers_end: Callable[[], int]
+) -> None:
     adapter = Returning()
     client, channel = subscribed(adapter, monkeypatch)
     original = adapter.open_channel
@@ -1291,7 +1308,9 @@ def test_a_caller_that_comes_too_late(monkeypatch: pytest.MonkeyPatch, why: str)
 
 
 @pytest.mark.usefixtures("leaves_nothing")
-def test_a_caller_that_has_left_looks_for_no_controller(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_caller_that_has_left_looks_for_no_controller(
+    monkeypatch: pytest.MonkeyPatch, let_seekers_end: Callable[[], int]
+) -> None:
     """The one that shuts a detached engine down loses its controller, too."""
     adapter = Returning()
     client, channel = subscribed(adapter, monkeypatch)
