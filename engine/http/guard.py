@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import traceback
 from collections.abc import Sequence
 from typing import Any
 
+from ..seam.error_text import traceback_of
 from ..seam.ingress_server import ASGIApp, StreamBroken
 from ..seam.log import Log
 from .exchange import TEXT_TYPE, printable, request_id_of
@@ -53,7 +53,7 @@ class ErrorGuard:
             )
             if started is not None:
                 raise StreamBroken from error
-            text = "".join(traceback.format_exception(error)) if self._debug else "Internal Server Error"
+            text = traceback_of(error) if self._debug else "Internal Server Error"
             body = text.encode("utf-8", "replace")
             headers = [(b"content-length", b"%d" % len(body)), TEXT_TYPE, (b"x-request-id", request_id.encode("ascii"))]
             await send({"type": "http.response.start", "status": 500, "headers": headers})
