@@ -122,8 +122,9 @@ def test_a_signal_handler_may_stop_what_its_thread_is_stopping(held):
         runner.run(ListBackends())
 
 
-def test_a_second_interrupt_leaves_calls_no_more_time(leaves_nothing, tmp_path):
-    """As Ctrl-C that is pressed once more while the engine shuts down."""
+@pytest.mark.parametrize("early", [False, True])
+def test_a_second_interrupt_leaves_calls_no_more_time(leaves_nothing, tmp_path, early):
+    """As Ctrl-C that is pressed once more while the engine shuts down, perhaps before the controller hears of that."""
     gate = Gate(tmp_path / "gate")
 
     def held(request):
@@ -134,8 +135,12 @@ def test_a_second_interrupt_leaves_calls_no_more_time(leaves_nothing, tmp_path):
     engine.create_endpoint("held", backend="held")
     ref = engine.get_handle("held").remote()
     gate.wait_for_arrivals(1)
-    with interrupting(lambda: "closed" in repr(engine)), pytest.raises(KeyboardInterrupt):
+    if early:
+        engine._runner.hurry()
         engine.shutdown(1000)
+    else:
+        with interrupting(lambda: "closed" in repr(engine)), pytest.raises(KeyboardInterrupt):
+            engine.shutdown(1000)
     with pytest.raises(errors.EngineError):
         ref.result(20)
     assert not gate.is_open()

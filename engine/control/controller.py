@@ -73,6 +73,7 @@ class Controller:
         self._endings: set[asyncio.Task[None]] = set()
         self._restoring = False  # what is held is not yet all there is: nothing is published, kept or refilled
         self._closing = False
+        self._hurried = False
 
     # -- AdapterEvents -----------------------------------------------------------------------------------------------
 
@@ -128,8 +129,9 @@ class Controller:
 
     async def shutdown(self, grace_s: float) -> None:
         """Stop taking calls, give those in flight ``grace_s`` seconds, end every worker."""
-        deadline = asyncio.get_running_loop().time() + grace_s
         self._closing = True
+        grace_s = 0.0 if self._hurried else grace_s
+        deadline = asyncio.get_running_loop().time() + grace_s
         self._keeper.close()
         for task in self._background:
             task.cancel()
@@ -146,7 +148,8 @@ class Controller:
         self._adapter.close()
 
     def hurry(self) -> None:
-        """If it is being shut down, give calls in flight no more time."""
+        """Give calls in flight no more time: it is being shut down, or will be in a moment."""
+        self._hurried = True
         if self._closing:
             self._workers.hurry()
 

@@ -251,7 +251,7 @@ class Runs(Protocol):
         """Shut the engine down; calls in flight get ``grace_s`` seconds (idempotent)."""
 
     def hurry(self) -> None:
-        """If another thread is stopping the engine, leave calls in flight no more time. Does not block."""
+        """Leave calls in flight no more time: another thread is stopping the engine, or about to. Does not block."""
 
     def leave(self, grace_s: float) -> None:
         """Be done with the engine: shut it down, or let go of it if it is to go on."""

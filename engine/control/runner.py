@@ -123,7 +123,7 @@ class Runner:
                 self._stop(grace_s)
 
     def hurry(self) -> None:
-        """If another thread is stopping the engine, leave calls in flight no more time. Does not block."""
+        """Leave calls in flight no more time: another thread is stopping the engine, or about to. Does not block."""
         loop, controller = self._loop, getattr(self, "controller", None)
         if loop is not None and controller is not None:
             try:
