@@ -207,10 +207,9 @@ def test_control_c_ends_the_program_and_not_the_replicas_first():
         start_new_session=True,
     ) as program:
         assert program.stdout.readline() == "ready\n", program.stderr.read()
-        workers = descendants(program.pid)
-        os.killpg(program.pid, signal.SIGINT)  # as a terminal does
-        for pid in workers:
+        for pid in descendants(program.pid):
             os.kill(pid, signal.SIGINT)
+        os.killpg(program.pid, signal.SIGINT)  # as a terminal does
         stdout, stderr = program.communicate(timeout=30)
     assert (stdout, stderr) == ("ended well", "")
 

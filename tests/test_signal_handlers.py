@@ -67,7 +67,7 @@ def test_no_strike_on_the_way_to_an_engine_keeps_others_from_it() -> None:
         def attach(subscribe: Callable[[], Client] = subscribe) -> None:
             Client.attach("somewhere", subscribe)
 
-        where = struck(attach, place, KeyboardInterrupt(), spare=("threading.py", "_weakrefset.py"))
+        where = struck(attach, place, KeyboardInterrupt(), spare=("threading.py",))
         try:
             assert Client.attach("somewhere", subscribe, PATIENCE_S) is client, where
         finally:

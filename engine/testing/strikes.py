@@ -27,6 +27,9 @@ _CHECKS: frozenset[int] = frozenset(
 )
 
 
+_WEAK = ("/weakref.py", "/_weakrefset.py")
+
+
 class _Strike:
     def __init__(self, place: int, error: BaseException, spare: tuple[str, ...]) -> None:
         self._left = place
@@ -76,21 +79,20 @@ def _opcodes(code: CodeType) -> bytes:
     return found
 
 
-def struck(
-    function: Callable[[], object], place: int, error: BaseException, *, spare: tuple[str, ...] = ("_weakrefset.py",)
-) -> str:
+def struck(function: Callable[[], object], place: int, error: BaseException, *, spare: tuple[str, ...] = ()) -> str:
     """Run a function and raise an exception at one of the places where a signal handler could.
 
     Args:
         function: Run on this thread.
         place: The number of the place: 0 is the beginning of the function.
         error: What is raised there. Whatever becomes of it in the function, it does not come out of here.
-        spare: Ends of the names of files in whose functions it does not strike.
+        spare: Ends of the names of files in whose functions it does not strike, besides those of weak references:
+            these run when some object dies, and nobody hears what they raise.
 
     Returns:
         Where it struck, for people; empty if the function passed fewer places.
     """
-    strike = _Strike(place, error, spare)
+    strike = _Strike(place, error, spare + _WEAK)
     before = sys.gettrace()
     sys.settrace(strike.begin)
     try:
