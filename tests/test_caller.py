@@ -30,7 +30,7 @@ from engine.errors import (
     Overloaded,
     ReplicaDied,
 )
-from engine.seam.channel import ChannelClosed
+from engine.seam.channel import Channel, ChannelClosed
 from engine.seam.messages import Call, Cancel, Control, Credit, End, Failure, FailureKind, Item, Reply
 from engine.seam.serialization import dumps
 from engine.seam.snapshot import BackendEntry, RoutingSnapshot
@@ -532,7 +532,7 @@ def test_a_channel_is_lost_once(world: World) -> None:
     slot = world.submit("a")
     channel = world.channel("r1")
     channel.break_off()
-    channel.break_off()
+    world.caller.lost(channel, "once more")
     assert slot.settled == 1
     assert world.counted() == IDLE
 
@@ -547,6 +547,37 @@ def test_a_replica_that_answers_again_gets_a_new_channel(world: World) -> None:
     world.reply("r1")
     assert slot.settled == 1
     assert world.counted() == IDLE
+
+
+def test_a_call_that_is_being_sent_when_its_replica_is_found_dead_is_told(two: World) -> None:
+    """Nobody reads a channel that was given up, so whatever was sent on it must be known by then."""
+    two.show(backend_entry("b", ["r1"], limit=2))
+    first = two.submit("a")
+    channel = two.channel("r1")
+    closing, sent = threading.Event(), threading.Event()
+    close = channel.close
+
+    def close_later() -> None:
+        closing.set()
+        assert sent.wait(PATIENCE_S)
+        close()
+
+    class Slow(FakeSlot):
+        def send_on(self, channel: Channel) -> None:
+            super().send_on(channel)
+            two.show(backend_entry("b", ["r2"], dead=["r1"]))
+            giving_up.start()
+            assert closing.wait(PATIENCE_S)
+
+    giving_up = threading.Thread(target=two.home.fire)
+    channel.close = close_later  # type: ignore[method-assign]
+    second = Slow("b")
+    submit(two.caller, a_call("b"), second)
+    sent.set()
+    giving_up.join()
+    assert isinstance(first.error, ReplicaDied)
+    assert isinstance(second.error, ReplicaDied)
+    assert two.counted() == IDLE
 
 
 def test_a_call_that_was_never_sent_goes_elsewhere(two: World) -> None:
@@ -608,6 +639,23 @@ def test_calls_in_flight_die_when_the_next_one_finds_the_channel_broken(world: W
     assert not second.settled
     assert world.counted() == {**IDLE, "queued": 1}
     world.caller.cancel(second)
+
+
+def test_a_call_that_cannot_be_sent_is_not_forgotten_when_nobody_can_read_the_channel(two: World) -> None:
+    """As when there are no threads left to read it with; the call is another one's that waited."""
+    slots = [two.submit(name) for name in "abc"]
+    broken, other = two.adapter.channels
+
+    def no_thread() -> None:
+        raise RuntimeError("can't start new thread")
+
+    broken.watch = no_thread  # type: ignore[method-assign]
+    broken.die()
+    with pytest.raises(RuntimeError, match="thread"):
+        two.reply(broken.address.removeprefix("fake:"))
+    settle(two)
+    assert [slot.settled for slot in slots] == [1, 1, 1]
+    assert len(other.of_type(Call)) == 2
 
 
 def test_a_replica_that_cannot_be_reached_is_left_alone(two: World) -> None:
@@ -1376,6 +1424,36 @@ def test_a_lost_channel_is_seen_to_wherever_that_is_interrupted(opened: bool, mo
         assert waiting.heard, where
         assert world.counted() == IDLE, where
         assert "pending=0" in repr(world.caller), where
+
+
+_OUTSIDE = (__file__, "fakes.py", "threading.py", "<string>")
+
+
+def test_a_call_that_moved_and_was_answered_is_not_sent_again_wherever_that_is_interrupted() -> None:
+    """Another thread reads its answer while the one that told of the loss is still at it."""
+    for place in range(2000):
+        world = World()
+        world.show(backend_entry("b", ["r1", "r2"]))
+        slots = [world.submit(name) for name in "ab"]
+        lost, other = world.adapter.channels
+        other.answer(Reply(other.of_type(Call)[0].id, 0, b"", b"result"))
+
+        def answer(message: Any, other: FakeChannel = other) -> None:
+            if isinstance(message, Call):
+                reading = threading.Thread(target=other.answer, args=(Reply(message.id, 0, b"", b"result"),))
+                reading.start()
+                reading.join()
+
+        other.on_send = answer
+        lost.opened = False
+        where = struck(lost.break_off, place, KeyboardInterrupt(), spare=_OUTSIDE)
+        if where:
+            lost.break_off()
+        eventually(lambda world=world, slots=slots: world.home.fire() or all(slot.settled for slot in slots))
+        assert sorted(map(name_of, other.of_type(Call))) == ["a", "b"], where
+        world.caller.close()
+        if not where:
+            return
 
 
 def test_a_call_interrupted_while_it_is_made_is_given_up_and_no_other() -> None:

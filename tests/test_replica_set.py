@@ -234,6 +234,21 @@ def test_a_blocked_replica_gets_nothing_until_its_time() -> None:
     assert known.targets["r1"].blocked_until == 0.0
 
 
+@pytest.mark.parametrize("word", ["answered", "handed_back", "refused"])
+def test_the_last_words_of_a_replica_that_cannot_be_reached_bring_it_no_calls(word: str) -> None:
+    """They arrive after its end was noticed; to look again at each of them would take long where many wait."""
+    known = make("r1", limit=3)
+    target = known.targets["r1"]
+    for name in "abcde":
+        place(known, name)
+    known.unreachable(target, 1, NOW)
+    for _ in range(2):
+        getattr(known, word)(target, 0, NOW)
+        assert placed(known) == []
+    assert placed(known, NOW + UNREACHABLE_S - 1e-3) == []
+    assert [name for name, _ in placed(known, NOW + UNREACHABLE_S)][:1] == ["d"]
+
+
 def test_the_other_one_takes_over_meanwhile() -> None:
     known = make("r1", "r2", limit=5)
     known.unreachable(known.targets["r1"], 0, NOW + 1 - UNREACHABLE_S)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import itertools
 import logging
+import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -505,6 +507,54 @@ def test_a_peer_that_ends_before_it_greets_never_accepted(
         setting.on_home(channel.watch)
     assert listener.gone.wait(PATIENCE_S)
     assert channel.opened == (greeted or not greet)
+
+
+@UNDRIVEN
+def test_a_channel_that_is_given_up_here_may_still_be_accepted(setting: Setting) -> None:
+    listener = FakeListener()
+    channel, _peer = setting.open(listener, greet=True)
+    channel.send(call(1))
+    inside = threading.Event()
+    driving = setting.pool.submit(channel.drive, lambda: bool(inside.set()), None)
+    assert inside.wait(PATIENCE_S)
+    channel.lose("it could not be served")
+    assert driving.result(PATIENCE_S)
+    assert channel.opened
+
+
+@WATCHING
+@pytest.mark.parametrize("half", [True, False], ids=["half-a-frame", "no-frame"])
+def test_a_connection_that_takes_no_more_is_ended(
+    setting: Setting, half: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the kernel's reason, so that whoever reads it finds an end."""
+    refusing = threading.Event()
+
+    class Refusing(socket.socket):
+        def send(self, *args: Any) -> int:
+            if refusing.is_set():
+                raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
+            return super().send(*args)
+
+    near, far = socket.socketpair()
+    setting.stack.callback(far.close)
+    near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL_BUFFER)
+    listener = FakeListener()
+    channel = SocketChannel(Refusing(fileno=near.detach()), listener, setting.driver, greet=False)
+    setting.stack.callback(lambda: setting.on_home(channel.close))
+    if half:
+        channel.send(call(1, b"x" * LARGE))
+        refusing.set()
+    else:
+        refusing.set()
+        with pytest.raises(ChannelClosed, match="No buffer space"):
+            channel.send(call(1))
+    setting.on_home(channel.watch)
+    far.settimeout(PATIENCE_S)
+    while far.recv(1 << 16):
+        pass
+    far.close()
+    assert listener.gone.wait(PATIENCE_S)
 
 
 @EVERY

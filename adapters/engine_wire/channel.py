@@ -176,7 +176,7 @@ class SocketChannel:
                 except OSError as error:
                     if is_foreign(error):
                         raise
-                    unsent.clear()
+                    self._stop_writing()
                     raise ChannelClosed(f"the peer is gone ({error.strerror})") from error
                 if not unsent[0]:
                     del unsent[0]
@@ -213,8 +213,18 @@ class SocketChannel:
             except OSError as error:
                 if is_foreign(error):
                     raise
-                unsent.clear()
+                self._stop_writing()
             return True
+
+    def _stop_writing(self) -> None:
+        """Nothing more can be written, perhaps after half a frame: the peer ends the connection, if it has not yet."""
+        self._unsent.clear()
+        try:
+            self.sock.shutdown(socket.SHUT_WR)
+        except OSError as error:
+            if is_foreign(error):
+                raise
+            # else it is broken altogether, as whoever reads will find
 
     def _open(self, opening: Opening) -> bool:
         first = None if self._closed else opening.advance()
@@ -346,8 +356,9 @@ class SocketChannel:
 
     def _end(self, reason: str) -> None:
         """All that the peer said has been read."""
-        # It may have been dying already, and its connection have waited for it in vain.
-        self._never_accepted = self._greeting_proves and self._decoder.greeting_due
+        # It may have been dying already, and its connection have waited for it in vain. (One that was closed here ends,
+        # too, and may still be accepted.)
+        self._never_accepted = self._greeting_proves and self._decoder.greeting_due and not self._closed
         self.lose(reason)
 
     def _cut_again(self, error: ProtocolError) -> None:

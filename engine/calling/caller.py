@@ -181,7 +181,7 @@ class Caller:
                     if target.dead and target.channel is not None:
                         # not at once, and not here: `lost` tells slots, which may not happen under the lock
                         delay_s = _LAST_WORDS_S if target.channel.opened else 0.0
-                        self.home.call_later(delay_s, self.lost, target.channel, _DEAD)
+                        self.home.call_later(delay_s, self._hang_up_on_dead, target.channel)
                 for replica_set in self._router.replica_sets.values():
                     replica_set.next_placements(time.monotonic(), ready)
                 self._torn = False
@@ -270,7 +270,7 @@ class Caller:
 
         Calls that it cannot have received are routed again.
         """
-        dead: list[Slot] = []
+        dead: list[tuple[Slot, int]] = []  # with the numbers under which they were sent
         target: Target | None = None
         try:
             with self._lock:
@@ -287,7 +287,7 @@ class Caller:
                     call_id = slot.call_id
                     if call_id in pending:  # else it is not sent yet, as its sender will find out
                         del target.holds[slot], pending[call_id]
-                        dead += (slot,)
+                        dead += ((slot, call_id),)
                 target.channel = None
                 target.replica_set.unreachable(target, len(dead), now)
                 self._schedule_retry(target.replica_set, UNREACHABLE_S, now)
@@ -300,15 +300,21 @@ class Caller:
             self._bury(channel, target, dead, reason)
             raise
 
-    def _bury(self, channel: Channel, target: Target | None, dead: list[Slot], reason: str) -> None:
+    def _hang_up_on_dead(self, channel: Channel) -> None:
+        try:
+            channel.close()  # first: a call that is being sent on it either is among those that were, or cannot be sent
+        finally:
+            self.lost(channel, _DEAD)
+
+    def _bury(self, channel: Channel, target: Target | None, dead: list[tuple[Slot, int]], reason: str) -> None:
         channel.close()
         if target is None:
             return
         fate = "it was ended on purpose" if target.gone and not target.dead else "it is being replaced"
         while dead:
-            slot = dead[0]
+            slot, call_id = dead[0]
             if not channel.opened:
-                self._requeue(slot, slot.call_id)
+                self._requeue(slot, call_id)
             elif not slot.given_up:
                 slot.fail(
                     self._closed
@@ -379,11 +385,11 @@ class Caller:
                 self._requeue(slot, call_id)
         except BaseException:
             self._recover([])
-            if channel is not None:
-                channel.watch()
             if mine:
                 self._pending.pop(call_id, None)
                 self._requeue(slot, call_id)
+            if channel is not None:
+                channel.watch()
             raise
 
     def _connect(self, target: Target) -> Channel:

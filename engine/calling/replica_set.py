@@ -57,6 +57,7 @@ class Target:
         "replica_set",
         "replica_tag",
         "slow_for",
+        "unreachable_until",
     )
 
     def __init__(self, replica_tag: str, address: str, replica_set: ReplicaSet) -> None:
@@ -70,6 +71,7 @@ class Target:
         self.elsewhere_at = 0.0
         self.slow_for = 0  # its calls are long: it gets one at a time, until it has answered so many
         self.blocked_until = 0.0  # it refused, or could not be reached: not before this time
+        self.unreachable_until = 0.0  # the same of the latter alone, which no answer of its ends: it may be its last
         self.gone = False  # no longer in the snapshot: finish what is in flight, then close
         self.dead = False  # it left the snapshot because it died: what is in flight will not be answered
         self.pool: list[Target] | None = None  # the one of the replica set's lists that it is in
@@ -284,7 +286,7 @@ class ReplicaSet:
             target.elsewhere, target.elsewhere_at = load - target.in_flight, now
         else:
             target.elsewhere = 0
-        target.blocked_until = 0.0
+        target.blocked_until = target.unreachable_until
         if target.slow_for:
             target.slow_for -= 1
         self._file(target)
@@ -292,14 +294,14 @@ class ReplicaSet:
     def handed_back(self, target: Target, load: int, now: float) -> None:
         """A replica is at a long call and has not begun this one: it gets one at a time from now on."""
         self._count_out(target, load, now)
-        target.blocked_until = 0.0
+        target.blocked_until = target.unreachable_until
         target.slow_for = _QUICK_AGAIN
         self._file(target)
 
     def refused(self, target: Target, load: int, now: float) -> None:
         """A replica did not take a call: leave it alone for a moment."""
         self._count_out(target, load, now)
-        target.blocked_until = now + RETRY_S
+        target.blocked_until = max(now + RETRY_S, target.unreachable_until)
         self._file(target)
 
     def withdrawn(self, target: Target) -> None:
@@ -310,7 +312,7 @@ class ReplicaSet:
     def unreachable(self, target: Target, lost: int, now: float) -> None:
         """A replica cannot be reached, and so many calls are lost there: leave it alone for a while."""
         target.in_flight -= lost
-        target.blocked_until = now + UNREACHABLE_S
+        target.blocked_until = target.unreachable_until = now + UNREACHABLE_S
         self._file(target)
 
     def _count_out(self, target: Target, load: int, now: float) -> None:
@@ -388,7 +390,7 @@ class ReplicaSet:
         self._rested_at = min(self._resting.values(), default=math.inf)
         for target in rested:
             if target.blocked_until <= now:
-                target.blocked_until = 0.0
+                target.blocked_until = target.unreachable_until = 0.0
             if target.elsewhere_at + _FRESH_S <= now:
                 target.elsewhere = 0
             self._file(target)
