@@ -8,11 +8,16 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
+from harness import run_python
 
 from engine import Engine, Handle
+from engine.calling.answers import open_answer
 from engine.calling.client import Client
+from engine.seam.messages import Reply
+from engine.seam.serialization import dumps, dumps_arguments
 from engine.testing.fakes import FakeAdapter
 from engine.testing.instruments import PATIENCE_S, Footprint, eventually
 from engine.testing.strikes import struck
@@ -75,6 +80,76 @@ def test_no_strike_on_the_way_to_an_engine_keeps_others_from_it() -> None:
         if not where:
             break
     assert 5 < place < places[-1]
+
+
+class Alarm(Exception):
+    """What the handler of an application raises."""
+
+
+class Plain:
+    """A value with methods of its own, in which a handler can strike."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __reduce__(self) -> Any:
+        return Plain, (int(str(self.number)),)
+
+
+@pytest.mark.parametrize("value", [1, Plain(1), [lambda: 1]], ids=["number", "object", "lambda"])
+@pytest.mark.parametrize("error", [Alarm, SystemExit, TimeoutError])
+@pytest.mark.parametrize("way", ["arguments", "result"])
+def test_what_strikes_while_values_are_pickled_or_rebuilt_is_not_taken_for_their_fault(
+    way: str, error: type[BaseException], value: Any
+) -> None:
+    answer = Reply(1, 0, b"", dumps(value, "the result"))
+    heard: list[BaseException] = []
+
+    def make_or_open() -> None:
+        try:
+            if way == "arguments":
+                dumps_arguments((value,), {}, "the argument")
+            else:
+                open_answer(answer)
+        except BaseException as raised:
+            heard.append(raised)
+            raise
+
+    for place in range(1, 2000):  # 0 is before the try
+        heard.clear()
+        alarm = error("struck")
+        where = struck(make_or_open, place, alarm)
+        assert heard == [alarm] * bool(where), where
+        if not where:
+            break
+    assert 2 < place < 1999
+
+
+def test_calls_import_nothing() -> None:
+    """A handler that raises in the middle of an import would leave it locked for all threads."""
+    done = run_python("-c", _WHAT_CALLS_IMPORT)
+    assert done == "[]\n"
+
+
+_WHAT_CALLS_IMPORT = """
+import sys
+from engine import Engine
+
+def echo(request):
+    return request.data
+
+with Engine() as engine:
+    engine.create_backend("echo", echo)
+    engine.create_endpoint("echo", backend="echo")
+    handle = engine.get_handle("echo").options(shard_key="key")
+    before = set(sys.modules)
+    handle.call(1)
+    handle.remote(1).result()
+    engine.get(engine.wait([handle.remote([1], a=2)])[0])
+    handle.options(timeout_s=10, http_method="POST", http_headers={"a": "b"}).call("text")
+    handle.call(handle.remote(b"1"))
+    print(sorted(set(sys.modules) - before))
+"""
 
 
 _ALARMS = """

@@ -45,10 +45,20 @@ def open_answer(message: Reply | Failure | Item | End) -> Any:
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # SystemExit, say, of what it is made of
-            return _open_leniently(message.payload, error)
+            return _open_again(message.payload, error)
     if isinstance(message, Failure):
         raise unpack_exception(message.payload)
     raise BackendError("the backend answered with a stream; call it over HTTP, or return the whole result")
+
+
+def _open_again(payload: bytes, failure: BaseException) -> Any:
+    try:
+        loads(payload)
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
+        return _open_leniently(payload, failure)
+    raise failure  # for it can be rebuilt: a signal handler raised
 
 
 def _open_leniently(payload: bytes, failure: BaseException) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import DeadlineExceeded
 from ..seam.connector import PlatformRefs
+from ..seam.http_request import envelope_of, envelope_of_async, is_starlette_request
 from .answers import settled
 from .ref import Ref
 
@@ -70,8 +71,6 @@ async def prepared_async(
         results = [await platform.result(ref, remaining_s(deadline)) for ref in refs]
         args, kwargs = _filled(args, kwargs, platform.is_ref, results)
     if args and _passes_request(args):
-        from ..seam.http_request import envelope_of_async, is_starlette_request
-
         args = tuple([await envelope_of_async(arg) if is_starlette_request(arg) else arg for arg in args])
     return args, kwargs
 
@@ -96,8 +95,6 @@ async def _result_by(ref: Ref, deadline: float) -> Any:
 
 
 def _passes_request(args: tuple[Any, ...]) -> bool:
-    from ..seam.http_request import is_starlette_request
-
     return any(is_starlette_request(arg) for arg in args)
 
 
@@ -105,8 +102,6 @@ def enveloped(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """The arguments with Starlette requests, whose bodies are in memory, made fit for the way."""
     if not _passes_request(args):
         return args
-    from ..seam.http_request import envelope_of, is_starlette_request
-
     return tuple(envelope_of(arg) if is_starlette_request(arg) else arg for arg in args)
 
 

@@ -26,6 +26,7 @@ from .caller import Caller
 from .client import Client
 from .connectors import connector_for
 from .ref import Ref
+from .traffic import hash_fraction
 
 if TYPE_CHECKING:
     from typing_extensions import Self, TypeVar
@@ -120,6 +121,8 @@ class _BaseHandle:
         self._endpoint = endpoint
         self._options = options
         self._head = options.head()
+        if options.shard_key is not None:
+            hash_fraction(options.shard_key)  # which imports what it needs: calls do not
         self._client: Client | None = None
 
     def __repr__(self) -> str:

@@ -67,6 +67,7 @@ def loads_during_imports(data: bytes) -> Any:
 _imports: Mapping[str, Any] = getattr(importlib._bootstrap, "_module_locks", {})
 _marks = marks_of_unimportable
 """What is in pickles that may not travel as they are."""
+_PLAINLY_UNPICKLABLE = (pickle.PicklingError, AttributeError, TypeError, ImportError, RecursionError)
 _SIMPLE = (int, str, bytes, float, bool, type(None))
 _BRIEF_BYTES = 1 << 20
 _BRIEF_MESSAGE = 2000
@@ -90,8 +91,11 @@ def dumps(value: Any, what: str, error: type[EngineError] = NotSerializable) -> 
         data = pickle.dumps(value, 5) if not _imports else b"__main__"
         if b"__main__" not in data and not (_marks and any(mark in data for mark in _marks)):
             return data
-    except Exception:
+    except _PLAINLY_UNPICKLABLE:
         pass
+    except Exception:
+        dumps_by_value(value, what, error)
+        raise  # for it can be pickled: a signal handler raised
     return dumps_by_value(value, what, error)
 
 
@@ -106,6 +110,8 @@ def dumps_by_value(value: Any, what: str, error: type[EngineError] = NotSerializ
     except Exception as failure:
         if is_shortage(failure):  # what pickling needs could not be imported
             raise shortage(failure) from failure
+        if _picklable(value):
+            raise  # a signal handler raised
         raise error(f"{what} cannot be pickled: {explain_unpicklable(value, failure)}") from failure
 
 
