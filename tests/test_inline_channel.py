@@ -18,6 +18,7 @@ from engine.seam.channel import ChannelClosed
 from engine.seam.messages import HTTP, INITIAL_CREDIT, Call, Cancel
 from engine.testing.fakes import FakeListener
 from engine.testing.instruments import PATIENCE_S, eventually
+from engine.testing.strikes import struck
 from engine_inline import InlineAdapter
 from engine_inline.channel import InlineChannel, Mailbox, connect
 
@@ -114,6 +115,43 @@ def test_while_user_code_runs_whoever_posts_delivers() -> None:
         assert len(threads) == 2
         mailbox.run_pending(0)
         assert threads[2:] == ["MainThread"]
+
+
+def test_the_main_thread_runs_nothing_of_a_worker() -> None:
+    """A signal handler that raises there would tear it."""
+    mailbox = Mailbox()
+    threads: list[threading.Thread] = []
+    out, back = threading.Event(), threading.Event()
+
+    def work() -> None:
+        mailbox.take_turn()
+        mailbox.step_out()
+        out.set()
+        assert back.wait(PATIENCE_S)
+        mailbox.step_in()
+
+    with ThreadPoolExecutor(1) as pool:
+        working = pool.submit(work)
+        assert out.wait(PATIENCE_S)
+        mailbox.post(lambda: threads.append(threading.current_thread()))
+        eventually(lambda: threads)
+        assert threads != [threading.main_thread()]
+        back.set()
+        working.result(PATIENCE_S)
+
+
+def test_what_is_sent_arrives_once_wherever_that_is_interrupted() -> None:
+    for place in range(200):
+        world = World()
+        where = struck(lambda world=world: world.near.send(Cancel(1)), place, KeyboardInterrupt())
+        world.near.send(Cancel(2))
+        while len(world.service.heard) < 1 or world.service.heard[-1] != Cancel(2):
+            world.read()
+        assert world.service.heard in ([Cancel(1), Cancel(2)], [Cancel(2)]), where
+        assert not world.near.closed and not world.service.losses
+        if not where:
+            assert place > 3
+            return
 
 
 def test_a_worker_that_comes_back_waits_for_who_delivers() -> None:

@@ -27,9 +27,9 @@ def double(request: object) -> int:
     return request.data * 2  # type: ignore[attr-defined, no-any-return]
 
 
-@pytest.fixture
-def engine(leaves_nothing: Footprint) -> Iterator[Engine]:
-    with Engine(backend="local") as engine:
+@pytest.fixture(params=["inline", "local"])
+def engine(request: pytest.FixtureRequest, leaves_nothing: Footprint) -> Iterator[Engine]:
+    with Engine(backend=request.param) as engine:
         engine.create_backend("double", double)
         engine.create_endpoint("double", backend="double")
         yield engine

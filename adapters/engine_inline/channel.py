@@ -23,7 +23,8 @@ class Mailbox:
     """What comes in for one worker: functions to run on its thread, in order. Any thread may post.
 
     While the worker's thread runs user code it has stepped out: whoever posts then runs the function itself, holding
-    the worker's turn.
+    the worker's turn. The main thread has another one do so, for a signal handler of the application may raise there,
+    in the middle of anything.
     """
 
     def __init__(self) -> None:
@@ -51,20 +52,13 @@ class Mailbox:
         self._turn.acquire()
 
     def _deliver_meanwhile(self) -> None:
-        turn = self._turn
-        mine = turn._is_owned()  # type: ignore[attr-defined]
-        try:
-            while self._out and not self._items.empty() and turn.acquire(False):
-                try:
-                    if self._out:
-                        self.run_pending(0)
-                        self.meanwhile()
-                finally:
-                    turn.release()
-        except BaseException:  # raised by a signal handler, perhaps between taking the turn and the next line
-            while not mine and turn._is_owned():  # type: ignore[attr-defined]
-                turn.release()
-            raise
+        while self._out and not self._items.empty() and self._turn.acquire(False):
+            try:
+                if self._out:
+                    self.run_pending(0)
+                    self.meanwhile()
+            finally:
+                self._turn.release()
 
     def bind(self, loop: asyncio.AbstractEventLoop) -> None:
         """Deliver on this loop from now on, starting with what came before. Called on the loop's thread."""
@@ -81,7 +75,10 @@ class Mailbox:
         loop = self._loop
         if loop is None:
             self._items.put(item)
-            self._deliver_meanwhile()
+            if threading.current_thread() is not threading.main_thread():
+                self._deliver_meanwhile()
+            elif self._out:
+                threading.Thread(target=self._deliver_meanwhile, name="engine-inline-post", daemon=True).start()
         elif item is not None:
             try:
                 loop.call_soon_threadsafe(item, context=self._context)
@@ -120,12 +117,13 @@ class InlineChannel:
         peer = self.peer
         if self.closed or peer.closed:
             raise ChannelClosed("the peer is gone")
+        delivery = _Delivery(peer, message)
         if type(message) is Call:
             self._unanswered[message.id] = None
         try:
-            peer._deliver(lambda: peer._take(message))
-        except BaseException:  # raised by a signal handler: nobody knows any more whether the peer has it
-            self.cut("sending to it was interrupted")
+            peer._deliver(delivery)
+        except BaseException:  # raised by a signal handler: nobody knows whether it was on its way
+            peer._deliver(delivery)
             raise
 
     def _take(self, message: Message) -> None:
@@ -165,6 +163,22 @@ class InlineChannel:
         if not self.closed:
             self.closed = True
             self._listener.lost(self, reason)
+
+
+class _Delivery:
+    """A message on its way, which is taken once however often it arrives."""
+
+    __slots__ = ("_channel", "_message", "_taken")
+
+    def __init__(self, channel: InlineChannel, message: Message) -> None:
+        self._channel = channel
+        self._message = message
+        self._taken = False
+
+    def __call__(self) -> None:
+        if not self._taken:
+            self._taken = True
+            self._channel._take(self._message)
 
 
 def connect(
