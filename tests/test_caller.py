@@ -658,6 +658,28 @@ def test_a_call_that_cannot_be_sent_is_not_forgotten_when_nobody_can_read_the_ch
     assert len(other.of_type(Call)) == 2
 
 
+def test_a_replica_that_was_full_when_its_channel_ended_gets_the_calls_that_wait(world: World) -> None:
+    """A call was placed there and not yet sent, and takes a new channel: the replica lives."""
+    world.submit("a")
+    world.reply("r1")
+    channel = world.channel("r1")
+    send = world.caller._send
+
+    def channel_ends(slot: Slot, **options: Any) -> None:
+        world.caller._send = send  # type: ignore[method-assign]
+        channel.break_off()
+        send(slot, **options)
+
+    world.caller._send = channel_ends  # type: ignore[method-assign]
+    world.submit("b")
+    world.submit("c")
+    assert (world.names("r1"), world.counted()["queued"]) == (["b"], 1)
+    world.reply("r1")
+    eventually(lambda: world.home.fire() or world.names("r1") == ["b", "c"])
+    world.reply("r1")
+    assert world.counted() == IDLE
+
+
 def test_a_replica_that_cannot_be_reached_is_left_alone(two: World) -> None:
     two.adapter.unreachable = {"r1"}
     two.show(backend_entry("b", ["r1", "r2"], limit=3))

@@ -138,6 +138,20 @@ def test_the_main_thread_runs_nothing_of_a_worker() -> None:
         assert threads != [threading.main_thread()]
         back.set()
         working.result(PATIENCE_S)
+    mailbox.close()
+
+
+def test_when_there_are_no_threads_left_the_main_thread_delivers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_thread(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    mailbox, heard = Mailbox(), []
+    mailbox.take_turn()
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", no_thread)
+        mailbox.step_out()
+    mailbox.post(lambda: heard.append(1))
+    assert heard == [1]
 
 
 def test_what_is_sent_arrives_once_wherever_that_is_interrupted() -> None:

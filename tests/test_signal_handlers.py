@@ -8,6 +8,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from engine import Engine, Handle
 from engine.calling.answers import open_answer
 from engine.calling.client import Client
 from engine.seam.messages import Reply
-from engine.seam.serialization import dumps, dumps_arguments
+from engine.seam.serialization import dumps, dumps_arguments, loads
 from engine.testing.fakes import FakeAdapter
 from engine.testing.instruments import PATIENCE_S, Footprint, eventually
 from engine.testing.strikes import struck
@@ -123,6 +124,20 @@ def test_what_strikes_while_values_are_pickled_or_rebuilt_is_not_taken_for_their
         if not where:
             break
     assert 2 < place < 1999
+
+
+def test_what_only_the_plain_pickler_cannot_do_goes_by_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It looks for an object without a module in all modules, some of which raise when they are looked at."""
+    lazy = ModuleType("lazy")
+    lazy.__getattr__ = {}.__getitem__  # type: ignore[method-assign]
+    monkeypatch.setitem(sys.modules, "lazy", lazy)
+
+    def function() -> int:
+        return 1
+
+    function.__module__ = None  # type: ignore[assignment]
+    function.__qualname__ = "function"
+    assert loads(dumps_arguments((function,), {}, "the argument"))[0][0]() == 1
 
 
 def test_calls_import_nothing() -> None:

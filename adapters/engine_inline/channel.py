@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from engine.seam.channel import Channel, ChannelClosed, ChannelListener
+from engine.seam.log import Log
 from engine.seam.messages import Call, End, Failure, Message, Reply
 
 __all__ = ["InlineChannel", "Mailbox"]
@@ -33,11 +34,15 @@ class Mailbox:
         self._context: contextvars.Context | None = None
         self._turn = threading.RLock()  # held by whoever delivers to the worker
         self._out = False
+        self._posts: queue.SimpleQueue[bool] = queue.SimpleQueue()  # of the main thread, while user code runs
+        self._courier: threading.Thread | None = None  # delivers those
         self.meanwhile: Callable[[], object] = lambda: None
         """Called after something came in while user code runs, by whoever posted it, with the turn."""
 
     def step_out(self) -> None:
         """The worker's thread is about to run user code."""
+        if self._courier is None:
+            self._start_courier()
         self._out = True
         self._turn.release()
         self._deliver_meanwhile()
@@ -50,6 +55,25 @@ class Mailbox:
     def take_turn(self) -> None:
         """The worker's thread begins."""
         self._turn.acquire()
+
+    def close(self) -> None:
+        """The worker's thread is about to end."""
+        self._posts.put(False)
+
+    def _start_courier(self) -> None:
+        courier = threading.Thread(target=self._deliver_posts, name="engine-inline-courier", daemon=True)
+        try:
+            courier.start()
+        except RuntimeError:  # there are no threads left: then the main thread delivers itself
+            return
+        self._courier = courier
+
+    def _deliver_posts(self) -> None:
+        while self._posts.get():
+            try:
+                self._deliver_meanwhile()
+            except Exception:
+                Log("engine.inline").exception("a message could not be delivered")
 
     def _deliver_meanwhile(self) -> None:
         while self._out and not self._items.empty() and self._turn.acquire(False):
@@ -75,10 +99,10 @@ class Mailbox:
         loop = self._loop
         if loop is None:
             self._items.put(item)
-            if threading.current_thread() is not threading.main_thread():
+            if self._courier is None or threading.current_thread() is not threading.main_thread():
                 self._deliver_meanwhile()
             elif self._out:
-                threading.Thread(target=self._deliver_meanwhile, name="engine-inline-post", daemon=True).start()
+                self._posts.put(True)
         elif item is not None:
             try:
                 loop.call_soon_threadsafe(item, context=self._context)
@@ -178,7 +202,11 @@ class _Delivery:
     def __call__(self) -> None:
         if not self._taken:
             self._taken = True
-            self._channel._take(self._message)
+            try:
+                self._channel._take(self._message)
+            except BaseException:  # nobody knows whether it has it
+                self._channel.cut("taking a message from it was interrupted")
+                raise
 
 
 def connect(

@@ -95,13 +95,16 @@ class InlineHost:
         # Nobody looks later how long user code takes: whoever posts something meanwhile does.
         self.mailbox.meanwhile = service.delayed
         self.mailbox.take_turn()
-        service.attach(self)
-        self.tell(Ready(f"inline:{self.worker_id}"))
-        while True:
-            wait = service.run_next()
-            if service.finished() or self.killed:
-                break
-            self.mailbox.run_pending(wait)
+        try:
+            service.attach(self)
+            self.tell(Ready(f"inline:{self.worker_id}"))
+            while True:
+                wait = service.run_next()
+                if service.finished() or self.killed:
+                    break
+                self.mailbox.run_pending(wait)
+        finally:
+            self.mailbox.close()
 
     async def _serve_on_loop(self, service: Service) -> None:
         self._changed = asyncio.Event()

@@ -218,13 +218,13 @@ class SocketChannel:
 
     def _stop_writing(self) -> None:
         """Nothing more can be written, perhaps after half a frame: the peer ends the connection, if it has not yet."""
-        self._unsent.clear()
         try:
             self.sock.shutdown(socket.SHUT_WR)
         except OSError as error:
             if is_foreign(error):
                 raise
             # else it is broken altogether, as whoever reads will find
+        self._unsent.clear()  # only now: as long as there is something, whoever is struck comes back here
 
     def _open(self, opening: Opening) -> bool:
         first = None if self._closed else opening.advance()

@@ -24,7 +24,7 @@ from ..errors import BackendError, DeadlineExceeded, EngineError
 from ..seam.error_text import summary_of
 from ..seam.may_block import running_asyncio_loop
 from ..seam.messages import Call, End, Failure, Item, Reply
-from ..seam.serialization import loads, loads_leniently, unpack_exception
+from ..seam.serialization import loads, loads_leniently, unpack_exception, was_struck
 from .slot import Slot, Submitter
 
 if TYPE_CHECKING:
@@ -45,20 +45,12 @@ def open_answer(message: Reply | Failure | Item | End) -> Any:
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # SystemExit, say, of what it is made of
-            return _open_again(message.payload, error)
+            if was_struck(lambda: loads(message.payload)):
+                raise
+            return _open_leniently(message.payload, error)
     if isinstance(message, Failure):
         raise unpack_exception(message.payload)
     raise BackendError("the backend answered with a stream; call it over HTTP, or return the whole result")
-
-
-def _open_again(payload: bytes, failure: BaseException) -> Any:
-    try:
-        loads(payload)
-    except KeyboardInterrupt:
-        raise
-    except BaseException:
-        return _open_leniently(payload, failure)
-    raise failure  # for it can be rebuilt: a signal handler raised
 
 
 def _open_leniently(payload: bytes, failure: BaseException) -> Any:

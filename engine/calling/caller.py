@@ -449,6 +449,7 @@ class Caller:
                 hung_up = self._disconnect(target) if target.gone and not target.in_flight else None
                 if taken and (replica_set.waiting or replica_set.copies):  # else this call comes first: `_requeue`
                     replica_set.next_placements(now, ready)
+                    self._schedule_retry(replica_set, RETRY_S, now)  # it may not be reachable now that it has room
                 self._torn = False
             if hung_up is not None:
                 hung_up.close()

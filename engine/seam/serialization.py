@@ -35,6 +35,7 @@ __all__ = [
     "refuse",
     "shorten_packed_exception",
     "unpack_exception",
+    "was_struck",
 ]
 
 loads = pickle.loads
@@ -94,9 +95,25 @@ def dumps(value: Any, what: str, error: type[EngineError] = NotSerializable) -> 
     except _PLAINLY_UNPICKLABLE:
         pass
     except Exception:
-        dumps_by_value(value, what, error)
-        raise  # for it can be pickled: a signal handler raised
+        if was_struck(lambda: pickle.dumps(value, 5)):
+            raise
     return dumps_by_value(value, what, error)
+
+
+def was_struck(again: Callable[[], object]) -> bool:
+    """Whether what has failed on this thread succeeds when it is done ``again``.
+
+    Then it was not at fault: a signal handler of the application raised in its midst, as only the main thread knows it.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return False
+    try:
+        again()
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
+        return False
+    return True
 
 
 def dumps_by_value(value: Any, what: str, error: type[EngineError] = NotSerializable) -> bytes:
@@ -110,8 +127,8 @@ def dumps_by_value(value: Any, what: str, error: type[EngineError] = NotSerializ
     except Exception as failure:
         if is_shortage(failure):  # what pickling needs could not be imported
             raise shortage(failure) from failure
-        if _picklable(value):
-            raise  # a signal handler raised
+        if was_struck(lambda: _by_value(value)):
+            raise
         raise error(f"{what} cannot be pickled: {explain_unpicklable(value, failure)}") from failure
 
 
