@@ -6,7 +6,7 @@ import asyncio
 import contextvars
 import pickle
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,7 +17,7 @@ from engine import Engine
 from engine.seam.channel import ChannelClosed
 from engine.seam.messages import HTTP, INITIAL_CREDIT, Call, Cancel
 from engine.testing.fakes import FakeListener
-from engine.testing.instruments import PATIENCE_S, eventually
+from engine.testing.instruments import PATIENCE_S, Footprint, eventually
 from engine.testing.strikes import struck
 from engine_inline import InlineAdapter
 from engine_inline.channel import InlineChannel, Mailbox, connect
@@ -83,6 +83,13 @@ def test_a_closed_end_hears_nothing_that_was_on_its_way() -> None:
 # -- the mailbox -----------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def mailbox(leaves_nothing: Footprint) -> Iterator[Mailbox]:
+    mailbox = Mailbox()
+    yield mailbox
+    mailbox.close()
+
+
 def test_reading_waits_for_the_first_item() -> None:
     mailbox, heard = Mailbox(), []
     with ThreadPoolExecutor(1) as pool:
@@ -95,8 +102,7 @@ def test_reading_waits_for_the_first_item() -> None:
     assert heard == [1]
 
 
-def test_while_user_code_runs_whoever_posts_delivers() -> None:
-    mailbox = Mailbox()
+def test_while_user_code_runs_whoever_posts_delivers(mailbox: Mailbox) -> None:
     threads: list[str] = []
 
     def note() -> None:
@@ -117,9 +123,8 @@ def test_while_user_code_runs_whoever_posts_delivers() -> None:
         assert threads[2:] == ["MainThread"]
 
 
-def test_the_main_thread_runs_nothing_of_a_worker() -> None:
+def test_the_main_thread_runs_nothing_of_a_worker(mailbox: Mailbox) -> None:
     """A signal handler that raises there would tear it."""
-    mailbox = Mailbox()
     threads: list[threading.Thread] = []
     out, back = threading.Event(), threading.Event()
 
@@ -138,7 +143,6 @@ def test_the_main_thread_runs_nothing_of_a_worker() -> None:
         assert threads != [threading.main_thread()]
         back.set()
         working.result(PATIENCE_S)
-    mailbox.close()
 
 
 def test_when_there_are_no_threads_left_the_main_thread_delivers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,8 +172,7 @@ def test_what_is_sent_arrives_once_wherever_that_is_interrupted() -> None:
             return
 
 
-def test_a_worker_that_comes_back_waits_for_who_delivers() -> None:
-    mailbox = Mailbox()
+def test_a_worker_that_comes_back_waits_for_who_delivers(mailbox: Mailbox) -> None:
     delivering, go_on, back = threading.Event(), threading.Event(), threading.Event()
 
     def slow() -> None:
