@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -35,6 +36,25 @@ __all__ = [
 ]
 
 _numbers = itertools.count(1)
+
+
+class _PoolPerThread(httpx.BaseTransport):
+    """Gives each thread a pool of connections of its own, none of which is kept alive.
+
+    A pool that threads share may give one of them a connection that another one's answer is about to close: the
+    request fails with a bad file descriptor, whatever the server does.
+    """
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+        self._context = httpx.create_ssl_context()
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        pool: httpx.HTTPTransport | None = getattr(self._local, "pool", None)
+        if pool is None:
+            limits = httpx.Limits(max_keepalive_connections=0)
+            pool = self._local.pool = httpx.HTTPTransport(verify=self._context, limits=limits)
+        return pool.handle_request(request)
 
 
 class Served:
@@ -102,7 +122,7 @@ def opened_once_per_process() -> None:
 @pytest.fixture(scope="session")
 def client() -> Iterator[httpx.Client]:
     """An HTTP client without connections of yesterday: engines come and go, their ports may come back."""
-    with httpx.Client(timeout=30, limits=httpx.Limits(max_keepalive_connections=0)) as client:
+    with httpx.Client(timeout=30, transport=_PoolPerThread()) as client:
         yield client
 
 
