@@ -85,6 +85,7 @@ class BackendReplicas:
         self._starting: set[str] = set()  # ids of those that are not ready yet
         self._leaving: set[Worker] = set()  # out of service, and not gone yet
         self._dismissals: set[asyncio.Task[None]] = set()  # the loop itself holds tasks weakly
+        self._replaced: set[Worker] = set()  # in service until another one is there
         self.plan = plan
         self.lock = asyncio.Lock()
         self.running: list[Worker] = []
@@ -344,12 +345,12 @@ class BackendReplicas:
     def _deleted_error(self) -> InvalidArgument:
         return InvalidArgument(f"backend {self.plan.tag!r} was deleted meanwhile")
 
-    def _dismiss(self, leaving: Collection[Worker]) -> None:
+    def _dismiss(self, leaving: Collection[Worker], *, at_once: bool = False) -> None:
         """Take replicas out of service, come what may, and end them without making anybody wait for that."""
         if leaving:
             self.running = [worker for worker in self.running if worker not in leaving]
             self._announce()
-            task = asyncio.get_running_loop().create_task(self.end(list(leaving)))
+            task = asyncio.get_running_loop().create_task(self.end(list(leaving), at_once=at_once))
             self._dismissals.add(task)
             task.add_done_callback(self._dismissals.discard)
 
@@ -395,6 +396,47 @@ class BackendReplicas:
         self._failed(f"{worker.spec.name} {worker.exit_reason} after {lived:.1f} s")
         self._failures = before
         return True
+
+    async def replace_one(self, worker: Worker, reason: str, *, at_once: bool = False) -> None:
+        """Have another replica take the place of one; does nothing if that is not in service, or not any more.
+
+        Args:
+            worker: The replica to be replaced.
+            reason: Why, for the log: follows its name.
+            at_once: It is of no use any more, and is ended before there is another. Otherwise it serves until then,
+                finishes what it holds, and goes on if the other one does not start.
+        """
+        if worker not in self.running or worker in self._replaced:
+            return
+        self._last_error = f"{worker.spec.name} {reason}"
+        self._failed_at = time.monotonic()
+        _logger.warning("%s; replacing it", self._last_error)
+        if at_once:
+            self._dead.append(worker.spec.worker_id)
+            self._dismiss([worker], at_once=True)
+            await self.refill()
+            return
+        self._replaced.add(worker)
+        try:
+            async with self.lock:
+                await self._swap(worker)
+        finally:
+            self._replaced.discard(worker)
+
+    async def _swap(self, worker: Worker) -> None:
+        if self.deleted or worker not in self.running:
+            return
+        try:
+            self.running += await self._start(self.plan, 1)
+        except Exception as error:
+            if not self.deleted:
+                self._log_failure(error)
+            return
+        # It may have died meanwhile, and then its place is the new one's. If the new one did, it stays.
+        if worker in self.running and self.missing < 0:
+            self._dismiss([worker])
+        else:
+            self._announce()
 
     def _failed(self, what: str) -> None:
         self._failures += 1

@@ -18,6 +18,7 @@ from ..config import BackendConfig, HTTPOptions
 from ..errors import EngineError, InvalidArgument
 from ..seam.adapter import Adapter, done_by
 from ..seam.channel import Channel, ChannelListener
+from ..seam.control_messages import Unhealthy
 from ..seam.detached import store_of
 from ..seam.error_text import all_there_are
 from ..seam.log import Log
@@ -64,7 +65,7 @@ class Controller:
         self._backends: dict[str, BackendReplicas] = {}
         self._leaving: dict[str, BackendReplicas] = {}  # deleted, by tag, with replicas that have yet to end
         self._endpoints = EndpointTable({})
-        self._workers = Workers(adapter, self._replace_worker)
+        self._workers = Workers(adapter, self._replace_worker, self._replace_unhealthy)
         self._publisher = Publisher(client, silent=store_of(adapter) is not None)
         self._ingresses = IngressFleet(engine_id, adapter, self._workers, http)
         self._checkpoint = Checkpoint(store_of(adapter))
@@ -460,6 +461,12 @@ class Controller:
             _logger.warning("%s %s; replacing it", worker.spec.name, worker.exit_reason)
             if not self._restoring:
                 self._spawn(self._refill_ingresses())
+
+    def _replace_unhealthy(self, worker: Worker, told: Unhealthy) -> None:
+        """A worker asks to be replaced."""
+        for backend in self._backends.values():
+            if worker in backend.running and not self._closing:
+                self._spawn(backend.replace_one(worker, told.reason, at_once=told.hung))
 
     def _refill(self, backend: BackendReplicas) -> None:
         if backend.missing > 0 and not self._closing:

@@ -14,7 +14,17 @@ from typing import Any
 
 from ..errors import BackendStartError, EngineClosed, EngineError, ResourcesUnavailable
 from ..seam.adapter import Adapter, FindsPlaces, done_by
-from ..seam.control_messages import Drain, Drained, LogLine, Ready, Reconfigure, Reconfigured, Started, StartFailed
+from ..seam.control_messages import (
+    Drain,
+    Drained,
+    LogLine,
+    Ready,
+    Reconfigure,
+    Reconfigured,
+    Started,
+    StartFailed,
+    Unhealthy,
+)
 from ..seam.detached import KeepsState
 from ..seam.log import Log
 from ..seam.serialization import unpack_exception
@@ -100,11 +110,18 @@ class Workers:
     Args:
         adapter: Runs them.
         on_exit: Called with a worker that was ready and exited without being asked to.
+        on_unhealthy: Called with a worker that asks to be replaced, and what it says.
     """
 
-    def __init__(self, adapter: Adapter, on_exit: Callable[[Worker], None]) -> None:
+    def __init__(
+        self,
+        adapter: Adapter,
+        on_exit: Callable[[Worker], None],
+        on_unhealthy: Callable[[Worker, Unhealthy], None] = lambda worker, told: None,
+    ) -> None:
         self._adapter = adapter
         self._on_exit = on_exit
+        self._on_unhealthy = on_unhealthy
         self._by_id: dict[str, Worker] = {}
         self._tokens = 0
         self._closed = False
@@ -248,6 +265,9 @@ class Workers:
             worker.drained = True
         elif isinstance(body, Started):
             worker.pid = body.pid
+        elif isinstance(body, Unhealthy):
+            if worker.life is Life.READY:
+                self._on_unhealthy(worker, body)
         elif isinstance(body, StartFailed):
             worker.error = unpack_exception(body.error)
             worker.ready.set()

@@ -24,6 +24,7 @@ __all__ = [
     "StartFailed",
     "Started",
     "Subscribe",
+    "Unhealthy",
 ]
 
 
@@ -98,6 +99,18 @@ class Drain(NamedTuple):
 
 class Drained(NamedTuple):
     """Worker: I hold nothing any more and am about to leave."""
+
+
+class Unhealthy(NamedTuple):
+    """Worker: have another one take my place, because I ``reason``, a phrase for people.
+
+    Attributes:
+        reason: Follows the worker's name, e.g. "has been in one call for 12 s".
+        hung: I am of no use any more. Otherwise I go on until the other one is there.
+    """
+
+    reason: str
+    hung: bool
 
 
 class Subscribe(NamedTuple):
