@@ -51,11 +51,19 @@ def test_what_is_no_factory(given: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "processes", "own_refs"),
-    [(InlineAdapter, False, True), (LocalAdapter, True, True), (FakeAdapter, True, True), (with_refs, True, False)],
+    ("make", "processes", "own_refs", "sees"),
+    [
+        (InlineAdapter, False, True, False),
+        (LocalAdapter, True, True, True),
+        (FakeAdapter, True, True, False),
+        (with_refs, True, False, False),
+    ],
 )
-def test_what_the_suite_must_know_is_seen_from_the_adapter(make: Any, processes: bool, own_refs: bool) -> None:
-    assert describe("x", make) == AdapterFactory("x", make, processes=processes, own_refs=own_refs)
+def test_what_the_suite_must_know_is_seen_from_the_adapter(
+    make: Any, processes: bool, own_refs: bool, sees: bool
+) -> None:
+    known = AdapterFactory("x", make, processes=processes, own_refs=own_refs, sees_processes=sees)
+    assert describe("x", make) == known
 
 
 def test_each_engine_gets_an_adapter_of_its_own() -> None:

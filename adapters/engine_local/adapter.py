@@ -25,12 +25,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from engine.errors import EngineClosed, EngineError, InvalidArgument, RemoteError, ResourcesUnavailable
-from engine.seam.adapter import AdapterBase, AdapterEvents
+from engine.seam.adapter import AdapterBase, AdapterEvents, Vitals
 from engine.seam.descriptors import is_shortage, shortage
 from engine.seam.log import Log
 from engine.seam.serialization import unpack_exception
 from engine.seam.worker import Listen, WorkerExit, WorkerSpec
-from engine_wire import Acceptor, listen_unix
+from engine_wire import Acceptor, listen_unix, look_at
 from engine_wire.listening import ListeningSockets
 
 from .connector import LocalConnector
@@ -172,6 +172,11 @@ class LocalAdapter(LocalConnector, AdapterBase):
         worker = self._workers.get(worker_id)
         if worker is not None:
             worker.kill()
+
+    async def vitals(self, worker_id: str) -> Vitals | None:
+        """See `engine.seam.adapter.SeesProcesses.vitals`."""
+        worker = self._workers.get(worker_id)
+        return None if worker is None or worker.pid is None else await look_at(worker.pid)
 
     def bound(self, listen: Listen, node_id: str) -> Listen:
         """See `engine.seam.adapter.Adapter.bound`."""

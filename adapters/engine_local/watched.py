@@ -35,6 +35,9 @@ _EXIT_PATIENCE_S = 1.0
 class WatchedWorker:
     """One worker, from before its fork to its exit.
 
+    Attributes:
+        pid: Its process, once its fork server has told.
+
     Args:
         worker_id: Unique within the engine.
         launcher: Of the fork server that forks it.
@@ -59,7 +62,7 @@ class WatchedWorker:
         self.worker_id = worker_id
         self.launcher = launcher
         self.stage = Stage.ORDERED
-        self._pid: int | None = None
+        self.pid: int | None = None
         self._doomed = False  # the engine ends it
         self._ordered_at = loop.time()
         self._timer: asyncio.TimerHandle | None = None  # until what should follow is not waited for any longer
@@ -85,7 +88,7 @@ class WatchedWorker:
         self._channel = ControlChannel(ours, lambda body: self._said(worker_id, body), self._lost, loop)
 
     def __repr__(self) -> str:
-        return f"<WatchedWorker {self.worker_id} {self.stage.value} pid={self._pid} {self._channel}>"
+        return f"<WatchedWorker {self.worker_id} {self.stage.value} pid={self.pid} {self._channel}>"
 
     def tell(self, body: Any) -> None:
         """Send a control body; does nothing when the worker is gone."""
@@ -106,7 +109,7 @@ class WatchedWorker:
         if self.stage in (Stage.ORPHANED, Stage.ENDED):
             return
         self._doomed = True
-        self.launcher.kill_worker(self.worker_id, self._pid)
+        self.launcher.kill_worker(self.worker_id, self.pid)
         if self.stage is Stage.ORDERED:
             self._expect_within(self._ordered_at + _STUCK_AFTER_S - self._loop.time(), self._give_up)
 
@@ -115,7 +118,7 @@ class WatchedWorker:
         if not isinstance(report, Forked):
             self._end(report)
             return
-        self._pid = report.pid
+        self.pid = report.pid
         if self.stage is Stage.ORDERED:  # else its channel has ended before this was read
             self.stage = self.stage.to(Stage.RUNNING)
 
@@ -130,10 +133,10 @@ class WatchedWorker:
     def left_alone(self) -> None:
         """Its fork server is stuck."""
         if self.stage is Stage.CUT_OFF:
-            self.launcher.kill_worker(self.worker_id, self._pid)
+            self.launcher.kill_worker(self.worker_id, self.pid)
             self._end()
         elif self._doomed:  # the order to kill it was not read, and never will be
-            self.launcher.kill_worker(self.worker_id, self._pid)
+            self.launcher.kill_worker(self.worker_id, self.pid)
 
     def _expect_within(self, patience_s: float, otherwise: Callable[[], None]) -> None:
         if self._timer is not None:
@@ -147,7 +150,7 @@ class WatchedWorker:
 
     def _cut_off(self) -> None:
         self.stage = self.stage.to(Stage.CUT_OFF)
-        self.launcher.kill_worker(self.worker_id, self._pid)
+        self.launcher.kill_worker(self.worker_id, self.pid)
         if self.launcher.retired:
             self._end()
 
@@ -162,10 +165,10 @@ class WatchedWorker:
         self._stderr.finish()
         self._channel.close()
         self._path.unlink(missing_ok=True)
-        if server is not None and self._pid is not None:
-            kill_group(self._pid)
+        if server is not None and self.pid is not None:
+            kill_group(self.pid)
             with contextlib.suppress(ChildProcessError):
-                os.waitpid(self._pid, os.WNOHANG)  # it has become this process's child if that adopts orphans
+                os.waitpid(self.pid, os.WNOHANG)  # it has become this process's child if that adopts orphans
         self._ended(self, reason)
 
     def _lost(self, reason: str) -> None:

@@ -31,6 +31,7 @@ __all__ = [
     "listen_unix",
     "notice_silence",
     "open_socket",
+    "process_behind",
     "tcp_address",
     "unanswered",
 ]
@@ -175,7 +176,8 @@ def accept_from(listening: socket.socket) -> tuple[socket.socket, str] | None:
             raise
         return None
     if sock.family == socket.AF_UNIX:
-        return sock, _process_behind(sock)
+        pid = process_behind(sock)
+        return sock, "a process of this machine" if pid is None else f"process {pid}"
     try:
         _tune(sock)
     except OSError:
@@ -227,13 +229,14 @@ def _host_and_port(address: Any) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _process_behind(sock: socket.socket) -> str:
-    if hasattr(socket, "SO_PEERCRED"):
+def process_behind(sock: socket.socket) -> int | None:
+    """The process of this machine that opened a connection by a Unix socket, where the system tells (Linux)."""
+    if sock.family == socket.AF_UNIX and hasattr(socket, "SO_PEERCRED"):
         try:
-            return f"process {struct.unpack_from('i', sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]}"
+            return struct.unpack_from("i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0] or None
         except OSError:
             pass  # it is gone already
-    return "a process of this machine"
+    return None  # 0 is a process that this one cannot see
 
 
 def _tune(sock: socket.socket) -> None:

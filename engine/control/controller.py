@@ -145,6 +145,7 @@ class Controller:
         left_s = max(deadline - asyncio.get_running_loop().time(), min(grace_s, _LEAST_GRACE_S))
         await asyncio.gather(*[one.end(one.all_ready(), grace_s=left_s) for one in backends])
         self._client.close()
+        self._workers.release()
         await done_by(self._adapter, "stop")
         self._adapter.close()
 

@@ -18,6 +18,7 @@ from ..seam.control_messages import (
     Drain,
     Drained,
     LogLine,
+    Pong,
     Ready,
     Reconfigure,
     Reconfigured,
@@ -29,6 +30,7 @@ from ..seam.detached import KeepsState
 from ..seam.log import Log
 from ..seam.serialization import unpack_exception
 from ..seam.worker import WorkerExit, WorkerSpec
+from .pulse import PulseWatch
 
 __all__ = ["Life", "Worker", "Workers"]
 
@@ -66,6 +68,7 @@ class Worker:
         since: When it came to this stage of its life, in monotonic seconds.
         pid: Its process, once it has told.
         exit_reason: How it ended.
+        fault: For what it was ended, as a phrase for people; empty if it was not, or not for a fault of its own.
         drained: It said that it holds no call any more.
     """
 
@@ -78,6 +81,7 @@ class Worker:
         self.gone = asyncio.Event()
         self.error: BaseException | None = None
         self.exit_reason = ""
+        self.fault = ""
         self.ready_at = 0.0
         self.since = time.monotonic()
         self.pid: int | None = None
@@ -125,6 +129,7 @@ class Workers:
         self._by_id: dict[str, Worker] = {}
         self._tokens = 0
         self._closed = False
+        self._pulses = PulseWatch(adapter, self.end_silent, self._name)
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -191,6 +196,17 @@ class Workers:
         for worker in starting:
             worker.error = worker.error or _closed_error()
         await asyncio.gather(*[self.kill(worker) for worker in starting])
+
+    def release(self) -> None:
+        """Ask no worker any more whether it is there (idempotent)."""
+        self._pulses.close()
+
+    def end_silent(self, worker_id: str, why: str) -> None:
+        """End a worker that does not answer, as if it had died. Told again, it tries again."""
+        worker = self._by_id.get(worker_id)
+        if worker is not None:
+            worker.fault = why
+            self._adapter.kill_worker(worker_id)
 
     def hurry(self) -> None:
         """Kill all workers, also those that are finishing what they hold. Does not wait for their ends."""
@@ -261,6 +277,9 @@ class Workers:
                 worker.address = body.address
                 worker.ready_at = time.monotonic()
                 worker.ready.set()
+                self._pulses.add(worker_id)
+        elif isinstance(body, Pong):
+            self._pulses.answered(worker_id)
         elif isinstance(body, Drained):
             worker.drained = True
         elif isinstance(body, Started):
@@ -281,20 +300,25 @@ class Workers:
         worker = self._by_id.pop(exit.worker_id, None)
         if worker is None:
             return
+        self._pulses.remove(exit.worker_id)
         before = worker.life
         worker.move(Life.GONE)
-        worker.exit_reason = exit.reason
+        worker.exit_reason = reason = f"{worker.fault} and was killed" if worker.fault else exit.reason
         if before is Life.STARTING and worker.error is None:
             worker.error = BackendStartError(
-                f"{worker.spec.name} ended before it was ready: it {exit.reason}{_tail(worker)}"
+                f"{worker.spec.name} ended before it was ready: it {reason}{_tail(worker)}"
             )
         worker.ready.set()
         worker.gone.set()
         for reply in worker.replies.values():
             if not reply.done():
-                reply.set_exception(EngineError(f"{worker.spec.name} {exit.reason}"))
+                reply.set_exception(EngineError(f"{worker.spec.name} {reason}"))
         if before is Life.READY:
             self._on_exit(worker)
+
+    def _name(self, worker_id: str) -> str:
+        worker = self._by_id.get(worker_id)
+        return worker_id if worker is None else worker.spec.name
 
     def _log(self, worker: Worker, line: LogLine) -> None:
         if line.logger == "stderr":

@@ -3,23 +3,35 @@
 An adapter starts workers, says when and why they died, tells them things, kills them, lists nodes and opens channels.
 It knows nothing of backends, endpoints or routing; the core knows nothing of processes, sockets or clusters. Only ids,
 bytes, frozen dataclasses and deadlines cross. What only some adapters can do are protocols of their own, which the core
-asks for by type: `WatchesNodes` and `FindsPlaces` here, `HasRefs` and `MayReturn` in `engine.seam.connector`,
-`Detachable` and `KeepsState` in `engine.seam.detached`. An adapter that passes on to another one does so by methods of
-its own: what only `__getattr__` finds counts as there or not depending on the version of Python.
+asks for by type: `WatchesNodes`, `FindsPlaces` and `SeesProcesses` here, `HasRefs` and `MayReturn` in
+`engine.seam.connector`, `Detachable` and `KeepsState` in `engine.seam.detached`. An adapter that passes on to another
+one does so by methods of its own: what only `__getattr__` finds counts as there or not depending on the version of
+Python.
 """
 
 from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from ..errors import InvalidArgument
 from .channel import Channel, ChannelListener
 from .connector import Connector
 from .worker import Listen, WorkerExit, WorkerSpec
 
-__all__ = ["Adapter", "AdapterBase", "AdapterEvents", "FindsPlaces", "Node", "WatchesNodes", "done_by", "lacking"]
+__all__ = [
+    "Adapter",
+    "AdapterBase",
+    "AdapterEvents",
+    "FindsPlaces",
+    "Node",
+    "SeesProcesses",
+    "Vitals",
+    "WatchesNodes",
+    "done_by",
+    "lacking",
+]
 
 
 @dataclass(frozen=True)
@@ -140,4 +152,32 @@ class FindsPlaces(Protocol):
 
         Returns:
             A phrase for people, or None when it has a place.
+        """
+
+
+class Vitals(NamedTuple):
+    """What the machine knows of a worker's process, which need not do anything for that.
+
+    Attributes:
+        stopped: It runs no more until somebody continues it: by a signal such as SIGSTOP, or in a debugger.
+        cpu_s: Seconds of CPU that it has used so far.
+    """
+
+    stopped: bool
+    cpu_s: float
+
+
+@runtime_checkable
+class SeesProcesses(Protocol):
+    """An adapter that can look at the processes of its workers from outside.
+
+    The core asks for that when a worker does not answer. Without it, such a worker is left alone as long as its control
+    channel stands.
+    """
+
+    async def vitals(self, worker_id: str) -> Vitals | None:
+        """Look at a worker's process.
+
+        Returns:
+            None if it is gone, or nothing can be learnt of it now.
         """

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ..calling.slot import Slot
 from ..seam.adapter import Node
 from ..seam.channel import Channel, ChannelClosed, ChannelListener
+from ..seam.control_messages import Ping
 from ..seam.messages import Call, End, Failure, Message, Reply
 from ..seam.worker import Listen, WorkerSpec
 
@@ -296,7 +297,8 @@ class FakeAdapter:
         unreachable: Tags of replicas to which no channel can be opened; also ``"controller"``.
         started: What it was asked to start, in order.
         adopted: What it was asked to adopt, in order.
-        told: Worker ids and bodies, in order.
+        told: Worker ids and bodies, in order, but for `Ping`.
+        asked: Ids of the workers that were sent a `Ping`, in order.
         killed: Worker ids, in order.
         events: Who hears what it reports, once it was started.
         refuses: What `start_worker` raises.
@@ -316,6 +318,7 @@ class FakeAdapter:
     started: list[WorkerSpec] = field(default_factory=list)
     adopted: list[WorkerSpec] = field(default_factory=list)
     told: list[tuple[str, Any]] = field(default_factory=list)
+    asked: list[str] = field(default_factory=list)
     killed: list[str] = field(default_factory=list)
     events: AdapterEvents | None = None
     refuses: BaseException | None = None
@@ -344,6 +347,9 @@ class FakeAdapter:
 
     def tell(self, worker_id: str, body: Any) -> None:
         """See `engine.seam.adapter.Adapter.tell`."""
+        if isinstance(body, Ping):
+            self.asked.append(worker_id)
+            return
         self.told.append((worker_id, body))
         if self.on_tell is not None:
             self.on_tell(worker_id, body)

@@ -27,9 +27,13 @@ FACTORIES = [
             lambda: "local",
             processes=True,
             own_refs=True,
+            sees_processes=True,
             shared=lambda: LocalAdapter(preload=IMPORTED_BY_TESTS),
         ),
         id="local",
     ),
-    pytest.param(AdapterFactory("ray", lambda: "ray", processes=True, own_refs=False), id="ray"),
+    pytest.param(
+        AdapterFactory("ray", lambda: "ray", processes=True, own_refs=False, sees_processes=True),
+        id="ray",
+    ),
 ]

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from engine.errors import EngineClosed, InvalidArgument
-from engine.seam.adapter import AdapterEvents, Node
+from engine.seam.adapter import AdapterEvents, Node, Vitals
 from engine.seam.channel import Channel, ChannelListener
 from engine.seam.log import Log
 from engine.seam.messages import Control, Message
@@ -39,6 +39,7 @@ from ..working.order import Order
 from .leftovers import sweep_leftovers
 from .nodes import NodeWatch
 from .places import options_of, shortage
+from .process import Process, process_of
 from .public_ports import PublicPorts
 from .strangers import Newcomer, Strangers
 from .watched import WatchedWorker, described_death
@@ -179,8 +180,12 @@ class ClusterAdapter(RayCaller):
         """See `engine.seam.adapter.Adapter.kill_worker`."""
         worker = self._workers.get(worker_id)
         if worker is not None:
-            worker.killed = True
-            kill_actor(worker.actor)
+            worker.kill()
+
+    async def vitals(self, worker_id: str) -> Vitals | None:
+        """See `engine.seam.adapter.SeesProcesses.vitals`."""
+        worker = self._workers.get(worker_id)
+        return None if worker is None else await worker.vitals()
 
     def unplaced(self, worker_id: str) -> str | None:
         """See `engine.seam.adapter.FindsPlaces.unplaced`."""
@@ -291,19 +296,19 @@ class ClusterAdapter(RayCaller):
             self.heard_of.add(body.worker_id)
             worker = self._workers.get(body.worker_id)
             if worker is not None:
-                self._introduce(worker, channel)
+                self._introduce(worker, channel, process_of(channel, body))
             elif not self._outlives_process:
                 channel.close()  # it was given up; closing its control channel ends it
             else:
-                self._strangers.take_in(body.worker_id, channel)
+                self._strangers.take_in(body.worker_id, channel, process_of(channel, body))
         else:
             channel.listener = running.events.peer_connected(channel)
             channel.listener.received(channel, first)
 
     @staticmethod
-    def _introduce(worker: WatchedWorker, channel: SocketChannel) -> None:
+    def _introduce(worker: WatchedWorker, channel: SocketChannel, process: Process | None) -> None:
         channel.listener = worker
-        worker.connected(channel)
+        worker.connected(channel, process)
 
     # -- how workers end -----------------------------------------------------------------------------------------------
 

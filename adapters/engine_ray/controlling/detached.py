@@ -93,7 +93,7 @@ class DetachedAdapter(ClusterAdapter):
         worker = self._watch(running, spec, actor)
         stranger = self._strangers.hand_over(spec.worker_id)
         if stranger is not None:
-            self._introduce(worker, stranger.channel)
+            self._introduce(worker, stranger.channel, stranger.process)
             for message in stranger.heard:
                 worker.received(stranger.channel, message)
         elif actor is None:

@@ -15,6 +15,8 @@ from engine.seam.control_messages import Drain
 from engine.seam.messages import Control, Message
 from engine_wire import SocketChannel
 
+from .process import Process
+
 __all__ = ["Newcomer", "Stranger", "Strangers"]
 
 _ADOPTED_WITHIN_S = 5.0
@@ -48,10 +50,12 @@ class Stranger:
 
     Args:
         channel: Its control channel.
+        process: That it runs in, if it has said so.
     """
 
-    def __init__(self, channel: SocketChannel) -> None:
+    def __init__(self, channel: SocketChannel, process: Process | None) -> None:
         self.channel = channel
+        self.process = process
         self.heard: list[Message] = []
 
     def received(self, channel: Channel, message: Message) -> None:
@@ -68,9 +72,9 @@ class Strangers:
     def __init__(self) -> None:
         self._waiting: dict[str, Stranger] = {}
 
-    def take_in(self, worker_id: str, channel: SocketChannel) -> None:
+    def take_in(self, worker_id: str, channel: SocketChannel, process: Process | None = None) -> None:
         """A worker has come back: hear it until it is asked for, and send it home if it never is."""
-        stranger = channel.listener = self._waiting[worker_id] = Stranger(channel)
+        stranger = channel.listener = self._waiting[worker_id] = Stranger(channel, process)
         asyncio.get_running_loop().call_later(_ADOPTED_WITHIN_S, self._dismiss, worker_id, stranger)
 
     def hand_over(self, worker_id: str) -> Stranger | None:

@@ -12,13 +12,16 @@ from collections.abc import Callable
 from typing import Any
 
 from engine.errors import EngineError
+from engine.seam.adapter import Vitals
 from engine.seam.channel import Channel, ChannelClosed
 from engine.seam.messages import Control, Message
 from engine.seam.worker import WorkerSpec
 from engine_wire import SocketChannel
 
+from ..link.actors import kill_actor
 from ..link.connection import where
 from ..working.bodies import Bound, Leaving
+from .process import Process
 
 __all__ = ["WatchedWorker", "described_death"]
 
@@ -62,14 +65,16 @@ class WatchedWorker:
         self._timer: asyncio.TimerHandle | None = None  # until its end is taken for granted
         self._channel: Channel | None = None
         self._connected = False
+        self._process: Process | None = None  # that it runs in
         self._untold: deque[Any] = deque()
 
     def __repr__(self) -> str:
         return f"<WatchedWorker {self.worker_id} placed={self.placed} killed={self.killed} {self._channel}>"
 
-    def connected(self, channel: Channel) -> None:
-        """It has opened its control channel."""
+    def connected(self, channel: Channel, process: Process | None = None) -> None:
+        """It has opened its control channel, and said which process it is."""
         self.placed = self._connected = True
+        self._process = process
         self._stop_timer()
         former, self._channel = self._channel, channel
         if former is not None:
@@ -77,6 +82,18 @@ class WatchedWorker:
         untold, self._untold = self._untold, deque()
         for body in untold:
             self.tell(body)
+
+    async def vitals(self) -> Vitals | None:
+        """Look at its process."""
+        process = self._process if self._connected else None
+        return None if process is None else await process.vitals()
+
+    def kill(self) -> None:
+        """End it at once."""
+        self.killed = True
+        kill_actor(self.actor)
+        if self._process is not None and self._connected:
+            self._process.kill_if_stopped()
 
     def tell(self, body: Any) -> None:
         """Send a control body, now or once it has connected; does nothing when it is gone."""

@@ -8,9 +8,11 @@ __all__ = ["Bound", "Hello", "Leaving"]
 
 
 class Hello(NamedTuple):
-    """Worker: this channel is my control channel."""
+    """Worker: this channel is my control channel. I am the process ``pid`` of the node ``node_id``."""
 
     worker_id: str
+    node_id: str = ""
+    pid: int = 0
 
 
 class Bound(NamedTuple):

@@ -56,7 +56,7 @@ class RayHost(WireWorkerHost):
         self._standing: dict[type, Any] = {}  # what every controller must know
         self._connector = RayCaller(order.control_address, order.secret)
         super().__init__(order.worker_id, self._reach_controller)
-        self.tell(Hello(order.worker_id))
+        self.tell(self._hello())
 
     def _reach_controller(self, listener: ChannelListener) -> SocketChannel:
         try:
@@ -74,6 +74,9 @@ class RayHost(WireWorkerHost):
             )
         notice_silence(channel.sock)
         return channel
+
+    def _hello(self) -> Hello:
+        return Hello(self.worker_id, self._connector.node_id(), os.getpid())
 
     def tell(self, body: Any) -> None:
         """See `engine.seam.worker.WorkerHost.tell`."""
@@ -133,7 +136,7 @@ class RayHost(WireWorkerHost):
             time.sleep(_RETRY_S)
             try:
                 channel = self._reach_controller(self)
-                for body in (Hello(self.worker_id), *self._standing.values()):
+                for body in (self._hello(), *self._standing.values()):
                     channel.send(Control(body))
             except (EngineClosed, ChannelClosed):
                 continue

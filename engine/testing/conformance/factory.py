@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ... import Engine
-from ...seam.adapter import lacking
+from ...seam.adapter import SeesProcesses, lacking
 from ...seam.connector import refs_of
 
 __all__ = ["HTTP", "AdapterFactory", "NoAdapter", "describe"]
@@ -28,6 +28,7 @@ class AdapterFactory:
         backend: Gives what ``Engine(backend=...)`` takes: the name of an adapter, or one of its own for each engine.
         processes: Replicas are processes of their own: they can die alone, and other processes can reach them.
         own_refs: Refs are the engine's own, with `result`; otherwise they are what the platform calls a ref.
+        sees_processes: Workers that are stopped are found (`engine.seam.adapter.SeesProcesses`).
         shared: As ``backend``, for the engine that most tests share; the same if None.
     """
 
@@ -35,6 +36,7 @@ class AdapterFactory:
     backend: Callable[[], Any]
     processes: bool
     own_refs: bool
+    sees_processes: bool = False
     shared: Callable[[], Any] | None = None
 
     def engine(self, **http_options: Any) -> Engine:
@@ -63,4 +65,10 @@ def describe(name: str, make: Callable[[], Any]) -> AdapterFactory:
     adapter = make()
     if missing := lacking(adapter):
         raise NoAdapter(f"it returned {adapter!r}, which is no adapter: it lacks {', '.join(missing)}")
-    return AdapterFactory(name, make, processes=not adapter.shares_process, own_refs=refs_of(adapter) is None)
+    return AdapterFactory(
+        name,
+        make,
+        processes=not adapter.shares_process,
+        own_refs=refs_of(adapter) is None,
+        sees_processes=isinstance(adapter, SeesProcesses),
+    )

@@ -1,0 +1,209 @@
+"""Whether workers answer: one timer asks all of them, and whoever is silent is looked at from outside.
+
+Silence alone proves little. A worker answers on a thread of its own, also while user code runs; but native code that
+does not release Python's lock keeps that thread from it, for as long as it takes, and works all the same. So a worker
+that is silent is ended on evidence only: its process is stopped, or does nothing at all. The adapter sees that
+(`engine.seam.adapter.SeesProcesses`); where it cannot, a silent worker is left alone. A machine that is gone is found
+by the adapter itself, whose connections to it break.
+
+Only the time counts in which this process was running: if it was stopped itself, or asleep with the whole machine, or
+if its loop was held up, that was not the workers' silence.
+
+Everything here runs on the controller's loop. `Pulse` decides and does nothing; `PulseWatch` asks, looks and tells.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from ..seam.adapter import Adapter, SeesProcesses, Vitals
+from ..seam.control_messages import Ping
+from ..seam.log import Log
+
+__all__ = ["Pulse", "PulseWatch"]
+
+_logger = Log("engine.controller")
+
+PERIOD_S = 0.8
+"""Between two questions. With `STOPPED_S`, a process that is stopped has ended less than 5 s later."""
+STOPPED_S = 4.0
+"""For so long a process may be stopped: debuggers and tools that look at memory stop one, too, but for less."""
+FROZEN_S = 60.0
+"""For so long a process may do nothing: it may wait for another machine and keep Python's lock meanwhile."""
+_LEAST_WORK = 0.05
+"""Of one CPU: a process whose Python does nothing uses less, also if libraries have threads of their own in it."""
+_FIRST_LOOK_S = 2.4
+_LOOK_AGAIN = 1.5
+_LOOK_WITHIN_S = 10.0
+
+
+class Pulse:
+    """Whether one worker answers.
+
+    Attributes:
+        silent_s: For how many seconds it owes an answer.
+        looking: Somebody looks at its process.
+    """
+
+    def __init__(self) -> None:
+        self.silent_s = 0.0
+        self.looking = False
+        self._asked = False
+        self._look_at_s = 0.0  # silent for so long, it is to be looked at
+        self._first: tuple[float, float] | None = None  # its silence and its CPU time at the first look
+        self._mentioned = False
+
+    def __repr__(self) -> str:
+        return f"<Pulse {'asked' if self._asked else 'answered'} silent_s={self.silent_s:g}>"
+
+    def ask(self) -> bool:
+        """Whether to ask it now: one question at a time, so that none pile up."""
+        if self._asked:
+            return False
+        self._asked = True
+        self.silent_s = 0.0
+        self._look_at_s = min(_FIRST_LOOK_S, STOPPED_S)
+        self._first = None
+        return True
+
+    def answered(self) -> None:
+        """It answers."""
+        self._asked = False
+        self.silent_s = 0.0
+
+    def passed(self, seconds: float) -> bool:
+        """So much time has passed here; returns whether the worker is to be looked at now."""
+        if not self._asked:
+            return False
+        self.silent_s = round(self.silent_s + seconds, 3)  # timers are not exact
+        if self.silent_s < self._look_at_s or self.looking:
+            return False
+        again = self._look_at_s * _LOOK_AGAIN
+        self._look_at_s = min([again, *(limit for limit in (STOPPED_S, FROZEN_S) if limit > self._look_at_s)])
+        return True
+
+    def verdict(self, vitals: Vitals | None) -> str:
+        """Why it must be ended, as far as a look at its process tells; empty if it need not."""
+        if vitals is None or not self._asked:
+            return ""
+        if vitals.stopped:
+            return self._silence("its process is stopped") if self.silent_s >= STOPPED_S else ""
+        if self._first is None:
+            self._first = self.silent_s, vitals.cpu_s
+        since_s, cpu_s = self._first
+        worked = vitals.cpu_s - cpu_s >= _LEAST_WORK * (self.silent_s - since_s)
+        return self._silence("its process does nothing") if self.silent_s >= FROZEN_S and not worked else ""
+
+    def mention(self) -> bool:
+        """Whether people are to be told, for the first time, that it works without answering."""
+        new = not self._mentioned and self._asked and self.silent_s >= STOPPED_S
+        self._mentioned = self._mentioned or new
+        return new
+
+    def _silence(self, why: str) -> str:
+        return f"has not answered for {self.silent_s:.0f} s ({why})"
+
+
+class PulseWatch:
+    """Asks the workers of one engine whether they are there. While there are none, it does nothing.
+
+    Args:
+        adapter: Runs them.
+        end: Ends a worker, given its id and, in words for people, what it does not do.
+        name: What people call a worker, given its id.
+        clock: Seconds that pass while this machine is awake.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        end: Callable[[str, str], None],
+        name: Callable[[str], str],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._adapter = adapter
+        self._end = end
+        self._name = name
+        self._clock = clock
+        self._pulses: dict[str, Pulse] = {}
+        self._looks: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._last = 0.0  # when it last came by
+        self._rounds = 0
+
+    def add(self, worker_id: str) -> None:
+        """A worker is ready. One that shares this process could only be silent together with whoever asks."""
+        if self._adapter.shares_process:
+            return
+        self._pulses[worker_id] = Pulse()
+        if self._timer is None:
+            self._last = self._clock()
+            self._wait()
+
+    def answered(self, worker_id: str) -> None:
+        """A worker answers."""
+        pulse = self._pulses.get(worker_id)
+        if pulse is not None:
+            pulse.answered()
+
+    def remove(self, worker_id: str) -> None:
+        """A worker is gone."""
+        self._pulses.pop(worker_id, None)
+        if not self._pulses:
+            self.close()
+
+    def close(self) -> None:
+        """Ask nobody any more (idempotent)."""
+        self._pulses.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        for look in self._looks:
+            look.cancel()
+
+    def tick(self) -> None:
+        """Ask everybody, and look at those that owe an answer."""
+        now = self._clock()
+        passed_s, self._last = min(now - self._last, PERIOD_S), now
+        self._rounds += 1
+        for worker_id, pulse in self._pulses.items():
+            if pulse.ask():
+                self._adapter.tell(worker_id, Ping(self._rounds))
+            elif pulse.passed(passed_s):
+                pulse.looking = True
+                look = asyncio.get_running_loop().create_task(self._look(worker_id, pulse))
+                self._looks.add(look)
+                look.add_done_callback(self._looks.discard)
+
+    def _wait(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(PERIOD_S, self._on_time)
+
+    def _on_time(self) -> None:
+        self._wait()
+        self.tick()
+
+    async def _look(self, worker_id: str, pulse: Pulse) -> None:
+        try:
+            vitals = None
+            if isinstance(self._adapter, SeesProcesses):
+                vitals = await asyncio.wait_for(self._adapter.vitals(worker_id), _LOOK_WITHIN_S)
+        except Exception as error:
+            _logger.warning("%s does not answer, and cannot be looked at: %r", self._name(worker_id), error)
+            return
+        finally:
+            pulse.looking = False
+        if self._pulses.get(worker_id) is not pulse:
+            return
+        why = pulse.verdict(vitals)
+        if why:
+            self._end(worker_id, why)
+        elif pulse.mention():
+            _logger.warning(
+                "%s has not answered for %.0f s, though %s: native code that keeps Python's lock is likely the cause. "
+                "It can neither be drained nor have its calls cancelled meanwhile",
+                self._name(worker_id),
+                pulse.silent_s,
+                "its process cannot be looked at" if vitals is None else "its process is not stopped",
+            )

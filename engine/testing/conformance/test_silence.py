@@ -1,0 +1,81 @@
+"""Workers that are stopped: nobody waits for them for ever, and others take their places."""
+
+from __future__ import annotations
+
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+from engine import errors
+from engine.control import pulse
+from engine.testing.instruments import PATIENCE_S, eventually, is_running
+
+pytestmark = pytest.mark.usefixtures("seen")
+
+
+@pytest.fixture
+def seen(adapter):
+    if not adapter.sees_processes:
+        pytest.skip("this adapter has no processes, or cannot look at them")
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Look as often as a test can wait for."""
+    monkeypatch.setattr(pulse, "PERIOD_S", 0.02)
+    monkeypatch.setattr(pulse, "STOPPED_S", 0.1)
+
+
+class Mortal:
+    def __call__(self, request):
+        return os.getpid()
+
+
+class AsyncMortal(Mortal):
+    async def __call__(self, request):
+        return super().__call__(request)
+
+
+@pytest.mark.parametrize("backend", [Mortal, AsyncMortal])
+def test_a_stopped_replica_is_replaced_and_its_calls_end(serve, engine, caplog, quick, backend):
+    served = serve(backend, route=None)
+    pid = served.call()
+    os.kill(pid, signal.SIGSTOP)
+    refs = [served.handle.remote() for _ in range(3)]
+    ends = set()
+    for ref in refs:
+        try:
+            ends.add(engine.get(ref, timeout=PATIENCE_S))
+        except errors.ReplicaDied:
+            ends.add(errors.ReplicaDied)
+    assert pid not in ends
+    assert not is_running(pid)
+    assert eventually(lambda: served.call()) != pid
+    assert f"replica.{served.tag}.1 has not answered for" in caplog.text
+    assert "(its process is stopped) and was killed" in caplog.text
+
+
+def test_a_stopped_ingress_is_replaced_at_its_address(own_engine, quick):
+    engine = own_engine(workers=1)
+    engine.create_backend("b", Mortal)
+    engine.create_endpoint("e", backend="b", route="/e")
+    url = f"{engine.http_url}/e"
+    replica = httpx.get(url).text
+    (ingress,) = engine.statistics()["ingresses"].values()
+    os.kill(ingress["pid"], signal.SIGSTOP)
+
+    def answer():
+        try:
+            return httpx.get(url, timeout=PATIENCE_S).text
+        except httpx.HTTPError:
+            return None
+
+    with ThreadPoolExecutor(3) as pool:
+        assert {one.result(PATIENCE_S) for one in [pool.submit(answer) for _ in range(3)]} <= {replica, None}
+    assert eventually(answer) == replica
+    assert engine.http_url == url.removesuffix("/e")
+    (other,) = engine.statistics()["ingresses"].values()
+    assert other["pid"] != ingress["pid"]

@@ -1,0 +1,3 @@
+"""See `engine.testing.conformance.test_silence`."""
+
+from engine.testing.conformance.test_silence import *
