@@ -64,6 +64,10 @@ class BackendConfig:
         start_timeout_s: Seconds a replica may take to become ready.
         reconfigure_timeout_s: Seconds a replica may take to take a new ``user_config``, what it runs just then
             included. One that takes longer is replaced.
+        cancel_running: Whether a plain callable that runs is interrupted once its call is cancelled, by an
+            `errors.CallCancelled` raised in it; else it runs to its end. Calls of an async one are cancelled always.
+        cancel_grace_s: Seconds that such a call may go on, to clean up or because it is in code that cannot be
+            interrupted, before its replica is replaced. None never replaces it.
 
     Raises:
         errors.InvalidArgument: A field has the wrong type or value, at construction or when it is set; or there is no
@@ -79,14 +83,18 @@ class BackendConfig:
     graceful_shutdown_timeout_s: float = 20.0
     start_timeout_s: float = 120.0
     reconfigure_timeout_s: float = 30.0
+    cancel_running: bool = True
+    cancel_grace_s: float | None = 20.0
 
     def __setattr__(self, name: str, value: Any) -> None:
         _known_fields(type(self), "config", {name: value})
         if name in _COUNTS:
             least, optional = _COUNTS[name]
             _check_integer("config", name, value, least, optional=optional)
+        elif name == "cancel_running":
+            _check_switch("config", name, value)
         elif name != "user_config":
-            _check_seconds("config", name, value)
+            _check_seconds("config", name, value, optional=name in _ENDLESS)
         super().__setattr__(name, value)
 
     @classmethod
@@ -103,7 +111,8 @@ class BackendConfig:
     @property
     def limits(self) -> tuple[Any, ...]:
         """What a replica must know of it beside ``user_config``; the rest is for the controller and callers."""
-        return self.max_concurrent_queries, self.max_batch_size, self.batch_wait_timeout
+        batches = self.max_batch_size, self.batch_wait_timeout
+        return self.max_concurrent_queries, *batches, self.cancel_running, self.cancel_grace_s
 
     def concurrency(self, *, on_loop: bool) -> int:
         """``max_concurrent_queries`` with its default filled in for a sync or an async callable."""
@@ -121,6 +130,8 @@ _COUNTS = {
     "max_batch_size": (1, True),
 }
 """Fields of `BackendConfig` that are integers: the least value, and whether they may be None."""
+_ENDLESS = frozenset({"cancel_grace_s"})
+"""Fields of `BackendConfig` that may be None instead of seconds."""
 
 
 @dataclass(frozen=True)
@@ -166,8 +177,7 @@ class HTTPOptions:
         _check_integer("http_options", "max_body_bytes", self.max_body_bytes, 0)
         if self.request_timeout_s is not None:
             _check_seconds("http_options", "request_timeout_s", self.request_timeout_s)
-        if not isinstance(self.debug, bool):
-            raise InvalidArgument(f"http_options: debug must be True or False, not {self.debug!r}")
+        _check_switch("http_options", "debug", self.debug)
         if isinstance(self.middlewares, (str, bytes)) or not isinstance(self.middlewares, Sequence):
             raise InvalidArgument(f"http_options: middlewares must be a list, not {self.middlewares!r}")
         for position, middleware in enumerate(self.middlewares):
@@ -210,11 +220,17 @@ def _check_integer(
         raise InvalidArgument(f"{where}: {name} must be an integer {bound}{alternative}, not {value!r}")
 
 
-def _check_seconds(where: str, name: str, value: object) -> None:
+def _check_switch(where: str, name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise InvalidArgument(f"{where}: {name} must be True or False, not {value!r}")
+
+
+def _check_seconds(where: str, name: str, value: object, *, optional: bool = False) -> None:
+    if optional and value is None:
+        return
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= LONGEST_S:
-        raise InvalidArgument(
-            f"{where}: {name} must be a number of seconds of at least 0 (and at most a year), not {value!r}"
-        )
+        bound = "of at least 0 (and at most a year)" + (" or None" if optional else "")
+        raise InvalidArgument(f"{where}: {name} must be a number of seconds {bound}, not {value!r}")
 
 
 def _known_fields(cls: Callable[..., Any], what: str, given: object) -> None:

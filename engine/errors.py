@@ -12,6 +12,7 @@ from __future__ import annotations
 __all__ = [
     "BackendError",
     "BackendStartError",
+    "CallCancelled",
     "CallError",
     "Cancelled",
     "DeadlineExceeded",
@@ -143,6 +144,16 @@ class RemoteError(BackendError):
 
 class EngineClosed(EngineError, RuntimeError):
     """The engine was shut down, or belongs to the process this one was forked from."""
+
+
+# -- in user code --------------------------------------------------------------------------------------------------
+
+
+class CallCancelled(BaseException):
+    """Raised in a plain callable whose call nobody wants any more; what `asyncio.CancelledError` is to an async one.
+
+    Like that one it is no `Exception`, so that ``except Exception`` does not swallow it. Clean up in ``finally``.
+    """
 
 
 class RemoteTraceback(Exception):

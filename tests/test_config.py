@@ -35,6 +35,9 @@ NAN, INFINITY = float("nan"), float("inf")
         ("user_config", {"any": "thing"}),
         ("graceful_shutdown_timeout_s", 0),
         ("start_timeout_s", 0.1),
+        ("cancel_running", False),
+        ("cancel_grace_s", None),
+        ("cancel_grace_s", 0),
     ],
 )
 def test_a_backend_takes(field: str, value: Any) -> None:
@@ -58,6 +61,8 @@ def test_a_backend_takes(field: str, value: Any) -> None:
         ("batch_wait_timeout", False, "a number of seconds of at least 0 (and at most a year)"),
         ("graceful_shutdown_timeout_s", NAN, "a number of seconds of at least 0 (and at most a year)"),
         ("start_timeout_s", INFINITY, "a number of seconds of at least 0 (and at most a year)"),
+        ("cancel_running", 1, "True or False"),
+        ("cancel_grace_s", -1, "a number of seconds of at least 0 (and at most a year) or None"),
     ],
 )
 def test_a_backend_refuses(field: str, value: Any, allowed: str) -> None:
@@ -88,9 +93,9 @@ def test_an_update_changes_what_it_names_and_nothing_else() -> None:
 
 def set_in(config: BackendConfig) -> dict[str, Any]:
     """The fields that were set, as an update by this configuration shows them."""
-    marked = {field: 77 for field in BackendConfig.__dataclass_fields__}
+    marked: dict[str, Any] = {field: 77 for field in BackendConfig.__dataclass_fields__} | {"cancel_running": False}
     updated = BackendConfig(**marked).updated(config)
-    return {field: value for field, value in dataclasses.asdict(updated).items() if value != 77}
+    return {field: value for field, value in dataclasses.asdict(updated).items() if value != marked[field]}
 
 
 @pytest.mark.parametrize(

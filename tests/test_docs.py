@@ -70,6 +70,7 @@ PRINTED: dict[tuple[str, str], list[list[str]]] = {
     ("docs/engine.md", "Replacing a backend"): [["hello", "good morning"]],
     ("docs/errors.md", "Errors"): [["refill: buy some"]],
     ("docs/handles.md", "Handles"): [["2", "[0, 2, 4, 6]", "12", "0 2", "2", "4", "[0, 2, 4]"]],
+    ("docs/handles.md", "Cancelling"): [["given up", "served"]],
     ("docs/handles.md", "Types"): [["5", "6"]],
     ("docs/ray.md", "In a program"): [["2", "4 4", "5", "8 8", "[0, 2, 4]"]],
     ("docs/ray.md", "Detached engines"): [["hello Ada"]],
@@ -232,7 +233,7 @@ def test_every_error_is_in_its_row() -> None:
     for name in errors.__all__:
         kind = getattr(errors, name)
         parents = [parent.__name__ for parent in kind.__mro__ if parent.__name__ in errors.__all__]
-        if name in ("EngineError", "RemoteTraceback"):
+        if name in ("EngineError", "RemoteTraceback", "CallCancelled"):
             continue
         family = parents[-2]  # the child of EngineError it descends from
         row = next(row for row in rows if row.startswith(f"| `errors.{family}`"))

@@ -11,6 +11,7 @@ import pytest
 from engine import errors
 from engine.errors import (
     BackendError,
+    CallCancelled,
     CallError,
     EngineClosed,
     EngineError,
@@ -66,7 +67,7 @@ def test_its_text_is_its_message(kind: type[Exception]) -> None:
     assert str(make(kind)).endswith("what happened")  # without the quotation marks of a KeyError
 
 
-@pytest.mark.parametrize("kind", EVERY)
+@pytest.mark.parametrize("kind", [kind for kind in EVERY if kind is not CallCancelled])
 def test_it_survives_two_processes(kind: type[Exception]) -> None:
     error = make(kind)
     copy = unpack_exception(pack_exception(unpack_exception(pack_exception(error))))
@@ -74,7 +75,11 @@ def test_it_survives_two_processes(kind: type[Exception]) -> None:
     assert copy.args == error.args
 
 
-@pytest.mark.parametrize("kind", [kind for kind in EVERY if kind not in (EngineError, RemoteTraceback)])
+def test_what_is_raised_in_backends_is_no_error_that_their_code_would_catch() -> None:
+    assert not issubclass(CallCancelled, Exception)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in EVERY if kind not in (EngineError, RemoteTraceback, CallCancelled)])
 def test_it_belongs_to_one_family(kind: type[Exception]) -> None:
     assert issubclass(kind, EngineError)
     families = [family for family in (*FAMILIES, EngineClosed) if issubclass(kind, family)]

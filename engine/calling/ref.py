@@ -128,7 +128,7 @@ class Ref(Slot, Generic[T_co]):
     def cancel(self) -> bool:
         """Give the call up: whoever waits for the ref gets `errors.Cancelled`, and the replica need not run it.
 
-        A coroutine that runs is cancelled, a plain callable that runs is not interrupted.
+        What runs is stopped: an async callable is cancelled, `errors.CallCancelled` is raised in a plain one.
 
         Returns:
             Whether the call was given up; False if it had settled before, so that the ref stays as it is.

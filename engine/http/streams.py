@@ -37,13 +37,14 @@ class Streamed:
     the call's error; one after it breaks the answer off. To be iterated once, either way.
 
     Attributes:
+        ordinary: The iterator is one of plain code: a step of it awaits nothing.
         background: What the response wants to have run once the answer is out. Known when the iteration has ended.
     """
 
     def __init__(self, source: Any, *, response: bool = False) -> None:
         self._source = source
         self._response = response
-        self._ordinary = not response and not isinstance(source, AsyncIterator)
+        self.ordinary = not response and not isinstance(source, AsyncIterator)
         self.background: Background | None = None
 
     def _iterate(self) -> Generator[Part, None, None]:
@@ -67,7 +68,7 @@ class Streamed:
         """
         if self._response:
             parts = self._of_response(scope)
-        elif self._ordinary:
+        elif self.ordinary:
             parts = self._in_thread() if on_loop else self._of_iterator()
         else:
             parts = self._of_async_iterator()

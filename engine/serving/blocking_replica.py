@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import BackendConfig
 from ..seam.channel import Channel
-from ..seam.control_messages import Reconfigure, Reconfigured
+from ..seam.control_messages import Reconfigure, Reconfigured, Unhealthy
 from ..seam.messages import Failure, FailureKind
 from ..seam.serialization import pack_exception_briefly
 from ..seam.service import ServiceLoop
 from .batches import listed
+from .interruption import Interrupter
 from .replica import FAREWELL_S, Job, Replica, awaited
 from .user_callable import Method
 
@@ -34,13 +35,20 @@ _LONG_S = 0.01
 
 
 class BlockingReplica(Replica):
-    """Runs plain callables one at a time on the service loop's thread."""
+    """Runs plain callables one at a time on the service loop's thread.
+
+    Attributes:
+        interrupter: Stops those whose calls are cancelled, once it was told how.
+    """
 
     on_loop = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.interrupter = Interrupter()
         self._queue: deque[Job] = deque()
+        self._batch: list[Job] | None = None  # that runs
+        self._later: deque[Job] = deque()  # of a batch that ran, those whose streams wait for each other
         self._batch_head: Job | None = None  # the call that `_batch_due` counts from
         self._batch_due: float | None = None  # when the batch at the head of the queue runs, full or not
         self._loop: asyncio.AbstractEventLoop | None = None  # for streams and stray coroutines; made when needed
@@ -149,7 +157,7 @@ class BlockingReplica(Replica):
         assert method is not None
         try:
             args, kwargs = self._arguments(job)
-            result = self._run_user_code(method.function, *args, **kwargs)
+            result = self._run_user_code(job, method.function, *args, **kwargs)
         except BaseException as error:
             self._fail(job, error)
             return
@@ -184,36 +192,69 @@ class BlockingReplica(Replica):
         jobs, items = self._batch_items(jobs)
         if not jobs:
             return
+        self._batch = jobs
         try:
-            results = self._run_user_code(method.function, items)
+            results = self._run_user_code(jobs, method.function, items)
             if type(results) is not list:
-                results = self._run_user_code(listed, results, len(jobs))
+                results = self._run_user_code(jobs, listed, results, len(jobs))
         except BaseException as error:
             for job in jobs:
                 self._fail(job, error)
             return
-        for job, rest in self._spread(jobs, results):
+        finally:
+            self._batch = None
+        left = self._spread(jobs, results)
+        self._later.extend(job for job, _ in left)
+        for job, rest in left:
+            self._later.popleft()
+            if job.cancelled:
+                self._cancel(job)  # what runs for it begins only now
             self._complete_rest(job, rest)
 
     def _reconfigure(self, number: int, chore: Reconfigure) -> None:
         error = None
         try:
             config: BackendConfig = self.loads(chore.config)
-            self._run_user_code(self._user.reconfigure, config.user_config)
+            self._run_user_code(None, self._user.reconfigure, config.user_config)
             self._take(number, config)
         except BaseException as failure:
             error = pack_exception_briefly(failure)
         self._tell(Reconfigured(chore.token, error))
 
-    def _run_user_code(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _run_user_code(
+        self, work: Job | list[Job] | None, function: Callable[..., Any], /, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Call user code, for a call or a batch if it may be interrupted."""
         loop = self._service_loop
+        interrupter = self.interrupter
         assert loop is not None
         loop.step_out()
         try:
-            result = function(*args, **kwargs)
-            return self._complete(awaited(result)) if hasattr(result, "__await__") else result
+            try:
+                interrupter.open = work
+                result = function(*args, **kwargs)
+            finally:
+                interrupter.open = None
+            return self._complete(self._awaited(work, result)) if hasattr(result, "__await__") else result
         finally:
             loop.step_in()
+
+    async def _awaited(self, work: Job | list[Job] | None, awaitable: Any) -> Any:
+        """Await what a plain callable returned; its calls are cancelled as those of an async one."""
+        import asyncio
+
+        jobs = [] if work is None or not self._config.cancel_running else [work] if isinstance(work, Job) else work
+        task = asyncio.current_task()
+        assert task is not None
+        for job in jobs:
+            job.task = task
+        if jobs and all(job.cancelled for job in jobs):
+            task.cancel()
+        try:
+            return await awaitable
+        finally:
+            for job in jobs:
+                job.task = None
 
     def _complete(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         if self._loop is None:
@@ -228,29 +269,55 @@ class BlockingReplica(Replica):
         except BaseException as error:  # the end of a stream, say, that raised while it was closed
             self._fail(job, error)
 
-    async def _outside(self, step: Awaitable[Any]) -> Any:
+    async def _outside(self, step: Awaitable[Any], work: Job | None = None) -> Any:
         loop = self._service_loop
+        interrupter = self.interrupter
         assert loop is not None
         loop.step_out()
         try:
-            return await step
+            try:
+                interrupter.open = work
+                return await step
+            finally:
+                interrupter.open = None
         finally:
             loop.step_in()
             del step  # what it raised knows this frame: they would keep each other in memory
 
-    async def _next_part(self, job: Job, parts: AsyncGenerator[Part, None]) -> Part | None:
+    async def _next_part(self, job: Job, parts: AsyncGenerator[Part, None], *, plain: bool) -> Part | None:
         import asyncio
 
-        job.task = asyncio.current_task()
+        task = job.task = asyncio.current_task()
+        if job.cancelled and not plain and task is not None:
+            task.cancel()
         try:
-            return await self._outside(anext(parts, None))  # type: ignore[no-any-return]
+            return await self._outside(anext(parts, None), job if plain else None)  # type: ignore[no-any-return]
         finally:
             job.task = None
 
     def _cancel(self, job: Job) -> None:
         job.cancelled = True
+        batch = self._batch
+        if batch is None or job not in batch:
+            self._stop(job, job)
+        elif all(other.cancelled for other in batch):
+            self._stop(batch, job)
+
+    def _stop(self, work: Job | list[Job], job: Job) -> None:
+        """Stop what runs for a call, or for its batch: at an await by cancellation, elsewhere by an exception."""
         if job.task is not None and self._loop is not None:
-            self._loop.call_soon_threadsafe(_interrupt, job)
+            self._loop.call_soon_threadsafe(_cancel_task, job)
+        if self._config.cancel_running and job not in self._queue and job not in self._later:
+            grace_s = self._config.cancel_grace_s
+            self.interrupter.interrupt(
+                work,
+                "nobody waits for this call any more",
+                lasts=lambda: self._jobs.get((job.channel, job.call.id)) is job,
+                grace_s=grace_s,
+                outlasted=lambda: self._tell(
+                    Unhealthy(f"has gone on with {self._name(job)} for {grace_s:g} s after it was cancelled", hung=True)
+                ),
+            )
 
     async def _between_items(self, job: Job) -> None:
         assert self._service_loop is not None
@@ -272,7 +339,7 @@ class BlockingReplica(Replica):
         return None
 
 
-def _interrupt(job: Job) -> None:
+def _cancel_task(job: Job) -> None:
     # Seen by the loop's thread alone: closing the stream, which may have begun meanwhile, is not to be interrupted.
     if job.task is not None:
         job.task.cancel()

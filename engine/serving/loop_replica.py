@@ -184,7 +184,7 @@ class LoopReplica(Replica):
     def _outside(self, step: Awaitable[Any]) -> Awaitable[Any]:
         return step
 
-    def _next_part(self, job: Job, parts: AsyncGenerator[Part, None]) -> Awaitable[Part | None]:
+    def _next_part(self, job: Job, parts: AsyncGenerator[Part, None], *, plain: bool) -> Awaitable[Part | None]:
         return anext(parts, None)
 
     async def _between_items(self, job: Job) -> None:

@@ -1,0 +1,127 @@
+"""Stopping user code that runs: an exception raised in it, on the thread that runs it.
+
+The thread on which plain callables run is the main one of its process, and Python runs signal handlers there: at the
+next bytecode, or out of a system call that waits. So whoever hears that nobody wants a call any more sends that thread
+a signal, and the handler raises, if what is to be stopped is still what runs. The signal is SIGURG: hardly any program
+uses it, and one that comes when nobody expects it is ignored, be there a handler or not.
+
+Nothing but user code is struck. Of engine code, only what a backend calls itself, such as handles, which bear that. Nor
+is it struck where an exception would be lost or would leave something broken behind for good: in a finalizer, while a
+module is imported, in logging. It is tried again a moment later then. But what was struck is not struck again: it may
+clean up, for as long as it is given.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+
+from ..config import LONGEST_S
+from ..errors import CallCancelled
+
+__all__ = ["Interrupter"]
+
+_SIGNAL: int | None = getattr(signal, "SIGURG", None)
+_SOON_S = 0.005
+_SELDOM_S = 0.1
+_BELOW_USER_CODE = f"{__package__}.blocking_replica"
+_DELICATE = frozenset(
+    {"_frozen_importlib", "_weakrefset", "importlib._bootstrap", "logging", "logging.handlers", "weakref"}
+)
+
+
+class Interrupter:
+    """Interrupts the user code that one thread runs.
+
+    Attributes:
+        open: What user code runs for and may be struck in; else None. Set by that thread alone, right before it calls
+            user code and right after, with no place in between where Python would run a signal handler.
+    """
+
+    def __init__(self) -> None:
+        self.open: object = None
+        self._thread: int | None = None
+        self._strike: _Strike | None = None
+
+    def take_signals(self) -> None:
+        """Make it work for this thread, if it is the main one and user code has no handler of its own.
+
+        Else `interrupt` does nothing.
+        """
+        if _SIGNAL is None or threading.current_thread() is not threading.main_thread():
+            return
+        if signal.getsignal(_SIGNAL) in (signal.SIG_DFL, signal.SIG_IGN):
+            signal.signal(_SIGNAL, self._on_signal)
+            self._thread = threading.get_ident()
+
+    def interrupt(
+        self, work: object, why: str, *, lasts: Callable[[], bool], grace_s: float | None, outlasted: Callable[[], None]
+    ) -> None:
+        """Raise `errors.CallCancelled` in user code, once (any thread).
+
+        Args:
+            work: What `open` is while the code to be struck runs, be it now or later.
+            why: The message of the exception.
+            lasts: Whether there still is anything to stop. Called on another thread, as is `outlasted`.
+            grace_s: How long it may last, or None for ever.
+            outlasted: Called once it has lasted longer.
+        """
+        earlier = self._strike
+        if self._thread is None or (earlier is not None and earlier.work is work):
+            return
+        strike = self._strike = _Strike(work, why)
+        arguments = strike, lasts, LONGEST_S if grace_s is None else grace_s, outlasted
+        try:
+            threading.Thread(target=self._carry_out, args=arguments, name="engine-interrupt", daemon=True).start()
+        except RuntimeError:  # there are no more threads to be had
+            self._signal()
+
+    def _carry_out(
+        self, strike: _Strike, lasts: Callable[[], bool], grace_s: float, outlasted: Callable[[], None]
+    ) -> None:
+        until = time.monotonic() + grace_s
+        pause_s = _SOON_S
+        while lasts():
+            if not strike.done:
+                self._signal()
+            remaining_s = until - time.monotonic()
+            if remaining_s <= 0:
+                outlasted()
+                return
+            time.sleep(min(pause_s, remaining_s))
+            pause_s = min(2 * pause_s, _SELDOM_S)
+        strike.done = True
+        strike.work = None
+
+    def _signal(self) -> None:
+        assert self._thread is not None and _SIGNAL is not None
+        if signal.getsignal(_SIGNAL) == self._on_signal:  # user code may have taken it away meanwhile
+            signal.pthread_kill(self._thread, _SIGNAL)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        strike = self._strike
+        if strike is None or strike.done or self.open is not strike.work or _is_delicate(frame):
+            return
+        strike.done = True
+        raise CallCancelled(strike.why)
+
+
+class _Strike:
+    def __init__(self, work: object, why: str) -> None:
+        self.work: object = work
+        self.why = why
+        self.done = False
+
+
+def _is_delicate(frame: FrameType | None) -> bool:
+    while frame is not None:
+        module = frame.f_globals.get("__name__")
+        if module == _BELOW_USER_CODE:
+            break
+        if frame.f_code.co_name == "__del__" or module in _DELICATE:
+            return True
+        frame = frame.f_back
+    return False

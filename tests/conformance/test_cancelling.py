@@ -1,0 +1,3 @@
+"""See `engine.testing.conformance.test_cancelling`."""
+
+from engine.testing.conformance.test_cancelling import *

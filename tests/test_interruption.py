@@ -1,0 +1,220 @@
+"""Interrupting what this thread runs: what is struck, what is not, and that nothing else ever is."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import random
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import FakeServiceLoop, outcome, python_call
+
+from engine.config import BackendConfig
+from engine.errors import CallCancelled
+from engine.seam.messages import Cancel
+from engine.serving.blocking_replica import BlockingReplica
+from engine.serving.interruption import Interrupter
+from engine.serving.user_callable import UserCallable
+from engine.testing.fakes import FakeChannel
+from engine.testing.instruments import eventually
+
+pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGURG"), reason="this system has no SIGURG")
+
+
+@pytest.fixture(autouse=True)
+def handler_restored() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGURG)
+    yield
+    signal.signal(signal.SIGURG, before)
+
+
+class Work:
+    """What is to be stopped, until the test says that it has ended."""
+
+    def __init__(self, interrupter: Interrupter) -> None:
+        self.interrupter = interrupter
+        self.lasts = True
+        self.outlasted = threading.Event()
+
+    def interrupt(self, grace_s: float | None = None) -> None:
+        self.interrupter.interrupt(
+            self, "struck", lasts=lambda: self.lasts, grace_s=grace_s, outlasted=self.outlasted.set
+        )
+
+
+@pytest.fixture
+def work() -> Iterator[Work]:
+    interrupter = Interrupter()
+    interrupter.take_signals()
+    work = Work(interrupter)
+    yield work
+    work.lasts = False
+    interrupter.open = None
+    eventually(lambda: not any(thread.name == "engine-interrupt" for thread in threading.enumerate()))
+
+
+def run_long() -> None:
+    time.sleep(20)
+    raise AssertionError("it was not interrupted")
+
+
+def test_what_is_open_is_struck_once(work: Work) -> None:
+    work.interrupter.open = work
+    with pytest.raises(CallCancelled, match="struck"):
+        work.interrupt()
+        run_long()
+    work.interrupt()
+    time.sleep(0.02)
+
+
+def test_what_opens_later_is_struck_then(work: Work) -> None:
+    work.interrupt()
+    work.interrupter.open = "another"
+    time.sleep(0.02)
+    with pytest.raises(CallCancelled):
+        work.interrupter.open = work
+        run_long()
+
+
+class Finalized:
+    def __init__(self, within: Callable[[], None]) -> None:
+        self.within = within
+
+    def __del__(self) -> None:
+        self.within()
+
+
+class Logging(logging.Handler):
+    def __init__(self, within: Callable[[], None]) -> None:
+        super().__init__()
+        self.within = within
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.within()
+
+
+@pytest.mark.parametrize("place", ["a finalizer", "logging", "an import"])
+def test_where_it_would_be_lost_or_break_something(
+    work: Work, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def within() -> None:
+        time.sleep(0.02)
+        seen.append("whole")
+
+    def run() -> None:
+        if place == "a finalizer":
+            Finalized(within)
+        elif place == "logging":
+            Logging(within).handle(logging.makeLogRecord({}))
+        else:
+            importlib.import_module("engine_imports_this")
+            seen.append("whole")
+
+    (tmp_path / "engine_imports_this.py").write_text("import time\ntime.sleep(0.02)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "engine_imports_this", raising=False)
+    work.interrupt()
+    work.interrupter.open = work
+    with pytest.raises(CallCancelled):
+        run()
+        run_long()
+    assert seen == ["whole"]
+
+
+def test_what_outlasts_its_grace_is_told(work: Work) -> None:
+    work.interrupt(0.0)
+    assert work.outlasted.wait(20)
+
+
+def test_a_handler_of_the_users_stays(work: Work) -> None:
+    def theirs(number: int, frame: Any) -> None:
+        raise AssertionError("it was not for them")
+
+    signal.signal(signal.SIGURG, theirs)
+    another = Interrupter()
+    another.take_signals()
+    assert signal.getsignal(signal.SIGURG) is theirs
+    work.interrupter.open = work
+    work.interrupt()
+    time.sleep(0.02)
+
+
+# -- a replica among many cancellations --------------------------------------------------------------------------------
+
+
+class TakingTurns(FakeServiceLoop):
+    """As the real one, gives the turn to others while user code runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turn = threading.Lock()
+        self.turn.acquire()
+
+    def step_out(self) -> None:
+        self.turn.release()
+
+    def step_in(self) -> None:
+        self.turn.acquire()
+
+
+def test_cancellations_at_any_moment_hurt_nobody_else() -> None:
+    struck: set[int] = set()
+
+    def backend(request: Any) -> Any:
+        try:
+            for _ in range(request.data % 7):
+                time.sleep(0)
+            return request.data
+        except CallCancelled:
+            struck.add(request.data)
+            raise
+
+    loop = TakingTurns()
+    replica = BlockingReplica("b", UserCallable("b", backend, (), {}), BackendConfig(), lambda body: None, debug=False)
+    replica.interrupter.take_signals()
+    replica.attach(loop)
+    caller = FakeChannel("caller", replica)
+    cancelled: set[int] = set()
+    over = False
+
+    def cancel() -> None:
+        chance = random.Random(1)
+        while not over:
+            with loop.turn:
+                for job in list(replica._jobs.values()):
+                    if chance.random() < 0.5:
+                        cancelled.add(job.call.id)
+                        caller.answer(Cancel(job.call.id))
+            for _ in range(chance.randrange(300)):
+                pass
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    thread = threading.Thread(target=cancel)
+    thread.start()
+    try:
+        for number in range(1000):
+            caller.answer(python_call(number, number))
+            while replica.run_next() == 0.0:
+                pass
+    finally:
+        over = True
+        sys.setswitchinterval(interval)
+        loop.turn.release()
+        thread.join()
+        replica.close()
+    assert [answer.id for answer in caller.sent] == list(range(1000))
+    for answer in caller.sent:
+        result = outcome(answer)
+        assert result == answer.id or (answer.id in cancelled and "CallCancelled" in str(result)), answer
+    assert struck <= cancelled
+    assert len(struck) > 10
