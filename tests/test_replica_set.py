@@ -199,6 +199,19 @@ def test_a_replica_that_handed_a_call_back_gets_one_at_a_time() -> None:
     assert place(known) == "r1", "it answered so many since that its calls must be short again"
 
 
+def test_a_replica_that_handed_a_call_back_gets_none_while_another_one_is_idle() -> None:
+    """However long ago that was: it may still be at the same call, of another caller, and would keep the next one."""
+    known = make("r1", "r2", limit=8)
+    for slot in (FakeSlot("a"), FakeSlot("b")):
+        known.place(slot, NOW)
+    known.handed_back(known.targets["r1"], 1, NOW)
+    known.answered(known.targets["r2"], 0, NOW)
+    for seconds in range(1, 50):
+        assert place(known, now=NOW + seconds) == "r2"
+        known.answered(known.targets["r2"], 0, NOW + seconds)
+    assert {place(known, now=NOW + 50), place(known, now=NOW + 50)} == {"r1", "r2"}
+
+
 def test_a_call_that_was_handed_back_waits_where_others_are_at_work_if_nobody_is_idle() -> None:
     """It is sent to the same replica again at once, which keeps it now; a second one is not."""
     known = make("r1", limit=8)

@@ -102,7 +102,7 @@ class ReplicaSet:
         self._copy_bytes = 0
         # Every target that may get a call is in one of two lists, so that choosing one takes the same time for any
         # number of them. Those that time alone makes better are noted as well.
-        self._idle: list[Target] = []  # has nothing to do, as far as is known
+        self._idle: list[Target] = []  # has nothing to do, as far as is known, and its calls are short
         self._roomy: list[Target] = []  # has something to do, and room for more
         self._resting: dict[Target, float] = {}  # until when it is blocked, or believed to be at the calls of others
         self._rested_at = math.inf  # when the first of them is to be looked at
@@ -358,7 +358,7 @@ class ReplicaSet:
         elif target.blocked_until:
             pool = None
             self._rest(target, target.blocked_until)
-        elif busy:
+        elif busy or target.slow_for:  # others may be at a long call there, though nothing has been heard of it since
             pool = self._roomy
         elif target.elsewhere:
             pool = self._roomy
