@@ -68,6 +68,10 @@ class BackendConfig:
             `errors.CallCancelled` raised in it; else it runs to its end. Calls of an async one are cancelled always.
         cancel_grace_s: Seconds that such a call may go on, to clean up or because it is in code that cannot be
             interrupted, before its replica is replaced. None never replaces it.
+        max_surge: Replicas that there may be beyond ``num_replicas`` while others take their places (a new version, or
+            recycling), a number or a share such as ``"25%"``, rounded up. With 0, for which there must be a
+            ``max_unavailable``, one ends before another one starts: right where there is no second GPU.
+        max_unavailable: Replicas that may be missing from ``num_replicas`` meanwhile; a share is rounded down.
 
     Raises:
         errors.InvalidArgument: A field has the wrong type or value, at construction or when it is set; or there is no
@@ -85,6 +89,8 @@ class BackendConfig:
     reconfigure_timeout_s: float = 30.0
     cancel_running: bool = True
     cancel_grace_s: float | None = 20.0
+    max_surge: int | str = "100%"
+    max_unavailable: int | str = 0
 
     def __setattr__(self, name: str, value: Any) -> None:
         _known_fields(type(self), "config", {name: value})
@@ -93,6 +99,8 @@ class BackendConfig:
             _check_integer("config", name, value, least, optional=optional)
         elif name == "cancel_running":
             _check_switch("config", name, value)
+        elif name in _SHARES:
+            _check_share("config", name, value)
         elif name != "user_config":
             _check_seconds("config", name, value, optional=name in _ENDLESS)
         super().__setattr__(name, value)
@@ -132,6 +140,9 @@ _COUNTS = {
 """Fields of `BackendConfig` that are integers: the least value, and whether they may be None."""
 _ENDLESS = frozenset({"cancel_grace_s"})
 """Fields of `BackendConfig` that may be None instead of seconds."""
+
+_SHARES = ("max_surge", "max_unavailable")
+"""Fields of `BackendConfig` that are a number of replicas or a percentage of them."""
 
 
 @dataclass(frozen=True)
@@ -223,6 +234,18 @@ def _check_integer(
 def _check_switch(where: str, name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise InvalidArgument(f"{where}: {name} must be True or False, not {value!r}")
+
+
+def _check_share(where: str, name: str, value: object) -> None:
+    if isinstance(value, str):
+        digits = value[:-1]
+        valid = value.endswith("%") and digits.isascii() and digits.isdigit() and int(digits) <= 100
+    else:
+        valid = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    if not valid:
+        raise InvalidArgument(
+            f'{where}: {name} must be a number of replicas of at least 0 or a percentage such as "25%", not {value!r}'
+        )
 
 
 def _check_seconds(where: str, name: str, value: object, *, optional: bool = False) -> None:

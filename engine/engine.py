@@ -33,6 +33,7 @@ from .control.operations import (
     SetTraffic,
     ShadowTraffic,
     Statistics,
+    UpdateBackend,
     UpdateBackendConfig,
 )
 from .control.runner import Runner
@@ -247,9 +248,8 @@ class Engine:
             init_args: For the class.
             config: A dict or `BackendConfig`; see there.
             ray_actor_options: What a replica needs: ``num_cpus``, ``num_gpus``, ``runtime_env={"env_vars": ...}``.
-            replace: If there is a backend of this tag, put this one in its place, with all that is given here. Its
-                replicas serve until the new ones are ready, then finish what they hold; endpoints and traffic stay. If
-                the new ones do not become ready, the former backend stays. Without one of this tag, it is created.
+            replace: If there is a backend of this tag, put this one in its place, as `update_backend` does, but with
+                all that is given here and nothing kept. Without one of this tag, it is created.
             init_kwargs: For the class.
 
         Raises:
@@ -265,22 +265,49 @@ class Engine:
         _check_name(tag, "tag")
         if not isinstance(replace, bool):
             raise InvalidArgument(f"replace must be True or False, not {replace!r}")
-        check_servable(func_or_class)
-        check_init_options(tag, func_or_class, init_kwargs)
-        if (init_args or init_kwargs) and not isinstance(func_or_class, type):
-            kind = "a function" if class_served(func_or_class) is None else "an object, constructed already"
-            raise InvalidArgument(f"backend {tag!r} is {kind}: only a class takes init arguments")
-        plan = BackendPlan(
-            tag=tag,
-            definition=pack_definition(tag, func_or_class, init_args, init_kwargs),
-            config=private_copy(tag, {} if config is None else config),
-            resources=resources_of(ray_actor_options),
-            on_loop=runs_on_loop(func_or_class),
-            batches=accepts_batches(func_or_class),
-            reconfigurable=is_reconfigurable(func_or_class),
-        )
+        plan = _plan(tag, func_or_class, init_args, init_kwargs, config, ray_actor_options)
         plan.check(plan.config)
         self._control(CreateBackend(plan, replace=replace))
+
+    def update_backend(
+        self,
+        tag: str,
+        func_or_class: Callable[..., Any],
+        *init_args: Any,
+        config: BackendConfig | Mapping[str, Any] | None = None,
+        ray_actor_options: Mapping[str, Any] | None = None,
+        **init_kwargs: Any,
+    ) -> None:
+        """Serve something else under a tag, a new version; returns when no replica of the former one is left.
+
+        No call fails of it, and callers need not know: new replicas are ready before old ones leave service, as far as
+        ``max_surge`` and ``max_unavailable`` of the configuration let them, and old ones finish what they hold within
+        ``graceful_shutdown_timeout_s``. Calls that are made after this has returned are answered by the new version.
+
+        If it raises, the former version serves as before; what of it had made room for new replicas is started again.
+
+        Args:
+            tag: The backend.
+            func_or_class: As for `create_backend`.
+            init_args: For the class. None are kept from the former version.
+            config: Fields of the configuration to change; those of a `BackendConfig` that were set in it.
+            ray_actor_options: What a replica needs; None keeps what the former version was given.
+            init_kwargs: For the class.
+
+        Raises:
+            errors.InvalidArgument: The backend is unknown, an argument is wrong, or the new version does not fit the
+                configuration that is kept (a ``user_config`` and no ``reconfigure``, say).
+            errors.NotSerializable: The callable or an argument cannot be pickled; the message says which part.
+            errors.BackendStartError: A new replica died before it was ready, took too long, or several died soon after.
+            errors.ResourcesUnavailable: The resources are not free.
+            BaseException: What the constructor raised, with its traceback as cause.
+        """
+        self._check_open()
+        if self._inert is not None:
+            return self._inert.skip()
+        _check_name(tag, "tag")
+        plan = _plan(tag, func_or_class, init_args, init_kwargs, config, ray_actor_options)
+        self._control(UpdateBackend(plan, keep_resources=ray_actor_options is None))
 
     @overload
     def update_backend_config(self, tag: str, config: BackendConfig | Mapping[str, Any]) -> None: ...
@@ -566,11 +593,12 @@ class Engine:
         """What runs, and what this process's callers counted and hold.
 
         Returns:
-            ``{"backends": {tag: {"state": its state, "replicas": {replica_tag: stage of its life}, "details":
-            {replica_tag: {"state": that stage, "since_s": seconds, "pid": process id or None}}, "failures": replicas in
-            a row, "last_error": text or None, "last_error_s": seconds ago, "queued": calls, "in_flight": calls,
-            "queued_copies": calls, "dropped_copies": calls}}, "endpoints": {name: {"calls": made so far}}, "ingresses":
-            {id: {"node": address, "url": base URL, and what "details" have}}}``.
+            ``{"backends": {tag: {"state": its state, "version": what rules, "replicas": {replica_tag: stage of its
+            life}, "details": {replica_tag: {"state": that stage, "since_s": seconds, "pid": process id or None,
+            "version": what it runs}}, "failures": replicas in a row, "last_error": text or None, "last_error_s":
+            seconds ago, "queued": calls, "in_flight": calls, "queued_copies": calls, "dropped_copies": calls}},
+            "endpoints": {name: {"calls": made so far}}, "ingresses": {id: {"node": address, "url": base URL, and what
+            "details" have but "version"}}}``.
 
             The stages are ``starting``, ``ready`` and ``draining``. A backend is ``starting`` while it has fewer
             replicas than it should, ``failing`` if that is because the last ones died or did not start, ``ready``, or
@@ -684,6 +712,31 @@ class Engine:
             load_server("hypercorn").validate(self._http)
         if self._http.middlewares:
             dumps_by_value(list(self._http.middlewares), "http_options: middlewares")
+
+
+def _plan(
+    tag: str,
+    func_or_class: Any,
+    init_args: tuple[Any, ...],
+    init_kwargs: dict[str, Any],
+    config: BackendConfig | Mapping[str, Any] | None,
+    ray_actor_options: Mapping[str, Any] | None,
+) -> BackendPlan:
+    """A backend from what the user passed; whether it fits its configuration is yet to be checked."""
+    check_servable(func_or_class)
+    check_init_options(tag, func_or_class, init_kwargs)
+    if (init_args or init_kwargs) and not isinstance(func_or_class, type):
+        kind = "a function" if class_served(func_or_class) is None else "an object, constructed already"
+        raise InvalidArgument(f"backend {tag!r} is {kind}: only a class takes init arguments")
+    return BackendPlan(
+        tag=tag,
+        definition=pack_definition(tag, func_or_class, init_args, init_kwargs),
+        config=private_copy(tag, {} if config is None else config),
+        resources=resources_of(ray_actor_options),
+        on_loop=runs_on_loop(func_or_class),
+        batches=accepts_batches(func_or_class),
+        reconfigurable=is_reconfigurable(func_or_class),
+    )
 
 
 def _grace_s(kind: type[BaseException] | None) -> float:

@@ -196,6 +196,10 @@ async def test_what_a_replica_says_of_itself_is_passed_on_while_it_serves(world:
     assert len(world.asked) == 1
 
 
+async def _told() -> None:
+    """Nobody needs to be."""
+
+
 def replicas_of(adapter: FakeAdapter, workers: Workers, *, count: int) -> BackendReplicas:
     plan = BackendPlan(
         tag="b",
@@ -207,4 +211,6 @@ def replicas_of(adapter: FakeAdapter, workers: Workers, *, count: int) -> Backen
         reconfigurable=False,
     )
 
-    return BackendReplicas("e", adapter, workers, plan, debug=False, publish=lambda: 1, announce=lambda: None)
+    return BackendReplicas(
+        "e", adapter, workers, plan, debug=False, publish=lambda: 1, announce=lambda: None, told=_told
+    )

@@ -626,6 +626,35 @@ async def test_what_replaced_a_backend_is_what_the_next_controller_finds(platfor
 
 
 @on_loop
+async def test_a_controller_that_dies_between_two_versions_leaves_the_former_one(platform: Platform) -> None:
+    """The next one takes over what serves of either, and exchanges the new ones again."""
+    one = await platform.controller().started()
+    await one.controller.create_backend(plan("a", num_replicas=3, max_surge=0, max_unavailable=1))
+    start = one.adapter.on_start
+    assert start is not None
+    one.adapter.on_start = lambda spec: None if spec.worker_id == "a#5" else start(spec)  # type: ignore[func-returns-value]
+    updating = asyncio.ensure_future(
+        one.controller.update_backend(plan("a", max_queued_requests=9), keep_resources=True)
+    )
+    await until(lambda: one.replicas("a") == ["a#3", "a#4"])
+    two = await platform.controller().started()
+    assert two.ids(two.adapter.adopted) == ["a#3", "a#4"]
+    await until(lambda: two.replicas("a") == ["a#3", "a#5", "a#6"])
+    there = (await two.controller.statistics([]))["backends"]["a"]
+    assert {one["version"] for one in there["details"].values()} == {there["version"]} == {1}
+    assert (await two.controller.get_backend_config("a")).max_queued_requests == 1000
+    await two.controller.update_backend(plan("a", max_queued_requests=9), keep_resources=True)
+    three = await platform.controller().started()
+    there = (await three.controller.statistics([]))["backends"]["a"]
+    assert [one["version"] for one in there["details"].values()] == [2, 2, 2]
+    assert (there["state"], there["version"]) == ("ready", 2)
+    config = await three.controller.get_backend_config("a")
+    assert (config.num_replicas, config.max_surge, config.max_queued_requests) == (3, 0, 9)
+    updating.cancel()
+    await asyncio.wait([updating])
+
+
+@on_loop
 async def test_an_endpoint_that_was_given_up_while_an_ingress_took_its_time_is_taken_back(platform: Platform) -> None:
     one = await furnished(platform)
     ingress = one.subscribe(ingress=True)
@@ -902,6 +931,7 @@ OPERATIONS: dict[str, operations.Operation[Any] | operations.Stop] = {
     "statistics": operations.Statistics([]),
     "stop": operations.Stop(1.0),
     "create_backend": operations.CreateBackend(plan("b")),
+    "update_backend": operations.UpdateBackend(plan("b"), keep_resources=True),
     "update_backend_config": operations.UpdateBackendConfig("b", {}),
     "delete_backend": operations.DeleteBackend("b", False),
     "create_endpoint": operations.CreateEndpoint(endpoint("e", "b")),

@@ -89,6 +89,7 @@ PRINTED: dict[tuple[str, str], list[list[str]]] = {
     ("docs/testing.md", "The inline and the local adapter"): [["4 passed"]],
     ("docs/testing.md", "Holding calls back"): [["1 passed"]],
     ("docs/traffic.md", "Traffic"): [[]],
+    ("docs/versions.md", "New code under the same tag"): [["first.pt", "second.pt", "no such model", "second.pt", "2"]],
 }
 
 

@@ -95,6 +95,11 @@ def serve_gpu(engine, name, amount):
     return engine.get_handle(name).call()
 
 
+class Broken:
+    def __init__(self):
+        raise ZeroDivisionError
+
+
 def test_whole_gpus_go_to_one_replica_each():
     with Engine(backend=LocalAdapter(gpus=[4, 7]), http_options=HTTP) as engine:
         assert {serve_gpu(engine, "a", 1), serve_gpu(engine, "b", 1)} == {"4", "7"}
@@ -103,6 +108,21 @@ def test_whole_gpus_go_to_one_replica_each():
         engine.delete_endpoint("a")
         engine.delete_backend("a")
         assert serve_gpu(engine, "c", 1) in ("4", "7"), "what a backend had is free again after it"
+
+
+def test_where_no_gpu_is_free_a_new_version_takes_the_place_of_the_old_one():
+    with Engine(backend=LocalAdapter(gpus=[4]), http_options=HTTP) as engine:
+        assert serve_gpu(engine, "a", 1) == "4"
+        handle = engine.get_handle("a")
+        with pytest.raises(errors.ResourcesUnavailable):
+            engine.update_backend("a", lambda request: "new")
+        assert handle.call() == "4"
+        in_place = {"max_surge": 0, "max_unavailable": 1}
+        engine.update_backend("a", lambda request: f"new on {visible_gpus(request)}", config=in_place)
+        assert handle.call() == "new on 4"
+        with pytest.raises(ZeroDivisionError):
+            engine.update_backend("a", Broken)
+        assert handle.call() == "new on 4", "what had made room is there again"
 
 
 def test_several_gpus_for_one_replica():

@@ -52,6 +52,7 @@ class Target:
         "gone",
         "holds",
         "in_flight",
+        "limit",
         "pool",
         "position",
         "replica_set",
@@ -67,6 +68,7 @@ class Target:
         self.channel: Channel | None = None
         self.holds: dict[Slot, None] = {}  # what is in flight
         self.in_flight = 0  # how many that are
+        self.limit = 0  # how many it may hold
         self.elsewhere = 0
         self.elsewhere_at = 0.0
         self.slow_for = 0  # its calls are long: it gets one at a time, until it has answered so many
@@ -131,6 +133,7 @@ class ReplicaSet:
         for key, replica in listed.items():
             if key not in self.targets:
                 self.targets[key] = Target(key, replica.address, self)
+            self.targets[key].limit = self.limit if replica.limit is None else replica.limit
         for target in self.targets.values():
             self._file(target)  # it is new, or the limit is
         return left
@@ -180,7 +183,7 @@ class ReplicaSet:
             return None
         # Those that slow replicas could hold, but better do not, are not among the calls for which there is no place.
         queued = len(self.waiting) - sum(
-            self.limit - target.in_flight
+            target.limit - target.in_flight
             for target in self.targets.values()
             if target.slow_for and not target.blocked_until
         )
@@ -353,7 +356,7 @@ class ReplicaSet:
         """Put a target into the list where it belongs, now that something about it has changed."""
         busy = target.in_flight
         pool: list[Target] | None
-        if target.gone or busy >= self.limit or (busy and target.slow_for):
+        if target.gone or busy >= target.limit or (busy and target.slow_for):
             pool = None
         elif target.blocked_until:
             pool = None

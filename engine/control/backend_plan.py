@@ -13,6 +13,8 @@ from ..seam.serialization import dumps, dumps_by_value
 
 __all__ = ["BackendPlan", "pack_definition"]
 
+_NOTHING = (0, "0%")
+
 
 def pack_definition(tag: str, func_or_class: Any, init_args: tuple[Any, ...], init_kwargs: dict[str, Any]) -> bytes:
     """Pickle what a backend is made of.
@@ -41,6 +43,7 @@ class BackendPlan:
         on_loop: It has an ``async def`` callable.
         batches: It has a callable marked with ``accept_batch``.
         reconfigurable: It has a ``reconfigure`` method.
+        version: Counts what ruled under this tag; a change of the configuration alone is no other version.
     """
 
     tag: str
@@ -50,6 +53,7 @@ class BackendPlan:
     on_loop: bool
     batches: bool
     reconfigurable: bool
+    version: int = 1
 
     def check(self, config: BackendConfig) -> None:
         """Refuse a configuration that this callable cannot honour.
@@ -67,4 +71,9 @@ class BackendPlan:
         if config.user_config is not None and not self.reconfigurable:
             raise InvalidArgument(
                 f"config: user_config of backend {self.tag!r} needs a class with a reconfigure(user_config) method"
+            )
+        if config.max_surge in _NOTHING and config.max_unavailable in _NOTHING:
+            raise InvalidArgument(
+                f"config: max_surge={config.max_surge!r} and max_unavailable={config.max_unavailable!r} of backend "
+                f"{self.tag!r} leave no way to exchange a replica: allow one of them at least 1"
             )

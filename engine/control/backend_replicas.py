@@ -6,14 +6,15 @@ Runs on the controller's loop. Callers learn of nothing here before the controll
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Container
+from collections.abc import Awaitable, Callable, Collection, Container, Sequence
 from dataclasses import replace
 from typing import Any
 
 from ..config import BackendConfig
-from ..errors import InvalidArgument
+from ..errors import BackendStartError, EngineClosed, InvalidArgument
 from ..seam.adapter import Adapter
 from ..seam.error_text import summary_of
 from ..seam.log import Log
@@ -24,6 +25,7 @@ from ..serving.replica_spec import ReplicaSpec
 from .backend_plan import BackendPlan
 from .backoff import backoff_s
 from .checkpoint import KnownBackend, KnownWorker
+from .rollout import Room
 from .workers import Life, Worker, Workers
 
 __all__ = ["BackendReplicas"]
@@ -37,6 +39,8 @@ _KEPT_DEAD = 100
 """Deaths that callers are told of: far more than happen between two snapshots that a caller gets."""
 _HOPELESS_AFTER = 3
 """Failures in a row after which callers are told that there is no replica, rather than left waiting for one."""
+_UNSTABLE_AFTER = 3
+"""Replicas of a new version that died while it took over after which it is taken for one that does not start."""
 
 
 class BackendReplicas:
@@ -50,9 +54,10 @@ class BackendReplicas:
         debug: Whether they send tracebacks to HTTP clients.
         publish: Keeps what there is and lets callers know, or raises.
         announce: Lets callers know come what may: of what has happened and cannot be taken back.
+        told: Waits, for a moment at most, until callers have learnt what was published.
 
     Attributes:
-        plan: What rules now.
+        plan: What rules now. While another version takes over, that is still the former one.
         lock: Held by whoever starts, configures or removes replicas.
         running: The replicas in service, oldest first.
         live: It was created: replicas that die are replaced.
@@ -69,6 +74,7 @@ class BackendReplicas:
         debug: bool,
         publish: Callable[[], int],
         announce: Callable[[], None],
+        told: Callable[[], Awaitable[Any]],
     ) -> None:
         self._engine_id = engine_id
         self._adapter = adapter
@@ -76,6 +82,7 @@ class BackendReplicas:
         self._debug = debug
         self._publish = publish
         self._announce = announce
+        self._told = told
         self._started = 0  # numbers the replicas
         self._failures = 0  # replicas in a row that did not start, or died soon
         self._last_error: str | None = None  # what became of the last one that failed or died
@@ -84,6 +91,7 @@ class BackendReplicas:
         self._dead: deque[str] = deque(maxlen=_KEPT_DEAD)  # ids of the last ones
         self._starting: set[str] = set()  # ids of those that are not ready yet
         self._leaving: set[Worker] = set()  # out of service, and not gone yet
+        self._arriving: BackendPlan | None = None  # what takes over
         self._dismissals: set[asyncio.Task[None]] = set()  # the loop itself holds tasks weakly
         self._replaced: set[Worker] = set()  # in service until another one is there
         self.plan = plan
@@ -108,7 +116,7 @@ class BackendReplicas:
         """The backend as callers are to see it."""
         return BackendEntry(
             self.plan.tag,
-            tuple(ReplicaEntry(one.spec.worker_id, one.address) for one in self.running if one.life is Life.READY),
+            tuple(self._replica_entry(one) for one in self.running if one.life is Life.READY),
             self.config.concurrency(on_loop=self.plan.on_loop),
             self.config.max_queued_requests,
             expecting=self._failures < _HOPELESS_AFTER,
@@ -116,9 +124,16 @@ class BackendReplicas:
             dead=tuple(self._dead),
         )
 
+    def _replica_entry(self, worker: Worker) -> ReplicaEntry:
+        limit = None
+        arriving = self._arriving
+        if arriving is not None and worker.version == arriving.version != self.plan.version:
+            limit = arriving.config.concurrency(on_loop=arriving.on_loop)
+        return ReplicaEntry(worker.spec.worker_id, worker.address, limit)
+
     def known(self) -> KnownBackend:
         """The backend as the next controller is to find it."""
-        running = tuple(KnownWorker(one.spec.worker_id, one.spec.name, None) for one in self.running)
+        running = tuple(KnownWorker(one.spec.worker_id, one.spec.name, None, one.version) for one in self.running)
         return KnownBackend(self.plan, self._started, running)
 
     @property
@@ -136,11 +151,14 @@ class BackendReplicas:
         workers = {one.spec.worker_id: one for one in [*starting, *self.all_ready()]}
         return {
             "state": self.state,
+            "version": self.plan.version,
             "failures": self._failures,
             "last_error": self._last_error,
             "last_error_s": time.monotonic() - self._failed_at if self._last_error is not None else None,
             "replicas": {worker_id: worker.life.value for worker_id, worker in workers.items()},
-            "details": {worker_id: worker.describe() for worker_id, worker in workers.items()},
+            "details": {
+                worker_id: {**worker.describe(), "version": worker.version} for worker_id, worker in workers.items()
+            },
         }
 
     # -- changes of what is wanted -------------------------------------------------------------------------------------
@@ -161,38 +179,150 @@ class BackendReplicas:
             await self.end(self.running, at_once=True)
             raise
 
-    async def replace(self, plan: BackendPlan) -> list[Worker]:
-        """Run something else: first its replicas are started, then they take the places of those that run.
+    async def amend(self, given: BackendPlan, *, keep_resources: bool) -> None:
+        """Run something else, and keep of the former plan what ``given`` leaves open.
 
-        Returns:
-            The former replicas. They are out of service, and the caller's to end.
+        Args:
+            given: The new plan, but its configuration has just the fields that change.
+            keep_resources: Whether a replica needs what one of the former version did.
+
+        Raises:
+            InvalidArgument: What is given does not fit the configuration.
+            BaseException: See `replace`.
+        """
+        resources = self.plan.resources if keep_resources else given.resources
+        plan = replace(given, config=self.config.updated(given.config), resources=resources)
+        plan.check(plan.config)
+        await self.replace(plan)
+
+    async def replace(self, plan: BackendPlan) -> None:
+        """Run something else: in steps as `Room` allows, its replicas take the places of those that run.
+
+        It rules once none of the former version is in service; should the controller die before, the next one returns
+        to that. Returns when the former replicas have ended.
 
         Raises:
             BaseException: What a new replica's constructor raised, why it did not become ready, or why the store does
-                not keep the change. Then all is as before.
+                not keep the change. Then all is as before; former replicas that had made room are started again.
         """
-        started = await self._start(plan, plan.config.num_replicas)
-        before = self.plan, self.running, self._failures
-        self.plan, self.running, self._failures = plan, started, 0
+        failures = self._failures
+        departures: list[asyncio.Task[None]] = []
         try:
-            self._publish()
+            await self._roll(replace(plan, version=self.plan.version + 1), self._publish, departures)
+        except BaseException:
+            self._failures = failures
+            if departures or self.outdated:
+                await self._settle()
+            raise
+        await asyncio.shield(asyncio.gather(*departures))
+
+    @property
+    def outdated(self) -> bool:
+        """Whether there are replicas in service that run another version than the one that rules."""
+        return any(worker.version != self.plan.version for worker in self.running)
+
+    @property
+    def due(self) -> bool:
+        """Whether there are replicas in service that others are to take the places of."""
+        return any(self._is_due(worker, self.plan) for worker in self.running)
+
+    def _is_due(self, worker: Worker, plan: BackendPlan) -> bool:
+        return worker.version != plan.version or worker in self._replaced
+
+    async def renew(self) -> None:
+        """Exchange the replicas that are due; if others do not start, they go on until some do."""
+        for failed in itertools.count():
+            if failed:
+                await asyncio.sleep(backoff_s(failed))
+            async with self.lock:
+                if self.deleted or not self.due or await self._settle():
+                    return
+
+    async def _settle(self) -> bool:
+        """Exchange the replicas that are due; returns whether that is done. Why one did not start is logged."""
+        try:
+            await self._roll(self.plan, self._announce, [])
+        except EngineClosed:
+            return False
+        except Exception as error:
+            if not self.deleted:
+                self._note(summary_of(error))
+                self._log_failure(error)
+            return False
+        return True
+
+    async def _roll(self, plan: BackendPlan, publish: Callable[[], Any], departures: list[asyncio.Task[None]]) -> None:
+        """Exchange the replicas that do not run this version, or are due anyway, for some that do; then it rules.
+
+        Args:
+            plan: What is to rule.
+            publish: Keeps each step and lets callers know.
+            departures: Gets the ends of those that were taken out of service. They finish what they hold meanwhile.
+
+        Raises:
+            BaseException: Why a replica did not start, or why the store does not keep a step. The steps before stay.
+        """
+        versions = plan is not self.plan or self.outdated
+        room = Room.between(self.config, plan.config) if versions else Room.for_few(plan.config)
+        arrived: set[Worker] = set()
+        begun = 0
+        self._arriving = plan
+        try:
+            while self.plan is not plan or self.due or self.missing > 0:
+                if begun - len(arrived.intersection(self.running)) >= _UNSTABLE_AFTER:
+                    raise BackendStartError(
+                        f"backend {plan.tag!r}: replicas of the new version end soon after they are ready; the last "
+                        f"one: {self._last_error}"
+                    )
+                old, new = self._apart(self.running, plan)
+                count = room.to_start(len(old), len(new), sum(one.life is not Life.GONE for one in self._leaving))
+                started = await self._start(plan, count)
+                begun += count
+                arrived.update(started)
+                old, new = self._apart([*self.running, *started], plan)  # some may have died meanwhile
+                going = old[: room.to_let_go(len(old), len(new))]
+                if not count and not going:
+                    await asyncio.wait(self._dismissals, return_when=asyncio.FIRST_COMPLETED)
+                    continue
+                await self._step(plan, [*old[len(going) :], *new], started, publish)
+                departures += self._let_go(going)
+                self._replaced.difference_update(going)
+        finally:
+            self._arriving = None
+
+    def _apart(self, running: Sequence[Worker], plan: BackendPlan) -> tuple[list[Worker], list[Worker]]:
+        """Those that are due and those that stay; of each the oldest first."""
+        alive = [worker for worker in running if worker.life is not Life.GONE]
+        due = [worker for worker in alive if self._is_due(worker, plan)]
+        return due, [worker for worker in alive if worker not in due]
+
+    async def _step(
+        self, plan: BackendPlan, running: list[Worker], started: list[Worker], publish: Callable[[], Any]
+    ) -> None:
+        """Let these replicas be in service, and this plan rule if all of them run it.
+
+        Raises:
+            BaseException: Why the store does not keep that. Then those that were started for it are gone.
+        """
+        before = self.plan, self.running, self._failures
+        self.running = running
+        if len(running) >= plan.config.num_replicas and not any(self._is_due(one, plan) for one in running):
+            self.plan, self._failures = plan, 0
+        try:
+            publish()
         except BaseException:
             self.plan, self.running, self._failures = before
             await self.end(started, at_once=True)
             raise
-        return before[1]
 
-    async def update(self, changes: Any) -> list[Worker]:
-        """Change the configuration.
+    async def update(self, changes: Any) -> None:
+        """Change the configuration; returns when the replicas that are too many then have ended.
 
         If ``reconfigure`` raises in some replicas, the others return to the former configuration, which rules. If a new
         replica does not start, all of the change rules but the number of replicas. If the store does not keep the
         change, nothing of it rules. A replica that refuses to return is replaced, and so is one that takes longer than
         ``reconfigure_timeout_s``. If the one in its place does not start, nothing of the change rules; nor does it if
         whoever asked for it gives it up.
-
-        Returns:
-            The replicas that are too many now. They are out of service, and the caller's to end.
 
         Raises:
             InvalidArgument: The change is not valid.
@@ -233,7 +363,7 @@ class BackendReplicas:
             raise
         if failure is not None:
             raise failure
-        return running[plan.config.num_replicas :]
+        await asyncio.shield(asyncio.gather(*self._let_go(running[plan.config.num_replicas :])))
 
     async def _return_from(self, taken: BackendConfig, but: Container[Worker] = ()) -> None:
         """Have the replicas, but for some, return from a configuration that does not rule to the one that does."""
@@ -257,7 +387,12 @@ class BackendReplicas:
         told = after if changed else after.updated({"user_config": None})
         packed = dumps(told, f"config: user_config of backend {self.plan.tag!r}")
         timeout_s = after.reconfigure_timeout_s
-        replicas = [worker for worker in self.running if worker.life is Life.READY and worker not in but]
+        rules = self.plan.version  # others, which an exchange that was broken off has left, are about to go
+        replicas = [
+            worker
+            for worker in self.running
+            if worker.life is Life.READY and worker not in but and worker.version == rules
+        ]
         outcomes = await asyncio.gather(
             *[self._workers.reconfigure(worker, packed, timeout_s, user_config_changed=changed) for worker in replicas],
             return_exceptions=True,  # the next operation may only begin when all have answered
@@ -280,8 +415,11 @@ class BackendReplicas:
         self._started = known.started
         self.live = True
         resources = self.plan.resources
-        specs = [WorkerSpec(one.worker_id, one.name, _ENTRY, b"", resources=resources) for one in known.running]
-        workers = await asyncio.gather(*[self._workers.adopt(spec) for spec in specs])
+        specs = [
+            (WorkerSpec(one.worker_id, one.name, _ENTRY, b"", resources=resources), one.version)
+            for one in known.running
+        ]
+        workers = await asyncio.gather(*[self._workers.adopt(*one) for one in specs])
         self.running = [one for one in workers if one.life is Life.READY]
         self._dead += [one.spec.worker_id for one in workers if one.life is not Life.READY]
 
@@ -338,7 +476,7 @@ class BackendReplicas:
         )
         self._starting.add(replica_tag)
         try:
-            return await self._workers.start(worker_spec, plan.config.start_timeout_s)
+            return await self._workers.start(worker_spec, plan.config.start_timeout_s, plan.version)
         finally:
             self._starting.discard(replica_tag)
 
@@ -350,9 +488,25 @@ class BackendReplicas:
         if leaving:
             self.running = [worker for worker in self.running if worker not in leaving]
             self._announce()
-            task = asyncio.get_running_loop().create_task(self.end(list(leaving), at_once=at_once))
+            self._let_go(leaving, at_once=at_once)
+
+    def _let_go(self, leaving: Collection[Worker], *, at_once: bool = False) -> list[asyncio.Task[None]]:
+        """End replicas that were published to be out of service, also if whoever waits for that is interrupted.
+
+        Returns:
+            What ends each of them.
+        """
+        self._leaving.update(leaving)
+        tasks = [asyncio.get_running_loop().create_task(self._see_off(one, at_once=at_once)) for one in leaving]
+        for task in tasks:
             self._dismissals.add(task)
             task.add_done_callback(self._dismissals.discard)
+        return tasks
+
+    async def _see_off(self, worker: Worker, *, at_once: bool) -> None:
+        if not at_once:
+            await self._told()
+        await self.end([worker], at_once=at_once)
 
     async def kill_all(self) -> None:
         """End every replica at once, whatever stage it is in: whoever waits for one of them hears that it is gone."""
@@ -389,6 +543,7 @@ class BackendReplicas:
         if worker not in self.running:
             return False
         self.running.remove(worker)
+        self._replaced.discard(worker)
         self._dead.append(worker.spec.worker_id)
         lived = time.monotonic() - worker.ready_at
         _logger.warning("%s %s after %.1f s; replacing it", worker.spec.name, worker.exit_reason, lived)
@@ -408,8 +563,7 @@ class BackendReplicas:
         """
         if worker not in self.running or worker in self._replaced:
             return
-        self._last_error = f"{worker.spec.name} {reason}"
-        self._failed_at = time.monotonic()
+        self._note(f"{worker.spec.name} {reason}")
         _logger.warning("%s; replacing it", self._last_error)
         if at_once:
             self._dead.append(worker.spec.worker_id)
@@ -417,29 +571,15 @@ class BackendReplicas:
             await self.refill()
             return
         self._replaced.add(worker)
-        try:
-            async with self.lock:
-                await self._swap(worker)
-        finally:
-            self._replaced.discard(worker)
-
-    async def _swap(self, worker: Worker) -> None:
-        if self.deleted or worker not in self.running:
-            return
-        try:
-            self.running += await self._start(self.plan, 1)
-        except Exception as error:
-            if not self.deleted:
-                self._log_failure(error)
-            return
-        # It may have died meanwhile, and then its place is the new one's. If the new one did, it stays.
-        if worker in self.running and self.missing < 0:
-            self._dismiss([worker])
-        else:
-            self._announce()
+        async with self.lock:
+            if worker in self._replaced and not self.deleted and not await self._settle():
+                self._replaced.discard(worker)  # until it asks again
 
     def _failed(self, what: str) -> None:
         self._failures += 1
+        self._note(what)
+
+    def _note(self, what: str) -> None:
         self._last_error = what
         self._failed_at = time.monotonic()
 

@@ -25,11 +25,12 @@ _VERSION_GAP = 1000
 
 
 class KnownWorker(NamedTuple):
-    """A worker that was started and had not exited."""
+    """A worker that was started and had not exited; ``version`` is that of what it runs, if it is a replica."""
 
     worker_id: str
     name: str
     node_id: str | None
+    version: int = 1
 
 
 class KnownBackend(NamedTuple):

@@ -193,6 +193,16 @@ class Controller:
                 raise
             self._refill(backend)
 
+    async def update_backend(self, plan: BackendPlan, *, keep_resources: bool) -> None:
+        """Have a backend run something else; see `engine.control.backend_replicas.BackendReplicas.amend`.
+
+        Raises:
+            InvalidArgument: The backend is unknown, or its configuration does not fit.
+            BaseException: Why a replica did not become ready, or why the store does not keep it. Then all is as before.
+        """
+        backend = self._backend(plan.tag)
+        await self._change(backend, backend.amend(plan, keep_resources=keep_resources))
+
     async def update_backend_config(self, tag: str, changes: Any) -> None:
         """Change a backend's configuration; the change rules once this returns.
 
@@ -336,6 +346,7 @@ class Controller:
             debug=self._http.debug,
             publish=self._publish,
             announce=self._publish_anyway,
+            told=self._callers_told,
         )
 
     def _backend(self, tag: str) -> BackendReplicas:
@@ -371,22 +382,21 @@ class Controller:
             self._backend(tag)
         return endpoints
 
-    async def _change(self, backend: BackendReplicas, change: Coroutine[Any, Any, list[Worker]]) -> None:
-        """Change a backend, and end the replicas that go out of service by that."""
+    async def _change(self, backend: BackendReplicas, change: Coroutine[Any, Any, None]) -> None:
+        """Change a backend, unless it is deleted."""
         tag = backend.plan.tag
         with closing(change):  # it may never begin
             async with backend.lock:
                 if self._backend(tag) is not backend:  # it may have been deleted meanwhile
                     raise InvalidArgument(f"backend {tag!r} was deleted meanwhile")
                 try:
-                    leaving = await change
+                    await change
                 except EngineError as error:
                     if self._backends.get(tag) is not backend:
                         raise InvalidArgument(f"backend {tag!r} was deleted meanwhile") from error
                     raise
                 finally:
                     self._refill(backend)
-                await self._see_through(self._end_replicas(backend, leaving))
 
     # -- changes -------------------------------------------------------------------------------------------------------
 
@@ -436,8 +446,11 @@ class Controller:
     async def _end_replicas(self, backend: BackendReplicas, leaving: list[Worker], *, at_once: bool = False) -> None:
         """End replicas that were published to be out of service."""
         if leaving and not at_once:
-            await self._publisher.applied(self._publisher.version, _LEFT_ALONE_TIMEOUT_S, ingress_only=False)
+            await self._callers_told()
         await backend.end(leaving, at_once=at_once)
+
+    async def _callers_told(self) -> None:
+        await self._publisher.applied(self._publisher.version, _LEFT_ALONE_TIMEOUT_S, ingress_only=False)
 
     async def _see_through(self, ending: Coroutine[Any, Any, None]) -> None:
         """Wait for what goes on also when whoever waits is interrupted: nobody else would end those replicas."""
@@ -470,8 +483,12 @@ class Controller:
                 self._spawn(backend.replace_one(worker, told.reason, at_once=told.hung))
 
     def _refill(self, backend: BackendReplicas) -> None:
-        if backend.missing > 0 and not self._closing:
+        if self._closing:
+            return
+        if backend.missing > 0:
             self._spawn(backend.refill())
+        if backend.due:
+            self._spawn(backend.renew())
 
     async def _refill_ingresses(self) -> None:
         await self._ingresses.complete()

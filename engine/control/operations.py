@@ -36,6 +36,7 @@ __all__ = [
     "ShadowTraffic",
     "Statistics",
     "Stop",
+    "UpdateBackend",
     "UpdateBackendConfig",
 ]
 
@@ -61,6 +62,18 @@ class CreateBackend:
     async def perform(self, controller: Controller) -> None:
         """See `Operation.perform`."""
         await controller.create_backend(self.plan, replace=self.replace)
+
+
+class UpdateBackend:
+    """See `Controller.update_backend`."""
+
+    def __init__(self, plan: BackendPlan, *, keep_resources: bool) -> None:
+        self.plan = plan
+        self.keep_resources = keep_resources
+
+    async def perform(self, controller: Controller) -> None:
+        """See `Operation.perform`."""
+        await controller.update_backend(self.plan, keep_resources=self.keep_resources)
 
 
 class UpdateBackendConfig:

@@ -70,10 +70,12 @@ class Worker:
         exit_reason: How it ended.
         fault: For what it was ended, as a phrase for people; empty if it was not, or not for a fault of its own.
         drained: It said that it holds no call any more.
+        version: Of what it runs, if it is a replica.
     """
 
-    def __init__(self, spec: WorkerSpec) -> None:
+    def __init__(self, spec: WorkerSpec, version: int = 1) -> None:
         self.spec = spec
+        self.version = version
         self.life = Life.STARTING
         self.watched = False
         self.address = ""
@@ -138,7 +140,7 @@ class Workers:
         """A worker that has not exited."""
         return self._by_id.get(worker_id)
 
-    async def start(self, spec: WorkerSpec, timeout_s: float) -> Worker:
+    async def start(self, spec: WorkerSpec, timeout_s: float, version: int = 1) -> Worker:
         """Start a worker and wait until it is ready. If it does not become ready, nothing of it is left.
 
         Raises:
@@ -148,7 +150,7 @@ class Workers:
         """
         if self._closed:
             raise _closed_error()
-        worker = self._by_id[spec.worker_id] = Worker(spec)
+        worker = self._by_id[spec.worker_id] = Worker(spec, version)
         try:
             await done_by(self._adapter, "start_worker", spec)
         except BaseException:
@@ -180,9 +182,9 @@ class Workers:
             raise BackendStartError(f"{spec.name} {worker.exit_reason} as soon as it was ready{_tail(worker)}")
         return worker
 
-    async def adopt(self, spec: WorkerSpec) -> Worker:
+    async def adopt(self, spec: WorkerSpec, version: int = 1) -> Worker:
         """Take over a worker of a former controller; returns it once it has come back, or is certain not to."""
-        worker = self._by_id[spec.worker_id] = Worker(spec)
+        worker = self._by_id[spec.worker_id] = Worker(spec, version)
         worker.watched = True
         assert isinstance(self._adapter, KeepsState)  # as whoever knows of former workers does
         await done_by(self._adapter, "adopt_worker", spec)

@@ -17,10 +17,13 @@ class ReplicaEntry:
     Attributes:
         replica_tag: Unique within the engine, e.g. ``"model#3"``.
         address: For `Connector.open_channel`.
+        limit: Calls that this one holds at once, where that is not the backend's ``max_concurrent_queries``: it runs
+            another version.
     """
 
     replica_tag: str
     address: str
+    limit: int | None = None
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,6 @@ from ..instruments import PATIENCE_S
 
 __all__ = ["Load"]
 
-_THREADS = 3
-
 
 class Load:
     """Some threads call again and again while the ``with`` block runs; each stops at its first failure.
@@ -23,7 +21,10 @@ class Load:
     Attributes:
         answers: What all of them were answered so far, in order.
         failures: What was raised instead.
+        THREADS: How many there are, each with one call at a time.
     """
+
+    THREADS = 3
 
     def __init__(self, call: Callable[[], Any]) -> None:
         self.answers: list[Any] = []
@@ -31,7 +32,7 @@ class Load:
         self._call = call
         self._stop = threading.Event()
         # Daemons: a call that hangs fails its test, and must not keep the interpreter from ending.
-        self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(_THREADS)]
+        self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(self.THREADS)]
 
     def __enter__(self) -> Load:
         """Begin."""

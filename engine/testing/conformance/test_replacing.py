@@ -1,4 +1,4 @@
-"""``create_backend(..., replace=True)``: other code under the same tag, and no call lost."""
+"""Other code under the same tag, by `update_backend` or ``create_backend(..., replace=True)``, and no call lost."""
 
 from __future__ import annotations
 
@@ -34,6 +34,21 @@ class Configured:
 class Broken:
     def __init__(self):
         raise LookupError("no model")
+
+
+class Sync:
+    def __init__(self, version, fails=False):
+        self.version = version
+        if fails:
+            raise LookupError("no model")
+
+    def __call__(self, request):
+        return self.version
+
+
+class Async(Sync):
+    async def __call__(self, request):
+        return self.version
 
 
 def test_no_call_is_lost(engine, serve):
@@ -118,3 +133,69 @@ def test_an_engine_stays_where_it_was_created(engine, serve):
             return str(error)
 
     assert "in the program that has the engine" in serve(controls, route=None).call()
+
+
+# -- update_backend --------------------------------------------------------------------------------------------------
+
+STEPS = [
+    pytest.param({"max_surge": 1}, id="one more at a time"),
+    pytest.param({"max_surge": 0, "max_unavailable": 1}, id="in the place of another"),
+]
+
+
+@pytest.mark.parametrize("steps", STEPS)
+def test_versions_follow_each_other_under_load(engine, serve, steps):
+    """Sync and async ones, with other limits, and a broken one: no call fails, none goes back to a former version."""
+    served = serve(Sync, 1, config={"num_replicas": 2, **steps}, route=None)
+    with Load(served.handle.call) as load:
+        eventually(lambda: len(load.answers) > 10)
+        engine.update_backend(served.tag, Async, 2)
+        second = len(load.answers)
+        assert served.call() == 2
+        with pytest.raises(LookupError, match="no model"):
+            engine.update_backend(served.tag, Sync, 3, fails=True)
+        broken = len(load.answers)
+        eventually(lambda: len(load.answers) > broken + 10)
+        engine.update_backend(served.tag, Sync, version=4, config={"max_concurrent_queries": 1})
+        fourth = len(load.answers)
+        assert served.call() == 4
+        eventually(lambda: len(load.answers) > fourth + 10)
+    assert load.failures == []
+    for since, until, version in [(second, broken, 2), (fourth, None, 4)]:
+        others = [answer for answer in load.answers[since:until] if answer != version]
+        assert len(others) <= Load.THREADS, others  # each had asked before
+    there = engine.statistics()["backends"][served.tag]
+    assert (there["state"], there["version"]) == ("ready", 3)
+    assert [one["version"] for one in there["details"].values()] == [3, 3]
+
+
+def test_an_update_keeps_the_configuration_but_for_what_it_changes(engine, serve):
+    served = serve(Configured, "first", config={"user_config": 1, "max_queued_requests": 7}, route=None)
+    engine.update_backend(served.tag, Configured, "second")
+    assert served.call() == ("second", 1, f"{served.tag}#2")
+    engine.update_backend(served.tag, Configured, name="third", config={"user_config": 2, "num_replicas": 2})
+    assert served.call()[:2] == ("third", 2)
+    config = engine.get_backend_config(served.tag)
+    assert (config.max_queued_requests, config.num_replicas, config.user_config) == (7, 2, 2)
+    engine.update_backend_config(served.tag, {"user_config": 3})
+    assert served.call()[:2] == ("third", 3)
+
+
+def test_what_does_not_fit_is_refused_and_changes_nothing(engine, serve):
+    served = serve(Configured, "first", config={"user_config": 1}, route=None)
+    for arguments, options, message in [
+        (("unknown", old), {}, "there is no backend 'unknown'"),
+        ((served.tag, old), {}, "user_config.* needs a class with a reconfigure"),
+        ((served.tag, old, 1), {}, "only a class takes init arguments"),
+        ((served.tag, Configured, 1), {"config": {"max_batch_size": 2}}, "needs a callable that takes a list"),
+        ((served.tag, Configured, 1), {"config": {"max_surge": "half"}}, 'max_surge must be .* such as "25%"'),
+        ((served.tag, Configured, 1), {"config": {"max_surge": 0}}, "leave no way to exchange a replica"),
+        ((served.tag, Configured, 1), {"num_replicas": 2}, "num_replicas is no argument of Configured, but belongs"),
+    ]:
+        with pytest.raises(errors.InvalidArgument, match=message):
+            engine.update_backend(*arguments, **options)
+    with pytest.raises(errors.NotSerializable, match="init argument 0"):
+        engine.update_backend(served.tag, Configured, (one for one in "generator"))
+    assert served.call() == ("first", 1, f"{served.tag}#1")
+    engine.update_backend(served.tag, old, config={"user_config": None})
+    assert served.call() == "old"

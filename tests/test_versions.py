@@ -1,0 +1,262 @@
+"""The versions of one backend, one after the other, on an adapter that does what the test says."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from fakes import until
+
+from engine.config import BackendConfig
+from engine.control.backend_plan import BackendPlan, pack_definition
+from engine.control.backend_replicas import BackendReplicas
+from engine.control.workers import Worker, Workers
+from engine.errors import BackendStartError
+from engine.seam.control_messages import Drain, Ready, StartFailed
+from engine.seam.resources import Resources
+from engine.seam.serialization import pack_exception
+from engine.seam.worker import WorkerExit, WorkerSpec
+from engine.testing.fakes import FakeAdapter
+
+
+def ok(request: object) -> str:
+    return "ok"
+
+
+class Fleet:
+    """Replicas of backend ``b`` that start and leave when the test says so; `log` tells what happened to them."""
+
+    def __init__(self, count: int, **config: Any) -> None:
+        self.log: list[str] = []
+        self.broken: set[str] = set()  # names of those that do not start
+        self.fragile: set[str] = set()  # names of those that die as soon as they are in service
+        self.leave_at_once = True
+        self.kept_from_publishing = False
+        self.adapter = FakeAdapter(on_start=self._start, on_tell=self._tell, on_kill=self._end)
+        self.workers = Workers(self.adapter, self._lost)
+        self.backend = replicas_of(self.adapter, self.workers, count=count, publish=self._publish, **config)
+
+    def _soon(self, call: Callable[..., Any], *args: Any) -> None:
+        asyncio.get_running_loop().call_soon(call, *args)
+
+    def _start(self, spec: WorkerSpec) -> None:
+        self.log.append(f"+{spec.worker_id}")
+        if spec.worker_id in self.broken:
+            self._soon(self.workers.worker_said, spec.worker_id, StartFailed(pack_exception(LookupError("no model"))))
+        else:
+            self._soon(self.workers.worker_said, spec.worker_id, Ready(f"fake:{spec.worker_id}"))
+
+    def _tell(self, worker_id: str, body: object) -> None:
+        if isinstance(body, Drain):
+            self.log.append(f"-{worker_id}")
+            if self.leave_at_once:
+                self._end(worker_id)
+
+    def _end(self, worker_id: str) -> None:
+        self._soon(self.workers.worker_exited, WorkerExit(worker_id, "left"))
+
+    def _lost(self, worker: Worker) -> None:
+        assert self.backend.lost(worker)
+
+    def _publish(self) -> int:
+        if self.kept_from_publishing:
+            raise ConnectionError("the store is away")
+        self.log.append(" ".join(self.serving) or "none")
+        for name in self.fragile.intersection(self.serving):
+            self._end(name)
+        return 1
+
+    @property
+    def serving(self) -> list[str]:
+        return [one.replica_tag for one in self.backend.entry().replicas]
+
+    @property
+    def versions(self) -> list[int]:
+        return [one.version for one in self.backend.running]
+
+    async def replace(self, count: int, **config: Any) -> None:
+        self.log.clear()
+        async with self.backend.lock:
+            await self.backend.replace(plan_of(count, **config))
+
+
+def in_fleet(count: int, **config: Any) -> Callable[[Callable[[Fleet], Coroutine[Any, Any, None]]], Callable[[], None]]:
+    """Run a test on a loop of its own, with replicas that are in service."""
+
+    def decorate(test: Callable[[Fleet], Coroutine[Any, Any, None]]) -> Callable[[], None]:
+        async def main() -> None:
+            fleet = Fleet(count, **config)
+            await fleet.backend.create()
+            await test(fleet)
+
+        def run() -> None:
+            asyncio.run(asyncio.wait_for(main(), 20))
+
+        run.__name__ = test.__name__
+        run.__doc__ = test.__doc__
+        return run
+
+    return decorate
+
+
+@in_fleet(2)
+async def test_all_new_ones_are_ready_before_an_old_one_leaves(fleet: Fleet) -> None:
+    await fleet.replace(2)
+    assert fleet.log == ["+b#3", "+b#4", "b#3 b#4", "-b#1", "-b#2"]
+    assert fleet.backend.plan.version == 2
+    assert fleet.versions == [2, 2]
+
+
+@in_fleet(3, max_surge=1)
+async def test_with_one_more_at_a_time_they_are_exchanged_one_by_one(fleet: Fleet) -> None:
+    await fleet.replace(3, max_surge=1)
+    assert [entry for entry in fleet.log if entry[0] == "b"] == ["b#2 b#3 b#4", "b#3 b#4 b#5", "b#4 b#5 b#6"]
+    assert [entry for entry in fleet.log if entry[0] != "b"] == ["+b#4", "-b#1", "+b#5", "-b#2", "+b#6", "-b#3"]
+
+
+@in_fleet(2, max_surge=0, max_unavailable=1)
+async def test_where_there_is_no_room_one_ends_before_another_starts(fleet: Fleet) -> None:
+    fleet.leave_at_once = False
+    replacing = asyncio.ensure_future(fleet.replace(2, max_surge=0, max_unavailable=1))
+    await until(lambda: fleet.log == ["b#2", "-b#1"])
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert fleet.log == ["b#2", "-b#1"]  # it has not ended
+    fleet._end("b#1")
+    await until(lambda: fleet.log[2:] == ["+b#3", "b#3", "-b#2"])
+    assert fleet.backend.plan.version == 1
+    fleet._end("b#2")
+    await replacing
+    assert fleet.log[5:] == ["+b#4", "b#3 b#4"]
+    assert fleet.backend.plan.version == 2
+
+
+@pytest.mark.parametrize("how", ["does not start", "is not kept", "is given up"])
+def test_what_fails_half_way_is_rolled_back_and_what_made_room_is_started_again(how: str) -> None:
+    """With as many in service as ever: what of the new version serves already does so until it is exchanged again."""
+
+    @in_fleet(3, max_surge=0, max_unavailable=1)
+    async def check(fleet: Fleet) -> None:
+        if how == "does not start":
+            fleet.broken = {"b#5"}
+            with pytest.raises(LookupError, match="no model"):
+                await fleet.replace(3, max_surge=0, max_unavailable=1)
+        else:
+            start = fleet.adapter.on_start
+            assert start is not None
+            fleet.adapter.on_start = lambda spec: None if spec.worker_id == "b#5" else start(spec)
+            replacing = asyncio.ensure_future(fleet.replace(3, max_surge=0, max_unavailable=1))
+            await until(lambda: [one.worker_id for one in fleet.adapter.started][-1] == "b#5")
+            if how == "is given up":
+                replacing.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await replacing
+            else:
+                fleet.kept_from_publishing = True
+                start(fleet.adapter.started[-1])
+                with pytest.raises(ConnectionError):
+                    await replacing
+                fleet.kept_from_publishing = False
+        assert fleet.serving == ["b#3", "b#6", "b#7"]
+        assert fleet.versions == [1, 1, 1]
+        assert fleet.backend.plan.version == 1
+        assert not fleet.backend.outdated
+        await until(lambda: len(fleet.workers) == 3)
+        assert all(len(entry.split()) >= 2 for entry in fleet.log if entry[0] == "b"), fleet.log
+        fleet.broken = set()
+        await fleet.replace(3)  # nothing of it is left that would keep the next one from being
+        assert fleet.versions == [2, 2, 2]
+
+    check()
+
+
+@in_fleet(2)
+async def test_what_does_not_start_at_all_changes_nothing(fleet: Fleet) -> None:
+    fleet.broken = {"b#4"}
+    with pytest.raises(LookupError, match="no model"):
+        await fleet.replace(2)
+    assert (fleet.log, fleet.serving) == (["+b#3", "+b#4"], ["b#1", "b#2"])
+    assert len(fleet.workers) == 2
+
+
+@in_fleet(3, max_surge=1)
+async def test_a_version_that_dies_while_it_takes_over_is_one_that_does_not_start(fleet: Fleet) -> None:
+    fleet.fragile = {"b#4", "b#5", "b#6"}
+    with pytest.raises(
+        BackendStartError, match="replicas of the new version end soon after they are ready; the last one: replica"
+    ):
+        await fleet.replace(3, max_surge=1)
+    assert fleet.versions == [1, 1, 1]
+    assert fleet.backend.plan.version == 1
+
+
+@in_fleet(2, max_surge=1)
+async def test_one_that_dies_while_the_others_take_over_is_made_up_for(fleet: Fleet) -> None:
+    fleet.fragile = {"b#3"}
+    await fleet.replace(2, max_surge=1)
+    assert (fleet.versions, fleet.backend.plan.version) == ([2, 2], 2)
+
+
+@in_fleet(2, max_surge=0, max_unavailable=1, max_concurrent_queries=8)
+async def test_each_replica_is_listed_with_the_limit_of_its_version(fleet: Fleet) -> None:
+    listed = []
+    publish = fleet._publish
+
+    def note() -> int:
+        entry = fleet.backend.entry()
+        listed.append((entry.max_concurrent_queries, [one.limit for one in entry.replicas]))
+        return publish()
+
+    fleet.backend._publish = note
+    await fleet.replace(2, max_surge=0, max_unavailable=1, max_concurrent_queries=2)
+    assert listed == [(8, [None]), (8, [2]), (2, [None, None])]
+
+
+@in_fleet(2)
+async def test_what_an_exchange_left_behind_is_exchanged_in_the_background(fleet: Fleet) -> None:
+    """However often the version that rules does not start at first."""
+    backend = fleet.backend
+    backend.plan = replace(backend.plan, version=7)
+    fleet.broken = {"b#3", "b#4"}
+    renewing = asyncio.ensure_future(backend.renew())
+    await until(lambda: "+b#4" in fleet.log)
+    fleet.broken = set()
+    await renewing
+    assert fleet.versions == [7, 7]
+    assert not backend.outdated
+
+
+async def _told() -> None:
+    """Nobody needs to be."""
+
+
+def plan_of(count: int, **config: Any) -> BackendPlan:
+    return BackendPlan(
+        tag="b",
+        definition=pack_definition("b", ok, (), {}),
+        config=BackendConfig(num_replicas=count, **config),
+        resources=Resources(),
+        on_loop=False,
+        batches=False,
+        reconfigurable=False,
+    )
+
+
+def replicas_of(
+    adapter: FakeAdapter, workers: Workers, *, count: int, publish: Callable[[], int] = lambda: 1, **config: Any
+) -> BackendReplicas:
+    plan = plan_of(count, **config)
+    announce = _willing(publish)
+    return BackendReplicas("e", adapter, workers, plan, debug=False, publish=publish, announce=announce, told=_told)
+
+
+def _willing(publish: Callable[[], int]) -> Callable[[], None]:
+    def announce() -> None:
+        with suppress(ConnectionError):
+            publish()
+
+    return announce
