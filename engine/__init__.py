@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     __version__: str
 
     from . import errors
+    from .calling.budget import remaining_s
     from .calling.handle import AsyncHandle, Handle
     from .calling.ref import Ref
     from .config import BackendConfig, HTTPOptions
@@ -39,6 +40,7 @@ __all__ = [
     "accept_batch",
     "errors",
     "get_replica_context",
+    "remaining_s",
 ]
 
 _HOMES = {
@@ -52,6 +54,7 @@ _HOMES = {
     "ServeRequest": "request",
     "accept_batch": "serving.user_callable",
     "get_replica_context": "serving.context",
+    "remaining_s": "calling.budget",
 }
 
 

@@ -72,6 +72,7 @@ PRINTED: dict[tuple[str, str], list[list[str]]] = {
     ("docs/handles.md", "Handles"): [["2", "[0, 2, 4, 6]", "12", "0 2", "2", "4", "[0, 2, 4]"]],
     ("docs/handles.md", "Cancelling"): [["given up", "served"]],
     ("docs/handles.md", "Types"): [["5", "6"]],
+    ("docs/handles.md", "Deadlines"): [["True None", "None"]],
     ("docs/ray.md", "In a program"): [["2", "4 4", "5", "8 8", "[0, 2, 4]"]],
     ("docs/ray.md", "Detached engines"): [["hello Ada"]],
     ("docs/requests.md", "Methods by name"): [

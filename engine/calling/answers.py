@@ -20,17 +20,18 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..errors import BackendError, DeadlineExceeded, EngineError
+from ..errors import BackendError, EngineError
 from ..seam.error_text import summary_of
 from ..seam.may_block import running_asyncio_loop
 from ..seam.messages import Call, End, Failure, Item, Reply
 from ..seam.serialization import loads, loads_leniently, unpack_exception, was_struck
+from .budget import deadline_error
 from .slot import Slot, Submitter
 
 if TYPE_CHECKING:
     import asyncio
 
-__all__ = ["CopySlot", "StreamSlot", "TaskSlot", "ThreadSlot", "answer_to", "deadline_error", "open_answer", "settled"]
+__all__ = ["CopySlot", "StreamSlot", "TaskSlot", "ThreadSlot", "answer_to", "open_answer", "settled"]
 
 
 def open_answer(message: Reply | Failure | Item | End) -> Any:
@@ -62,11 +63,6 @@ def _open_leniently(payload: bytes, failure: BaseException) -> Any:
         raise BackendError(
             f"the result cannot be rebuilt in this process ({summary_of(failure)}); its type must be importable here"
         ) from failure
-
-
-def deadline_error(endpoint: str, timeout_s: float) -> DeadlineExceeded:
-    """What a caller is told whose call took too long."""
-    return DeadlineExceeded(f"endpoint {endpoint!r} did not answer within timeout_s={timeout_s:g}")
 
 
 # -- threads -----------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from ..errors import DeadlineExceeded
 from ..seam.connector import PlatformRefs
 from ..seam.http_request import envelope_of, envelope_of_async, is_starlette_request
 from .answers import settled
+from .budget import seconds_until
 from .ref import Ref
 
 __all__ = [
@@ -20,7 +21,6 @@ __all__ = [
     "prepared",
     "prepared_async",
     "refs_in",
-    "remaining_s",
     "resolved",
     "when_all_done",
 ]
@@ -49,11 +49,11 @@ def prepared(
     """
     refs = refs_in(args, kwargs)
     for ref in refs:
-        ref.result(remaining_s(deadline))
+        ref.result(seconds_until(deadline))
     if refs:
         args, kwargs = resolved(args, kwargs)
     if platform is not None and (refs := refs_in(args, kwargs, platform.is_ref)):
-        results = platform.results(refs, remaining_s(deadline))
+        results = platform.results(refs, seconds_until(deadline))
         args, kwargs = _filled(args, kwargs, platform.is_ref, results)
     return enveloped(args), kwargs
 
@@ -68,16 +68,11 @@ async def prepared_async(
             await (ref if deadline is None else _result_by(ref, deadline))
         args, kwargs = resolved(args, kwargs)
     if platform is not None and (refs := refs_in(args, kwargs, platform.is_ref)):
-        results = [await platform.result(ref, remaining_s(deadline)) for ref in refs]
+        results = [await platform.result(ref, seconds_until(deadline)) for ref in refs]
         args, kwargs = _filled(args, kwargs, platform.is_ref, results)
     if args and _passes_request(args):
         args = tuple([await envelope_of_async(arg) if is_starlette_request(arg) else arg for arg in args])
     return args, kwargs
-
-
-def remaining_s(deadline: float | None) -> float | None:
-    """Seconds until then, at least 0."""
-    return None if deadline is None else max(0.0, deadline - time.monotonic())
 
 
 async def _result_by(ref: Ref, deadline: float) -> Any:

@@ -72,7 +72,8 @@ class Caller:
     def submit(self, slot: Slot, *, again: bool = False) -> None:
         """Route a slot's call and send it, or queue it. Errors go to ``slot.fail``, possibly before this returns.
 
-        A call that is routed ``again`` is neither counted nor copied a second time.
+        A call that is routed ``again`` is neither counted nor copied a second time. One whose deadline has passed goes
+        nowhere: whoever waits for it looks at the clock, too.
         """
         copies: list[ReplicaSet] = []
         target: Target | None = None
@@ -87,12 +88,14 @@ class Caller:
                 if slot.given_up:  # meanwhile: it must be neither queued nor copied
                     return
                 call = slot.call
+                now = time.monotonic()
+                if call.deadline is not None and now >= call.deadline:
+                    return
                 replica_set, endpoint = self._router.route(slot.endpoint, slot.shard_key)
                 if not again:
                     endpoint.calls += 1
                     if endpoint.entry.shadows:
                         copies = list(self._router.shadows(endpoint))
-                now = time.monotonic()
                 self._torn = True
                 try:
                     target = replica_set.place(slot, now)

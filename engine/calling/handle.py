@@ -20,8 +20,9 @@ from ..seam.may_block import check_may_block, running_asyncio_loop, warn_if_on_l
 from ..seam.messages import PYTHON, Call
 from ..seam.serialization import dumps_arguments
 from ..seam.workplace import settles_later, surrounding_engine
-from .answers import ThreadSlot, answer_to, deadline_error, open_answer
-from .arguments import PLAIN, enveloped, prepared, prepared_async, refs_in, remaining_s, resolved, when_all_done
+from .answers import ThreadSlot, answer_to, open_answer
+from .arguments import PLAIN, enveloped, prepared, prepared_async, refs_in, resolved, when_all_done
+from .budget import NO_LIMIT, Limit, deadline_error, limit_of, running_budget, seconds_until
 from .caller import Caller
 from .client import Client
 from .connectors import connector_for
@@ -55,6 +56,7 @@ class CallOptions:
         http_method: ``request.method`` of the call.
         http_headers: ``request.headers`` of the call.
         timeout_s: Seconds until the call fails with `errors.DeadlineExceeded`, or None.
+        inherit_deadline: Whether the call also ends with the one whose user code makes it, if that has a deadline.
     """
 
     method_name: str = "__call__"
@@ -62,6 +64,7 @@ class CallOptions:
     http_method: str = "GET"
     http_headers: tuple[tuple[str, str], ...] = ()
     timeout_s: float | None = None
+    inherit_deadline: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.method_name, str) or not self.method_name.isidentifier():
@@ -76,6 +79,8 @@ class CallOptions:
             isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 <= timeout <= LONGEST_S
         ):
             raise InvalidArgument(f"timeout_s must be a number of seconds from 0 to a year or None, not {timeout!r}")
+        if not isinstance(self.inherit_deadline, bool):
+            raise InvalidArgument(f"inherit_deadline must be True or False, not {self.inherit_deadline!r}")
 
     def head(self) -> bytes:
         """`engine.seam.messages.Call.head` of such a call: empty unless there is something to say."""
@@ -167,29 +172,31 @@ class _BaseHandle:
         copy._client = self._client
         return copy
 
-    def _deadline(self) -> float | None:
-        """When a call that begins now is over."""
-        timeout_s = self._options.timeout_s
-        return None if timeout_s is None else time.monotonic() + timeout_s
+    def _limit(self) -> Limit:
+        """How long a call that begins now may take."""
+        options = self._options
+        if options.timeout_s is None and running_budget() is None:
+            return NO_LIMIT
+        return limit_of(options.timeout_s, inherits=options.inherit_deadline)
 
-    def _late(self, error: DeadlineExceeded, deadline: float | None) -> DeadlineExceeded:
+    def _late(self, error: DeadlineExceeded, limit: Limit) -> DeadlineExceeded:
         """What to raise for what was raised on the way to the call: also an argument may have been late on its own."""
-        if deadline is None or time.monotonic() < deadline - _EARLY_S:
+        if limit.deadline is None or time.monotonic() < limit.deadline - _EARLY_S:
             return error
-        assert self._options.timeout_s is not None
-        return deadline_error(self._endpoint, self._options.timeout_s)
+        assert limit.timeout_s is not None
+        return deadline_error(self._endpoint, limit.timeout_s)
 
-    def _reach(self, deadline: float | None) -> Client:
+    def _reach(self, limit: Limit) -> Client:
         client = self._client
         if client is None:
             if not self._engine_id:
                 self._settle()
             client = Client.find(self._engine_id) or Client.attach(
-                self._engine_id, self._subscribed, remaining_s(deadline)
+                self._engine_id, self._subscribed, seconds_until(limit.deadline)
             )
             if client is None:
-                assert self._options.timeout_s is not None
-                raise deadline_error(self._endpoint, self._options.timeout_s)
+                assert limit.timeout_s is not None
+                raise deadline_error(self._endpoint, limit.timeout_s)
             self._client = client
         if client.pid != os.getpid():
             raise EngineClosed(
@@ -198,10 +205,10 @@ class _BaseHandle:
             )
         return client
 
-    def _expire(self, ref: Ref, deadline: float | None) -> None:
-        if deadline is not None:
-            assert self._options.timeout_s is not None
-            ref.expire_at(deadline, self._options.timeout_s)
+    def _expire(self, ref: Ref, limit: Limit) -> None:
+        if limit.deadline is not None:
+            assert limit.timeout_s is not None
+            ref.expire_at(limit.deadline, limit.timeout_s)
 
     def _subscribed(self) -> Client:
         connector, made = connector_for(self._engine_id, self._adapter_name)
@@ -212,11 +219,11 @@ class _BaseHandle:
         self._engine_id, self._adapter_name, self._control_address = surrounding_engine()
 
     def _start_on_platform(
-        self, refs: PlatformRefs, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None
+        self, refs: PlatformRefs, args: tuple[Any, ...], kwargs: dict[str, Any], limit: Limit
     ) -> Any:
         args, kwargs, lifted = refs.lift(args, kwargs)
-        call = self._call_of(args, kwargs, deadline)
-        return refs.start(self._endpoint, call, self._options.shard_key, lifted, self._options.timeout_s)
+        call = self._call_of(args, kwargs, limit.deadline)
+        return refs.start(self._endpoint, call, self._options.shard_key, lifted, limit.timeout_s)
 
     def _call_of(self, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None) -> Call:
         options = self._options
@@ -256,6 +263,7 @@ class Handle(_BaseHandle, Generic[T_co]):
         http_method: str = ...,
         http_headers: Headers = ...,
         timeout_s: float | None = ...,
+        inherit_deadline: bool = ...,
     ) -> Handle[Any]: ...
     @overload
     def options(
@@ -265,6 +273,7 @@ class Handle(_BaseHandle, Generic[T_co]):
         http_method: str = ...,
         http_headers: Headers = ...,
         timeout_s: float | None = ...,
+        inherit_deadline: bool = ...,
     ) -> Handle[T_co]: ...
 
     def options(self, **changes: Any) -> Handle[Any]:
@@ -291,15 +300,16 @@ class Handle(_BaseHandle, Generic[T_co]):
             errors.NotSerializable: An argument cannot be pickled.
             errors.EngineClosed: The engine was shut down before.
         """
-        deadline = self._deadline()
-        client = self._reach(deadline)
+        limit = self._limit()
+        client = self._reach(limit)
         client.check_open()
+        deadline = limit.deadline
         if client.refs is not None:
             try:
                 args, kwargs = prepared(args, kwargs, None, deadline)
             except DeadlineExceeded as error:
-                raise self._late(error, deadline) from None
-            return self._start_on_platform(client.refs, args, kwargs, deadline)
+                raise self._late(error, limit) from None
+            return self._start_on_platform(client.refs, args, kwargs, limit)
         caller = client.thread_caller()
         ref = Ref(caller, self._endpoint)
         pending = refs_in(args, kwargs)
@@ -307,7 +317,7 @@ class Handle(_BaseHandle, Generic[T_co]):
             when_all_done(pending, lambda: self._start_resolved(caller, ref, args, kwargs, deadline))
         else:
             self._start(caller, ref, args, kwargs, deadline)
-        self._expire(ref, deadline)
+        self._expire(ref, limit)
         return ref
 
     def call(self, *args: Any, **kwargs: Any) -> T_co:
@@ -321,15 +331,17 @@ class Handle(_BaseHandle, Generic[T_co]):
         check_may_block("a sync handle's call()")
         warn_if_on_loop("a sync handle's call()")
         options = self._options
-        timeout_s = options.timeout_s
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        client = self._reach(deadline)
+        limit = NO_LIMIT  # as in `_limit`, which would be a call on the way of every call
+        if options.timeout_s is not None or running_budget() is not None:
+            limit = limit_of(options.timeout_s, inherits=options.inherit_deadline)
+        client = self._reach(limit)
         caller = client.thread_caller()
+        timeout_s, deadline = limit
         if kwargs or (args and (len(args) != 1 or type(args[0]) not in PLAIN)):
             try:
                 args, kwargs = prepared(args, kwargs, client.refs, deadline)
             except DeadlineExceeded as error:
-                raise self._late(error, deadline) from None
+                raise self._late(error, limit) from None
         slot = ThreadSlot(self._endpoint, self._call_of(args, kwargs, deadline), options.shard_key)
         try:
             caller.submit(slot)
@@ -371,6 +383,7 @@ class AsyncHandle(_BaseHandle, Generic[T_co]):
         http_method: str = ...,
         http_headers: Headers = ...,
         timeout_s: float | None = ...,
+        inherit_deadline: bool = ...,
     ) -> AsyncHandle[Any]: ...
     @overload
     def options(
@@ -380,6 +393,7 @@ class AsyncHandle(_BaseHandle, Generic[T_co]):
         http_method: str = ...,
         http_headers: Headers = ...,
         timeout_s: float | None = ...,
+        inherit_deadline: bool = ...,
     ) -> AsyncHandle[T_co]: ...
 
     def options(self, **changes: Any) -> AsyncHandle[Any]:
@@ -392,58 +406,57 @@ class AsyncHandle(_BaseHandle, Generic[T_co]):
 
         The call starts when this coroutine is awaited.
         """
-        deadline = self._deadline()
-        client = self._reach(deadline) if self._client is not None else await self._reach_aside(deadline)
+        limit = self._limit()
+        client = self._reach(limit) if self._client is not None else await self._reach_aside(limit)
         client.check_open()
         try:
-            args, kwargs = await prepared_async(args, kwargs, None, deadline)
+            args, kwargs = await prepared_async(args, kwargs, None, limit.deadline)
         except DeadlineExceeded as error:
-            raise self._late(error, deadline) from None
+            raise self._late(error, limit) from None
         if client.refs is not None:
-            return self._start_on_platform(client.refs, args, kwargs, deadline)
+            return self._start_on_platform(client.refs, args, kwargs, limit)
         caller = client.thread_caller() if running_asyncio_loop() is None else client.loop_caller()
-        return self._started(caller, args, kwargs, deadline)
+        return self._started(caller, args, kwargs, limit)
 
-    async def _reach_aside(self, deadline: float | None) -> Client:
+    async def _reach_aside(self, limit: Limit) -> Client:
         """As `_reach`, for the first time: a process that is new to the engine subscribes, which blocks a thread."""
         if not self._engine_id:
             self._settle()
         if Client.find(self._engine_id) is None:
             from anyio import to_thread
 
-            return await to_thread.run_sync(self._reach, deadline)
-        return self._reach(deadline)
+            return await to_thread.run_sync(self._reach, limit)
+        return self._reach(limit)
 
-    def _started(self, caller: Caller, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None) -> Ref:
+    def _started(self, caller: Caller, args: tuple[Any, ...], kwargs: dict[str, Any], limit: Limit) -> Ref:
         ref = Ref(caller, self._endpoint)
-        ref.stand_for(self._call_of(args, kwargs, deadline), self._options.shard_key)
+        ref.stand_for(self._call_of(args, kwargs, limit.deadline), self._options.shard_key)
         caller.submit(ref)
-        self._expire(ref, deadline)
+        self._expire(ref, limit)
         return ref
 
     async def call(self, *args: Any, **kwargs: Any) -> T_co:
         """Make a call and await its result. Cancelling the await gives the call up. As `Handle.call`."""
         loop = running_asyncio_loop()
         options = self._options
-        deadline = None if options.timeout_s is None else time.monotonic() + options.timeout_s
-        client = self._reach(deadline) if self._client is not None else await self._reach_aside(deadline)
+        limit = NO_LIMIT  # as in `_limit`, which would be a call on the way of every call
+        if options.timeout_s is not None or running_budget() is not None:
+            limit = limit_of(options.timeout_s, inherits=options.inherit_deadline)
+        client = self._reach(limit) if self._client is not None else await self._reach_aside(limit)
+        timeout_s, deadline = limit
         if kwargs or (args and (len(args) != 1 or type(args[0]) not in PLAIN)):
             try:
                 args, kwargs = await prepared_async(args, kwargs, client.refs, deadline)
             except DeadlineExceeded as error:
-                raise self._late(error, deadline) from None
+                raise self._late(error, limit) from None
         if loop is None:
-            return await self._call_by_ref(client.thread_caller(), args, kwargs, deadline)  # type: ignore[no-any-return]
+            return await self._call_by_ref(client.thread_caller(), args, kwargs, limit)  # type: ignore[no-any-return]
         call = self._call_of(args, kwargs, deadline)
-        answer = await answer_to(
-            client.loop_caller(), self._endpoint, call, options.timeout_s, shard_key=options.shard_key
-        )
+        answer = await answer_to(client.loop_caller(), self._endpoint, call, timeout_s, shard_key=options.shard_key)
         return open_answer(answer)  # type: ignore[no-any-return]
 
-    async def _call_by_ref(
-        self, caller: Caller, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None
-    ) -> Any:
-        ref = self._started(caller, args, kwargs, deadline)
+    async def _call_by_ref(self, caller: Caller, args: tuple[Any, ...], kwargs: dict[str, Any], limit: Limit) -> Any:
+        ref = self._started(caller, args, kwargs, limit)
         try:
             return await ref
         finally:

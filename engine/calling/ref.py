@@ -14,7 +14,8 @@ from ..config import LONGEST_S
 from ..errors import Cancelled, DeadlineExceeded, InvalidArgument, WouldBlock
 from ..seam.may_block import check_may_block, warn_if_on_loop
 from ..seam.messages import Call, End, Failure, Item, Reply
-from .answers import deadline_error, open_answer, settled
+from .answers import open_answer, settled
+from .budget import deadline_error, outside, running_budget
 from .caller import Caller
 from .slot import NO_CALL, Slot
 
@@ -206,6 +207,9 @@ class Ref(Slot, Generic[T_co]):
         return True
 
     def _call_back(self, due: list[Callable[[Ref], None]]) -> None:
+        if due and running_budget() is not None:  # of a call that has nothing to do with this ref
+            outside(self._call_back, due)
+            return
         interrupt: BaseException | None = None
         while due:
             callback = due[0]

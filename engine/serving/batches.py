@@ -1,14 +1,27 @@
-"""What a batched callable returned, as one result for each call. Runs user code only where that iterates."""
+"""How long a batch may take, and what it returned, as one result for each call.
+
+Runs user code only where that iterates.
+"""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, Mapping, Set
+from collections.abc import AsyncIterable, Iterable, Mapping, Set
 from itertools import islice
 from typing import Any
 
-__all__ = ["listed"]
+__all__ = ["last_of", "listed"]
 
 _NOT_RESULTS = (list, str, bytes, bytearray, memoryview, Mapping, Set)
+
+
+def last_of(deadlines: Iterable[float | None]) -> float | None:
+    """When nobody waits for a batch any more; None if somebody waits for as long as it takes."""
+    latest = 0.0
+    for deadline in deadlines:
+        if deadline is None:
+            return None
+        latest = max(latest, deadline)
+    return latest
 
 
 def listed(results: Any, count: int) -> Any:

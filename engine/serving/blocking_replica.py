@@ -12,13 +12,14 @@ from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
+from ..calling.budget import Budget, running_budget
 from ..config import BackendConfig
 from ..seam.channel import Channel
 from ..seam.control_messages import Reconfigure, Reconfigured, Unhealthy
 from ..seam.messages import Failure, FailureKind
 from ..seam.serialization import pack_exception_briefly
 from ..seam.service import ServiceLoop
-from .batches import listed
+from .batches import last_of, listed
 from .interruption import Interrupter
 from .replica import FAREWELL_S, Job, Replica, awaited
 from .user_callable import Method
@@ -157,7 +158,12 @@ class BlockingReplica(Replica):
         assert method is not None
         try:
             args, kwargs = self._arguments(job)
-            result = self._run_user_code(job, method.function, *args, **kwargs)
+            deadline = job.call.deadline
+            if deadline is None and running_budget() is None:  # that of a call before is there if it was struck
+                result = self._run_user_code(job, method.function, *args, **kwargs)
+            else:
+                with Budget(deadline):
+                    result = self._run_user_code(job, method.function, *args, **kwargs)
         except BaseException as error:
             self._fail(job, error)
             return
@@ -194,9 +200,10 @@ class BlockingReplica(Replica):
             return
         self._batch = jobs
         try:
-            results = self._run_user_code(jobs, method.function, items)
-            if type(results) is not list:
-                results = self._run_user_code(jobs, listed, results, len(jobs))
+            with Budget(last_of(job.call.deadline for job in jobs)):
+                results = self._run_user_code(jobs, method.function, items)
+                if type(results) is not list:
+                    results = self._run_user_code(jobs, listed, results, len(jobs))
         except BaseException as error:
             for job in jobs:
                 self._fail(job, error)

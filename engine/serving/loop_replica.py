@@ -7,13 +7,14 @@ import inspect
 from collections.abc import AsyncGenerator, Awaitable, Coroutine
 from typing import TYPE_CHECKING, Any
 
+from ..calling.budget import Budget
 from ..config import BackendConfig
 from ..seam.control_messages import Reconfigure, Reconfigured
 from ..seam.may_block import mark_loop_thread, unmark_loop_thread
 from ..seam.messages import End, Failure, Reply
 from ..seam.serialization import pack_exception_briefly
 from ..seam.service import ServiceLoop
-from .batches import listed
+from .batches import last_of, listed
 from .farewell import begin_close, finish_close
 from .replica import FAREWELL_S, Job, Replica
 
@@ -110,9 +111,16 @@ class LoopReplica(Replica):
         job.task = asyncio.current_task()  # only now: a task cancelled before its first step would never answer
         try:
             args, kwargs = self._arguments(job)
-            result = method.function(*args, **kwargs)
-            if inspect.isawaitable(result):
-                result = await result
+            deadline = job.call.deadline
+            if deadline is None:
+                result = method.function(*args, **kwargs)
+                if inspect.isawaitable(result):
+                    result = await result
+            else:
+                with Budget(deadline):
+                    result = method.function(*args, **kwargs)
+                    if inspect.isawaitable(result):
+                        result = await result
             rest = self._succeed(job, result)
             if rest is not None:
                 await rest
@@ -149,12 +157,13 @@ class LoopReplica(Replica):
         if not jobs:
             return
         try:
-            results = method.function(items)
-            if inspect.isawaitable(results):
-                results = await results
-            results = listed(results, len(jobs))
-            if inspect.isawaitable(results):
-                results = await results
+            with Budget(last_of(job.call.deadline for job in jobs)):
+                results = method.function(items)
+                if inspect.isawaitable(results):
+                    results = await results
+                results = listed(results, len(jobs))
+                if inspect.isawaitable(results):
+                    results = await results
         except BaseException as error:
             for job in jobs:
                 self._fail(job, error)

@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
+from ..calling.budget import Budget
 from ..config import BackendConfig
 from ..errors import (
     BackendError,
@@ -319,17 +320,19 @@ class Replica:
         started = False
         failure: BaseException | None = None
         try:
-            try:
-                while (part := await self._next_part(job, parts, plain=streamed.ordinary)) is not None:
-                    head, chunk = part
-                    await self._between_items(job)
-                    if job.cancelled:
-                        break
-                    job.credit -= 1
-                    self._send_item(job, Item(call.id, head, chunk))
-                    started = True
-            finally:
-                await self._outside(parts.aclose())
+            with Budget(call.deadline) as budget:  # to the first part of the answer
+                try:
+                    while (part := await self._next_part(job, parts, plain=streamed.ordinary)) is not None:
+                        head, chunk = part
+                        await self._between_items(job)
+                        if job.cancelled:
+                            break
+                        job.credit -= 1
+                        self._send_item(job, Item(call.id, head, chunk))
+                        started = True
+                        budget.end()
+                finally:
+                    await self._outside(parts.aclose())
         except BaseException as error:
             failure = error
         if failure is not None and not started:

@@ -18,7 +18,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from engine.calling.answers import answer_to, deadline_error
+from engine.calling.answers import answer_to
+from engine.calling.budget import deadline_error
 from engine.calling.client import Client
 from engine.errors import EngineClosed, EngineError, NotSerializable
 from engine.seam.control_messages import Subscribe

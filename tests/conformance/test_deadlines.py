@@ -1,0 +1,3 @@
+"""See `engine.testing.conformance.test_deadlines`."""
+
+from engine.testing.conformance.test_deadlines import *
