@@ -160,6 +160,8 @@ class HTTPOptions:
         max_body_bytes: Larger request bodies are answered with 413.
         request_timeout_s: Deadline of every HTTP request in seconds (then 504), or None.
         debug: Tell clients the traceback of a failed backend.
+        status_details: Whether ``/-/routes`` and ``/-/readyz`` tell clients the names of endpoints and backends, and
+            how they are. None: only where ``host`` is a loopback address, and not where `Engine.asgi` is mounted.
         server_options: Settings of the server by name (hypercorn's: ``certfile``, ``keyfile``, ``backlog``, ...);
             also accepted directly as keys of ``http_options``.
 
@@ -175,6 +177,7 @@ class HTTPOptions:
     max_body_bytes: int = 100 * 1024 * 1024
     request_timeout_s: float | None = None
     debug: bool = False
+    status_details: bool | None = None
     server_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -189,6 +192,8 @@ class HTTPOptions:
         if self.request_timeout_s is not None:
             _check_seconds("http_options", "request_timeout_s", self.request_timeout_s)
         _check_switch("http_options", "debug", self.debug)
+        if self.status_details is not None:
+            _check_switch("http_options", "status_details", self.status_details)
         if isinstance(self.middlewares, (str, bytes)) or not isinstance(self.middlewares, Sequence):
             raise InvalidArgument(f"http_options: middlewares must be a list, not {self.middlewares!r}")
         for position, middleware in enumerate(self.middlewares):
@@ -202,6 +207,11 @@ class HTTPOptions:
     def serves(self) -> bool:
         """Whether the engine runs HTTP servers of its own."""
         return self.location in ("HeadOnly", "EveryNode") and self.host is not None
+
+    @property
+    def tells_details(self) -> bool:
+        """``status_details`` with its default filled in."""
+        return _is_loopback(self.host) if self.status_details is None else self.status_details
 
     @classmethod
     def of(cls, value: HTTPOptions | Mapping[str, Any] | None) -> HTTPOptions:
@@ -218,6 +228,12 @@ class HTTPOptions:
         server = dict(given.pop("server_options", {}))
         server.update({key: given.pop(key) for key in list(given) if key not in fields})
         return cls(**given, server_options=server)
+
+
+def _is_loopback(host: str | None) -> bool:
+    if host is None:
+        return False
+    return host in ("localhost", "::1") or (host.startswith("127.") and host.replace(".", "").isdigit())
 
 
 def _check_integer(

@@ -50,7 +50,14 @@ from .seam.resources import resources_of
 from .seam.serialization import dumps_by_value
 from .seam.snapshot import EndpointEntry
 from .seam.workplace import surrounding_engine, why_inert
-from .serving.user_callable import accepts_batches, check_servable, class_served, is_reconfigurable, runs_on_loop
+from .serving.user_callable import (
+    accepts_batches,
+    check_servable,
+    class_served,
+    is_open,
+    is_reconfigurable,
+    runs_on_loop,
+)
 
 if TYPE_CHECKING:
     from .control.inert_runner import InertRunner
@@ -382,16 +389,34 @@ class Engine:
 
     @overload
     def create_endpoint(
-        self, name: str, *, backend: str, route: str | None = None, methods: Sequence[str] = ("GET",)
+        self,
+        name: str,
+        *,
+        backend: str,
+        route: str | None = None,
+        methods: Sequence[str] = ("GET",),
+        call_methods: Sequence[str] | None = None,
     ) -> None: ...
     @overload
     def create_endpoint(
-        self, *, endpoint_name: str, backend: str, route: str | None = None, methods: Sequence[str] = ("GET",)
+        self,
+        *,
+        endpoint_name: str,
+        backend: str,
+        route: str | None = None,
+        methods: Sequence[str] = ("GET",),
+        call_methods: Sequence[str] | None = None,
     ) -> None: ...
 
     @also_named(name="endpoint_name")
     def create_endpoint(
-        self, name: str, *, backend: str, route: str | None = None, methods: Sequence[str] = ("GET",)
+        self,
+        name: str,
+        *,
+        backend: str,
+        route: str | None = None,
+        methods: Sequence[str] = ("GET",),
+        call_methods: Sequence[str] | None = None,
     ) -> None:
         """Name a backend for callers; a route is served by every ingress when this returns.
 
@@ -400,6 +425,8 @@ class Engine:
             backend: The tag that gets all of its traffic for now.
             route: An HTTP path, literal or with ``{name}`` segments as Starlette has them, or None.
             methods: The HTTP verbs it answers to.
+            call_methods: The methods beside ``__call__`` that HTTP clients may choose with ``X-SERVE-CALL-METHOD``;
+                None for every public method, ``[]`` for none. Handles may call every public method in any case.
 
         Raises:
             errors.InvalidArgument: An argument is wrong, the name or route is taken, the backend is unknown, or the
@@ -413,7 +440,9 @@ class Engine:
             from .http.routes import validate_route
 
             validate_route(route)
-        entry = EndpointEntry(name, route, _checked_methods(methods), ((backend, 1.0),))
+        entry = EndpointEntry(
+            name, route, _checked_methods(methods), ((backend, 1.0),), call_methods=_checked_call_methods(call_methods)
+        )
         self._control(CreateEndpoint(entry))
 
     @overload
@@ -433,12 +462,13 @@ class Engine:
         self._control(DeleteEndpoint(name))
 
     def list_endpoints(self) -> dict[str, dict[str, Any]]:
-        """Every endpoint by name: its ``route``, ``methods``, ``traffic`` and ``shadows``."""
+        """Every endpoint by name: its ``route``, ``methods``, ``call_methods``, ``traffic`` and ``shadows``."""
         entries = self._control(ListEndpoints())
         return {
             name: {
                 "route": entry.route,
                 "methods": list(entry.methods),
+                "call_methods": None if entry.call_methods is None else list(entry.call_methods),
                 "traffic": dict(entry.traffic),
                 "shadows": dict(entry.shadows),
             }
@@ -583,6 +613,7 @@ class Engine:
             max_body_bytes=http.max_body_bytes,
             request_timeout_s=http.request_timeout_s,
             debug=http.debug,
+            tells_details=bool(http.status_details),  # who can reach it is for the other application to say
         )
         self._mounted = wrap_middlewares(ingress, http.middlewares, debug=http.debug)
         return self._mounted
@@ -776,3 +807,19 @@ def _checked_methods(methods: Any) -> tuple[str, ...]:
         if not isinstance(verb, str) or verb.upper() not in _VERBS:
             raise InvalidArgument(f"methods: every verb must be one of {', '.join(_VERBS)}, not {verb!r}")
     return tuple(dict.fromkeys(verb.upper() for verb in methods))
+
+
+def _checked_call_methods(call_methods: Any) -> tuple[str, ...] | None:
+    if call_methods is None:
+        return None
+    if isinstance(call_methods, str) or not isinstance(call_methods, (list, tuple, set, frozenset)):
+        raise InvalidArgument(
+            f'call_methods must be a list of names such as ["predict"], or None, not {call_methods!r}'
+        )
+    for name in call_methods:
+        if not isinstance(name, str) or not name.isidentifier() or not is_open(name):
+            raise InvalidArgument(
+                "call_methods: every name must be that of a public method which the engine does not call itself, "
+                f"not {name!r}"
+            )
+    return tuple(dict.fromkeys(call_methods))

@@ -41,7 +41,7 @@ class RawSentiment:
 @asynccontextmanager
 async def lifespan(app):
     # FastAPI is the HTTP server here, so the engine runs none of its own.
-    async with Engine(backend="local", http_options={"location": None}) as engine:
+    async with Engine(backend="local", http_options={"location": None, "status_details": True}) as engine:
         # These block until the replicas are ready, which is what one wants of a start-up; later on, while requests are
         # served, call them in a thread: await asyncio.to_thread(engine.create_backend, ...)
         engine.create_backend("sentiment", Sentiment, ["good", "great", "fine"], config={"num_replicas": 2})

@@ -184,6 +184,8 @@ def test_it_travels() -> None:
         ("request_timeout_s", None),
         ("request_timeout_s", 0.5),
         ("debug", True),
+        ("status_details", None),
+        ("status_details", False),
         ("middlewares", [Middleware(object), lambda app: app]),  # type: ignore[arg-type]
         ("middlewares", ()),
     ],
@@ -206,6 +208,7 @@ def test_http_takes(field: str, value: Any) -> None:
         ("request_timeout_s", -1, "a number of seconds of at least 0 (and at most a year)"),
         ("request_timeout_s", "1", "a number of seconds of at least 0 (and at most a year)"),
         ("debug", 1, "True or False"),
+        ("status_details", "no", "True or False"),
         ("middlewares", "cors", "a list"),
         ("middlewares", None, "a list"),
     ],
@@ -214,6 +217,26 @@ def test_http_refuses(field: str, value: Any, allowed: str) -> None:
     with pytest.raises(InvalidArgument) as caught:
         HTTPOptions(**{field: value})
     assert str(caught.value) == f"http_options: {field} must be {allowed}, not {value!r}"
+
+
+@pytest.mark.parametrize(
+    ("host", "told"),
+    [
+        ("127.0.0.1", True),
+        ("127.1.2.3", True),
+        ("::1", True),
+        ("localhost", True),
+        ("127.0.0.1.example.org", False),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("10.0.0.1", False),
+        (None, False),
+    ],
+)
+def test_only_the_machine_itself_is_told_details_by_default(host: str | None, told: bool) -> None:
+    assert HTTPOptions(host=host).tells_details is told
+    for details in (True, False):
+        assert HTTPOptions(host=host, status_details=details).tells_details is details
 
 
 def test_http_says_which_middleware_is_none() -> None:

@@ -86,6 +86,7 @@ PRINTED: dict[tuple[str, str], list[list[str]]] = {
         ]
     ],
     ("docs/requests.md", "Access log"): [[]],
+    ("docs/security.md", "What HTTP clients can reach"): [["done"]],
     ("docs/testing.md", "The class alone"): [["2 passed"]],
     ("docs/testing.md", "The inline and the local adapter"): [["4 passed"]],
     ("docs/testing.md", "Holding calls back"): [["1 passed"]],

@@ -329,6 +329,20 @@ async def test_chunked_bodies_both_ways() -> None:
         assert answer.endswith(b"1\r\n0\r\n1\r\n1\r\n1\r\n2\r\n0\r\n\r\n")
 
 
+async def test_what_follows_a_request_with_two_framings_is_no_request() -> None:
+    async with serving() as server:
+        server.app.may_answer.set()
+        framings = b"Content-Length: 5\r\ntransfer-encoding: chunked\r\n\r\n1\r\na\r\n0\r\n\r\n"
+        answer = await exchange(
+            server, b"POST /a HTTP/1.1\r\nhost: x\r\n" + framings + b"GET /smuggled HTTP/1.1\r\nhost: x\r\n\r\n"
+        )
+    assert answer.count(b"HTTP/1.1 200") == 1
+    assert b"connection: close" in answer.lower()
+    assert answer.endswith(b"\r\n\r\na")
+    (scope,) = server.app.scopes
+    assert [name for name, _ in scope["headers"]] == [b"host", b"transfer-encoding"]
+
+
 async def test_an_absolute_target() -> None:
     async with serving() as server:
         for target in ("http://example.org:80/a%20b?c=d", "HTTP://example.org:80?e"):

@@ -109,7 +109,7 @@ ROUTES = snapshot(
 
 def make(script: Callable[[Asked], None] | None = None, **options: Any) -> tuple[FakeClient, Ingress]:
     client = FakeClient(ROUTES, script)
-    return client, Ingress(client, **options)
+    return client, Ingress(client, **{"tells_details": True, **options})
 
 
 def echo(call: Asked) -> None:
@@ -618,6 +618,24 @@ async def test_readiness() -> None:
         app.begin_drain()
         response = await browser.get("/-/readyz?backend=up")
         assert (response.status_code, response.json()["reason"]) == (503, "draining")
+
+
+async def test_strangers_are_told_no_names() -> None:
+    client, app = make(echo, tells_details=False)
+    client.snapshot = backends()
+    async with http(app) as browser:
+        for path, status, body in (
+            ("/-/readyz", 503, {"ready": False}),
+            ("/-/readyz?backend=up", 200, {"ready": True}),
+            ("/-/readyz?backend=new", 503, {"ready": False}),
+            ("/-/readyz?backend=absent", 503, {"ready": False}),
+        ):
+            response = await browser.get(path)
+            assert (response.status_code, response.json()) == (status, body)
+        assert (await browser.get("/-/routes")).text == (await browser.get("/-/absent")).text == "Not Found"
+        assert (await browser.get("/-/healthz")).status_code == 200
+        app.begin_drain()
+        assert (await browser.get("/-/readyz?backend=up")).json() == {"ready": False}
 
 
 @pytest.mark.parametrize("denial", [True, False])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import sys
 import tempfile
@@ -28,6 +29,7 @@ from engine_wire import (
     BlockingServiceLoop,
     Poller,
     SocketChannel,
+    addresses,
     connect,
     listen_unix,
     service_loops,
@@ -443,3 +445,31 @@ def test_addresses_that_lead_nowhere(path: str, poller: Poller) -> None:
 def test_a_path_is_bound_once(path: str) -> None:
     with listen_unix(path), pytest.raises(OSError, match="Address already in use"):
         listen_unix(path)
+
+
+@pytest.mark.parametrize("proves_itself", [False, True])
+def test_processes_of_other_users_are_turned_away(
+    tmp_path: Path, proves_itself: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(addresses, "_credential", lambda sock, position: (4711, os.geteuid() + 1)[position])
+    with listen_unix(str(tmp_path / "s")) as listening, socket.socket(socket.AF_UNIX) as stranger:
+        stranger.connect(str(tmp_path / "s"))
+        accepted = addresses.accept_from(listening, proves_itself=proves_itself)
+        if proves_itself:  # it is asked for the secret
+            assert accepted is not None
+            accepted[0].close()
+            assert caplog.messages == []
+        else:
+            assert accepted is None
+            assert stranger.recv(1) == b""
+            assert caplog.messages == [
+                f"dropped a connection from process 4711: it belongs to another user ({os.geteuid() + 1})"
+            ]
+
+
+@pytest.mark.skipif(not hasattr(socket, "SO_PEERCRED"), reason="the system does not tell")
+def test_who_is_behind_a_connection(tmp_path: Path) -> None:
+    near, far = socket.socketpair()
+    with near, far:
+        assert (addresses.process_behind(near), addresses._user_behind(near)) == (os.getpid(), os.geteuid())
+    assert (addresses.process_behind(near), addresses._user_behind(near)) == (None, None)

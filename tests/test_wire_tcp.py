@@ -661,7 +661,7 @@ def test_a_lobby_closes_whom_it_holds() -> None:
 def test_both_ends_notice_a_peer_that_falls_silent(stack: ExitStack) -> None:
     listening = stack.enter_context(listen_tcp("127.0.0.1"))
     channel, _ = Caller("polled", stack).open(tcp_address(listening))
-    accepted = accept_from(listening)
+    accepted = accept_from(listening, proves_itself=True)
     assert accepted is not None
     sock, peer = accepted
     stack.enter_context(sock)
@@ -699,7 +699,7 @@ def test_ipv6(stack: ExitStack) -> None:
     assert address == f"tcp:[::1]:{listening.getsockname()[1]}"
     caller = Caller("polled", stack)
     caller.open(address)
-    accepted = accept_from(listening)
+    accepted = accept_from(listening, proves_itself=True)
     assert accepted is not None
     accepted[0].close()
     assert accepted[1].startswith("[::1]:")

@@ -259,9 +259,26 @@ class _Tasks:
 
 
 class _H1(H11Protocol):
-    """Hypercorn's HTTP/1.1, which tells clients when it is going to close, and serves targets as proxies get them."""
+    """Hypercorn's HTTP/1.1, which tells clients when it is going to close, and serves targets as proxies get them.
+
+    A request with both framings may have been smuggled past a proxy that took the other one: chunks count, its length
+    is dropped, and nothing that follows on the connection is taken for a request (RFC 9112, 6.1).
+    """
+
+    _framed_twice = False
 
     async def _create_stream(self, request: h11.Request) -> None:
+        names = {name for name, _ in request.headers}
+        if b"transfer-encoding" in names and b"content-length" in names:
+            self._framed_twice = True
+            request = h11.Request(
+                method=request.method,
+                headers=[
+                    (name, value) for name, value in request.headers.raw_items() if name.lower() != b"content-length"
+                ],
+                target=request.target,
+                http_version=request.http_version,
+            )
         absolute = _ABSOLUTE.match(request.target)
         if absolute is not None:
             authority, target = absolute.groups()
@@ -275,7 +292,8 @@ class _H1(H11Protocol):
         await super()._create_stream(request)
 
     async def stream_send(self, event: StreamEvent) -> None:
-        if isinstance(event, Response) and event.status_code >= 200 and self.context.terminated.is_set():
+        closing = self._framed_twice or self.context.terminated.is_set()
+        if isinstance(event, Response) and event.status_code >= 200 and closing:
             headers = [*event.headers, (b"connection", b"close")]
             event = Response(stream_id=event.stream_id, headers=headers, status_code=event.status_code)
         await super().stream_send(event)

@@ -117,7 +117,7 @@ class Acceptor:
 
     def _on_connection(self, listening: socket.socket) -> None:
         try:
-            accepted = accept_from(listening)
+            accepted = accept_from(listening, proves_itself=self._lobby is not None)
         except OSError as error:
             note_shortage(error)
             self._loop.remove_reader(listening.fileno())

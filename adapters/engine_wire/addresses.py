@@ -20,6 +20,7 @@ from typing import Any
 from engine.errors import InvalidArgument
 from engine.seam.channel import ChannelClosed
 from engine.seam.descriptors import is_shortage, shortage
+from engine.seam.log import Log
 
 __all__ = [
     "SILENCE_S",
@@ -35,6 +36,8 @@ __all__ = [
     "tcp_address",
     "unanswered",
 ]
+
+_log = Log("engine.wire")
 
 _BACKLOG = 512
 
@@ -160,11 +163,17 @@ def unanswered(address: str, why: str | None) -> str:
     return f"nobody answers at {address.removeprefix('unix:')} ({why})"
 
 
-def accept_from(listening: socket.socket) -> tuple[socket.socket, str] | None:
+def accept_from(listening: socket.socket, *, proves_itself: bool) -> tuple[socket.socket, str] | None:
     """Accept one connection that waits.
 
+    Args:
+        listening: Where.
+        proves_itself: Whether the peer will have to show that it belongs here. If not, processes of other users are
+            turned away from Unix sockets, where the system knows who they are; the superuser's are not.
+
     Returns:
-        The connected socket and its peer, for people; or None when it went away again, or another process was faster.
+        The connected socket and its peer, for people; or None when it went away again, or another process was faster,
+        or it was turned away.
 
     Raises:
         OSError: There is no descriptor left for it now (`engine.seam.descriptors.is_shortage`).
@@ -176,8 +185,13 @@ def accept_from(listening: socket.socket) -> tuple[socket.socket, str] | None:
             raise
         return None
     if sock.family == socket.AF_UNIX:
-        pid = process_behind(sock)
-        return sock, "a process of this machine" if pid is None else f"process {pid}"
+        pid, user = process_behind(sock), _user_behind(sock)
+        peer = "a process of this machine" if pid is None else f"process {pid}"
+        if proves_itself or user in (None, 0, os.geteuid()):
+            return sock, peer
+        _log.warning("dropped a connection from %s: it belongs to another user (%d)", peer, user)
+        sock.close()
+        return None
     try:
         _tune(sock)
     except OSError:
@@ -231,12 +245,21 @@ def _host_and_port(address: Any) -> str:
 
 def process_behind(sock: socket.socket) -> int | None:
     """The process of this machine that opened a connection by a Unix socket, where the system tells (Linux)."""
-    if sock.family == socket.AF_UNIX and hasattr(socket, "SO_PEERCRED"):
-        try:
-            return struct.unpack_from("i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0] or None
-        except OSError:
-            pass  # it is gone already
-    return None  # 0 is a process that this one cannot see
+    return _credential(sock, 0) or None  # 0 is a process that this one cannot see
+
+
+def _user_behind(sock: socket.socket) -> int | None:
+    return _credential(sock, 1)
+
+
+def _credential(sock: socket.socket, position: int) -> int | None:
+    if sock.family != socket.AF_UNIX or not hasattr(socket, "SO_PEERCRED"):
+        return None
+    try:
+        found: int = struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[position]
+    except OSError:  # it is gone already
+        return None
+    return found
 
 
 def _tune(sock: socket.socket) -> None:

@@ -266,7 +266,7 @@ class BlockingServiceLoop:
 
     def _on_connection(self, listening: socket.socket) -> None:
         try:
-            accepted = accept_from(listening)
+            accepted = accept_from(listening, proves_itself=self._lobby is not None)
         except OSError as error:
             note_shortage(error)
             self._selector.unregister(listening)

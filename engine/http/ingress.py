@@ -61,6 +61,7 @@ class Ingress:
         max_body_bytes: Larger request bodies are answered with 413.
         request_timeout_s: Seconds from the request's arrival to the first part of its answer (then 504), or None.
         debug: Tell clients the traceback of a failed backend.
+        tells_details: Tell clients the names of endpoints and backends, and how they are.
     """
 
     def __init__(
@@ -70,11 +71,13 @@ class Ingress:
         max_body_bytes: int = 100 * 1024 * 1024,
         request_timeout_s: float | None = None,
         debug: bool = False,
+        tells_details: bool = False,
     ) -> None:
         self._client = client
         self._max_body_bytes = max_body_bytes
         self._request_timeout_s = request_timeout_s
         self._debug = debug
+        self._tells_details = tells_details
         # Only the loop's thread touches these.
         self._snapshot: RoutingSnapshot | None = None
         self._routes: RouteTable | None = None
@@ -145,6 +148,9 @@ class Ingress:
         if call_method != "__call__" and (call_method.startswith("_") or not call_method.isidentifier()):
             await exchange.say(400, "X-SERVE-CALL-METHOD must be the name of a public method.")
             return
+        if call_method != "__call__" and not self._is_open(found.endpoint_name, call_method):
+            await exchange.say(400, "X-SERVE-CALL-METHOD names a method that this route does not open to clients.")
+            return
         if content_length < 0:
             await exchange.say(400, "The content-length is not a number.")
             return
@@ -184,6 +190,11 @@ class Ingress:
             self._routes = RouteTable(snapshot)
             self._snapshot = snapshot
         return self._routes.match(path, method)
+
+    def _is_open(self, endpoint_name: str, call_method: str) -> bool:
+        assert self._snapshot is not None  # the route was found there
+        opened = self._snapshot.endpoints[endpoint_name].call_methods
+        return opened is None or call_method in opened
 
     async def _too_large(self, exchange: Exchange) -> None:
         await exchange.say(413, f"The body of a request may have at most {self._max_body_bytes} bytes.")
@@ -294,7 +305,7 @@ class Ingress:
 
     async def _own_route(self, path: str, exchange: Exchange) -> None:
         snapshot = self._client.snapshot
-        if path not in ("/-/healthz", "/-/readyz", "/-/routes"):
+        if path not in ("/-/healthz", "/-/readyz") and (path != "/-/routes" or not self._tells_details):
             await exchange.say(404, "Not Found")
         elif exchange.scope["method"] not in ("GET", "HEAD"):
             await exchange.say(405, "Method Not Allowed", ((b"allow", b"GET, HEAD"),))
@@ -306,11 +317,13 @@ class Ingress:
             }
             await exchange.say_json(200, table)
         elif path == "/-/readyz":
-            if self._draining:
-                await exchange.say_json(503, {"ready": False, "reason": "draining", "backends": {}})
-            else:
+            status, told = 503, {"ready": False, "reason": "draining", "backends": {}}
+            if not self._draining:
                 query = parse_qs(exchange.scope.get("query_string", b"").decode("latin-1"))
-                await exchange.say_json(*readiness(snapshot, query.get("backend", ())))
+                status, told = readiness(snapshot, query.get("backend", ()))
+            if not self._tells_details:  # nor shall the status tell which backends there are
+                status, told = 200 if status == 200 else 503, {"ready": status == 200}
+            await exchange.say_json(status, told)
         elif self._draining:
             await exchange.say(503, "draining")
         elif snapshot.version < 0:

@@ -109,6 +109,7 @@ class _Worker:
             max_body_bytes=options.max_body_bytes,
             request_timeout_s=options.request_timeout_s,
             debug=options.debug,
+            tells_details=options.tells_details,
         )
         app = wrap_middlewares(self._ingress, options.middlewares, debug=options.debug)
         self._host.on_control(self._control)

@@ -58,6 +58,7 @@ class EndpointEntry:
         methods: Upper-case HTTP verbs.
         traffic: Pairs of backend tag and weight, sorted by tag; the weights sum to 1.
         shadows: Pairs of backend tag and proportion of copied calls.
+        call_methods: Methods beside ``__call__`` that HTTP clients may name; None for every public one.
     """
 
     name: str
@@ -65,6 +66,7 @@ class EndpointEntry:
     methods: tuple[str, ...]
     traffic: tuple[tuple[str, float], ...]
     shadows: tuple[tuple[str, float], ...] = ()
+    call_methods: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ __all__ = [
     "accepts_batches",
     "check_servable",
     "class_served",
+    "is_open",
     "is_reconfigurable",
     "runs_on_loop",
 ]
@@ -147,14 +148,15 @@ def is_reconfigurable(definition: Any) -> bool:
 
 def _methods_of(served: type) -> list[Any]:
     """What callers may call of a class, and its other public attributes."""
-    return [getattr(served, name, None) for name in dir(served) if _is_open(name)]
+    return [getattr(served, name, None) for name in dir(served) if is_open(name)]
 
 
 def _is_private(name: str) -> bool:
     return name.startswith("_") and name != "__call__"
 
 
-def _is_open(name: str) -> bool:
+def is_open(name: str) -> bool:
+    """Whether callers may use a method of this name, if there is one."""
     return not _is_private(name) and name not in LIFECYCLE
 
 
@@ -303,7 +305,7 @@ class UserCallable:
         """Whether only the ``__getattr__`` of the user's class knows, which is user code and not to be run here."""
         return (
             self._has_methods
-            and _is_open(name)
+            and is_open(name)
             and name != "__call__"
             and hasattr(type(self.subject), "__getattr__")
             and name not in getattr(self.subject, "__dict__", ())
@@ -322,7 +324,7 @@ class UserCallable:
 
     def _missing(self, name: str) -> NoSuchMethod:
         kind = type(self.subject)
-        names = ", ".join(name for name in dir(kind) if _is_open(name) and _defines_method(kind, name))
+        names = ", ".join(name for name in dir(kind) if is_open(name) and _defines_method(kind, name))
         there = f"its methods are: {names}" if names else "it has no public methods"
         return NoSuchMethod(f"backend {self.tag!r} has no method {name!r}; {there}")
 

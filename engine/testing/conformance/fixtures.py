@@ -72,7 +72,7 @@ class Served:
         self.name = name
         self.tag = name
         self.route = route
-        self._client = client
+        self.client = client
 
     @cached_property
     def handle(self) -> Any:
@@ -96,7 +96,7 @@ class Served:
 
     def http(self, method: str = "GET", suffix: str = "", **options: Any) -> httpx.Response:
         """Call over HTTP, ``options`` being those of `httpx.Client.request`."""
-        return self._client.request(method, self.url + suffix, **options)
+        return self.client.request(method, self.url + suffix, **options)
 
     def http_text(self, method: str = "GET", suffix: str = "", **options: Any) -> str:
         """As `http`: the text of an answer that must be 200."""

@@ -170,6 +170,44 @@ def test_missing_methods(calculator, method):
     assert calculator.call(5, method_name="add") == 105
 
 
+def test_clients_choose_only_among_the_methods_that_are_opened(serve):
+    class Backend:
+        def __call__(self, request):
+            return "call"
+
+        def opened(self, request):
+            return "opened"
+
+        def kept(self, request):
+            return "kept"
+
+    served = serve(Backend, route=None)
+    url = f"/{served.name}"
+    ways = {"all": None, "one": ["opened"], "none": []}
+    for name, call_methods in ways.items():
+        served.engine.create_endpoint(
+            f"{served.name}-{name}", backend=served.tag, route=f"{url}/{name}", call_methods=call_methods
+        )
+    listed = served.engine.list_endpoints()
+    assert {name: listed[f"{served.name}-{name}"]["call_methods"] for name in ways} == ways
+
+    def told(name, **headers):
+        response = served.client.get(f"{served.engine.http_url}{url}/{name}", headers=headers)
+        return response.text if response.status_code == 200 else response.status_code
+
+    for method, answers in {
+        "opened": ["opened", "opened", 400],
+        "kept": ["kept", 400, 400],
+        "__call__": ["call"] * 3,
+    }.items():
+        assert [told(name, **{"X-SERVE-CALL-METHOD": method}) for name in ways] == answers, method
+    assert [told(name) for name in ways] == ["call"] * 3
+    for name in ways:
+        handle = served.engine.get_handle(f"{served.name}-{name}")
+        assert handle.options(method_name="kept").call("") == "kept"
+        served.engine.delete_endpoint(f"{served.name}-{name}")
+
+
 def test_a_property_is_neither_a_method_nor_evaluated(serve, journal):
     class Backend:
         def __call__(self, request):
