@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 import os
@@ -23,6 +24,9 @@ from harness import run_python
 
 import engine
 import engine_local
+from engine import Engine
+from engine import errors as engine_errors
+from engine.control import pulse
 from engine.errors import BackendStartError, EngineClosed, InvalidArgument, RemoteTraceback, ResourcesUnavailable
 from engine.seam.channel import Channel, ChannelClosed, ChannelListener
 from engine.seam.control_messages import Drain, LogLine, Ping, Pong, Ready, StartFailed
@@ -31,7 +35,7 @@ from engine.seam.resources import Resources
 from engine.seam.serialization import unpack_exception
 from engine.seam.worker import Listen, WorkerExit, WorkerSpec
 from engine.testing.instruments import PATIENCE_S, Footprint, descendants, is_running
-from engine_local import LocalAdapter, LocalConnector, watched
+from engine_local import LocalAdapter, LocalConnector, launcher, watched
 from engine_local import adapter as adapter_module
 from engine_local.life import Stage
 
@@ -715,6 +719,20 @@ async def test_whoever_is_killed_while_its_fork_server_is_stuck_ends_when_that_i
     await within(PATIENCE_S, lambda: not is_running(pid))
 
 
+async def test_whoever_is_killed_during_an_import_need_not_wait_for_its_end(
+    adapter: LocalAdapter, recorder: Recorder, modules: Path
+) -> None:
+    await adapter.start_worker(spec("old", _workers.sleep))
+    pid = await recorder.answer("old")
+    os.kill(pid, signal.SIGSTOP)
+    mark = await start_stuck(adapter, modules)
+    await within(PATIENCE_S, mark.exists)
+    adapter.kill_worker("old")
+    await within(PATIENCE_S, lambda: not is_running(pid))
+    (it,) = adapter._launchers
+    assert not it.retired
+
+
 @pytest.mark.parametrize("preload", ["torch", [1], [""]])
 def test_preload_must_be_module_names(preload: Any) -> None:
     with pytest.raises(InvalidArgument, match="preload must be a list of module names"):
@@ -829,6 +847,102 @@ async def test_the_death_of_the_fork_server_is_survived(adapter: LocalAdapter, r
     await within(1.0, lambda: not any(map(is_running, pids)))
     await adapter.start_worker(spec("w3", _workers.answer, "alive"))
     assert await recorder.answer("w3") == "alive"
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look at fork servers as often as a test can wait for. Asked for before the adapter."""
+    monkeypatch.setattr(launcher, "_LOOK_EVERY_S", 0.02)
+    monkeypatch.setattr(launcher, "_STOPPED_S", 0.1)
+
+
+async def test_a_stopped_fork_server_is_replaced_and_its_workers_go_on(
+    quick: None, adapter: LocalAdapter, recorder: Recorder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    await adapter.start_worker(WorkerSpec("old", "old", "_workers:echo", b""))
+    await recorder.address("old")
+    await adapter.start_worker(spec("older", _workers.sleep))
+    pid = await recorder.answer("older")
+    server = parent_of(pid)
+    os.kill(server, signal.SIGSTOP)
+    mark = tmp_path / "marks"
+    for number in range(3):
+        await adapter.start_worker(spec(f"w{number}", _workers.leave_a_mark, str(mark)))
+    for number in range(3):
+        assert parent_of(await recorder.answer(f"w{number}")) not in (server, 0)
+    assert f"a fork server (process {server}) is stopped; starting another one" in caplog.messages
+    adapter.tell("old", Ping(1))
+    assert await recorder.until(lambda: recorder.said("old", Pong))
+    assert is_running(pid)
+    adapter.kill_worker("older")
+    assert await recorder.exit("older") == "is gone; its fork server, which could say why, is stopped"
+    # It goes on some day, and reads its orders: nobody waits any more for what they would make.
+    os.kill(server, signal.SIGCONT)
+    adapter.kill_worker("old")
+    assert await recorder.exit("old")
+    await within(PATIENCE_S, lambda: not is_running(server))
+    assert mark.read_text() == "x" * 3
+
+
+async def test_a_fork_server_that_is_continued_in_time_is_kept(
+    quick: None, adapter: LocalAdapter, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launcher, "_STOPPED_S", PATIENCE_S)
+    await adapter.start_worker(spec("old", _workers.sleep))
+    server = parent_of(await recorder.answer("old"))
+    os.kill(server, signal.SIGSTOP)
+    await adapter.start_worker(spec("next", _workers.sleep))
+    (it,) = adapter._launchers
+    await within(PATIENCE_S, lambda: it._stopped_s)
+    os.kill(server, signal.SIGCONT)
+    assert parent_of(await recorder.answer("next")) == server
+
+
+def test_a_replica_is_replaced_although_its_fork_server_is_stopped_too(
+    quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pulse, "PERIOD_S", 0.02)
+    monkeypatch.setattr(pulse, "STOPPED_S", 0.1)
+    with Engine(backend="local", http_options={"location": None}) as engine:
+        for tag in ("b", "other"):
+            engine.create_backend(tag, lambda request: os.getpid())
+            engine.create_endpoint(tag, backend=tag)
+        handle, other = engine.get_handle("b"), engine.get_handle("other")
+        pid, other_pid = handle.call(), other.call()
+        os.kill(parent_of(pid), signal.SIGSTOP)
+        os.kill(pid, signal.SIGSTOP)
+        with contextlib.suppress(engine_errors.ReplicaDied):  # nobody knows whether it had begun the call
+            assert handle.options(timeout_s=PATIENCE_S).call() != pid
+        assert handle.options(timeout_s=PATIENCE_S).call() != pid
+        assert other.call() == other_pid
+        assert not is_running(pid)
+
+
+async def test_what_a_fork_server_that_was_killed_had_to_do_is_done_by_the_next(
+    adapter: LocalAdapter, recorder: Recorder
+) -> None:
+    await adapter.start_worker(spec("old", _workers.sleep))
+    server = parent_of(await recorder.answer("old"))
+    os.kill(server, signal.SIGSTOP)
+    for name in ("w1", "w2"):
+        await adapter.start_worker(spec(name, _workers.answer, name))
+    os.kill(server, signal.SIGKILL)
+    for name in ("w1", "w2"):
+        assert await recorder.answer(name) == name
+        assert await recorder.exit(name) == "exited"
+    assert "its fork server was killed by SIGKILL" in await recorder.exit("old")
+
+
+async def test_a_module_that_ends_the_fork_server_fails_the_worker_that_needs_it(
+    adapter: LocalAdapter, recorder: Recorder, modules: Path
+) -> None:
+    write_module(modules, "deadly", "import os\nos._exit(3)")
+    await adapter.start_worker(spec("first", _workers.answer, 1))
+    assert await recorder.answer("first") == 1
+    await adapter.start_worker(spec("guilty", _workers.answer, 1, preload=("deadly",)))
+    await adapter.start_worker(spec("innocent", _workers.answer, 1))
+    assert await recorder.exit("guilty") == "its fork server exited with code 3"
+    assert await recorder.answer("innocent") == 1
 
 
 async def test_signals_to_the_group_do_not_reach_the_fork_server(adapter: LocalAdapter, recorder: Recorder) -> None:

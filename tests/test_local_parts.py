@@ -217,14 +217,14 @@ class StandInLauncher:
 
     def __init__(self) -> None:
         self.gone: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self.retired = False
+        self.retired = ""
         self.killed: list[int | None] = []
 
     def kill_worker(self, worker_id: str, pid: int | None) -> None:
         self.killed.append(pid)
 
-    def retire(self) -> None:
-        self.retired = True
+    def retire(self, why: str) -> None:
+        self.retired = why
 
 
 class StandInClock:
@@ -318,7 +318,7 @@ def test_whatever_comes_first_a_worker_ends_once(
             elif event == "doom":
                 worker.doom()
             elif event == "retire":
-                launcher.retire()
+                launcher.retire("is stuck in an import")
             elif event == "server gone":
                 launcher.gone.set_result("crashed")
                 worker.orphaned()
@@ -329,7 +329,7 @@ def test_whatever_comes_first_a_worker_ends_once(
         assert worker.stage is Stage.ENDED
         assert told == [reason]
         assert len(launcher.killed) == kills
-        assert launcher.retired == (reason in (TOO_LONG, STUCK))
+        assert bool(launcher.retired) == (reason in (TOO_LONG, STUCK))
         worker.tell("nobody")
         worker.kill()
         with pytest.raises(RuntimeError, match="cannot go from ended"):

@@ -10,8 +10,9 @@ process that holds the adapter dies, the kernel takes the fork servers along, an
 
 There are at most two fork servers that fork. The shared one imports the modules that backends come from, so that their
 replicas share them. Workers with environment variables of their own come from a plain one that does not: a module reads
-its environment when it is imported, and must not have read that of somebody else. One that is stuck in an import is
-retired: another takes its place, and it is ended once its workers are gone.
+its environment when it is imported, and must not have read that of somebody else. One that is stopped, or stuck in an
+import, is retired: another takes its place, also for what was ordered from it, and it is ended once its workers are
+gone.
 """
 
 from __future__ import annotations
@@ -60,6 +61,14 @@ class _Running(NamedTuple):
     listening: ListeningSockets
 
 
+class _Order(NamedTuple):
+    """For a worker that is not known to have been forked yet."""
+
+    spec: WorkerSpec
+    gpus: list[str]
+    again: bool  # its first fork server did not
+
+
 class LocalAdapter(LocalConnector, AdapterBase):
     """Runs replicas as processes on this machine: ``Engine(backend="local")``.
 
@@ -99,6 +108,7 @@ class LocalAdapter(LocalConnector, AdapterBase):
         self._launchers: dict[Launcher, bool] = {}  # all that are not gone, and whether it is a shared one
         self._preloaded: asyncio.Future[None] | None = None
         self._workers: dict[str, WatchedWorker] = {}
+        self._orders: dict[str, _Order] = {}
         self._deserted = asyncio.Event()  # set while there are no workers
         self._deserted.set()
         self._process = 0  # that `start` was called in
@@ -154,7 +164,7 @@ class LocalAdapter(LocalConnector, AdapterBase):
         self._mention_ignored(spec)
         gpus = running.gpus.take(spec.worker_id, spec.resources.num_gpus) if spec.resources.num_gpus else []
         try:
-            self._start(running, spec, gpus)
+            self._start(running, _Order(spec, gpus, again=False))
         except BaseException as error:
             running.gpus.give_back(spec.worker_id)
             if isinstance(error, OSError):
@@ -212,9 +222,10 @@ class LocalAdapter(LocalConnector, AdapterBase):
         self._launchers[launcher] = shared
         return launcher
 
-    def _start(self, running: _Running, spec: WorkerSpec, gpus: list[str]) -> None:
+    def _start(self, running: _Running, order: _Order) -> None:
+        spec = order.spec
         environ = dict(os.environ)
-        extra = extra_environ(spec.resources, gpus, environ)
+        extra = extra_environ(spec.resources, order.gpus, environ)
         with contextlib.ExitStack() as undo:
             descriptors = []
             if spec.listen is not None:
@@ -231,6 +242,7 @@ class LocalAdapter(LocalConnector, AdapterBase):
             )
             undo.pop_all()
         self._workers[spec.worker_id] = worker
+        self._orders[spec.worker_id] = order
         self._deserted.clear()
         descriptors[:0] = worker.descriptors
         launcher.send(
@@ -264,11 +276,17 @@ class LocalAdapter(LocalConnector, AdapterBase):
 
     # -- what fork servers report --------------------------------------------------------------------------------------
 
-    def _on_report(self, report: Forked | ForkFailed | Exited | PreloadDone | PreloadFailed) -> None:
+    def _on_report(
+        self, launcher: Launcher, report: Forked | ForkFailed | Exited | PreloadDone | PreloadFailed
+    ) -> None:
         if isinstance(report, (PreloadDone, PreloadFailed)):
             self._on_preload(report)
-        elif report.worker_id in self._workers:  # else it was given up before
-            self._workers[report.worker_id].reported(report)
+            return
+        worker = self._workers.get(report.worker_id)
+        if worker is not None and worker.launcher is launcher:  # else it was given up before, or ordered elsewhere
+            worker.reported(report)
+            if worker.stage is not Stage.ORDERED:
+                self._orders.pop(report.worker_id, None)  # it may be large
 
     def _on_preload(self, report: PreloadDone | PreloadFailed) -> None:
         error: EngineError | None = None
@@ -286,7 +304,10 @@ class LocalAdapter(LocalConnector, AdapterBase):
 
     def _on_stuck(self, launcher: Launcher) -> None:
         for worker in self._of(launcher):
-            worker.left_alone()
+            if worker.awaited:
+                self._order_again(worker)
+            else:
+                worker.left_alone()
         if not self._of(launcher):
             launcher.kill()
 
@@ -294,13 +315,30 @@ class LocalAdapter(LocalConnector, AdapterBase):
         del self._launchers[launcher]
         if self._preloaded is not None and not self._preloaded.done():
             self._preloaded.set_exception(InvalidArgument(f"preload: the fork server {phrase} while it was importing"))
+        at_work = True  # the first order may be what killed it
         for worker in self._of(launcher):
-            worker.orphaned()
+            if worker.awaited and not self._orders[worker.worker_id].again and (launcher.was_killed() or not at_work):
+                self._order_again(worker)
+            else:
+                at_work = at_work and not worker.awaited
+                worker.orphaned()
+
+    def _order_again(self, worker: WatchedWorker) -> None:
+        """Have a worker made that its fork server has not made, and will not."""
+        running = self._running
+        order = self._orders[worker.worker_id]._replace(again=True)
+        worker.abandon()
+        assert running is not None
+        try:
+            self._start(running, order)
+        except Exception as error:
+            self._on_ended(worker, f"could not be started again: {error}")
 
     # -- how workers end -----------------------------------------------------------------------------------------------
 
     def _on_ended(self, worker: WatchedWorker, reason: str) -> None:
         del self._workers[worker.worker_id]
+        self._orders.pop(worker.worker_id, None)
         if not self._workers:
             self._deserted.set()
         running = self._running

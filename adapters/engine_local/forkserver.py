@@ -231,10 +231,12 @@ class ForkServer:
         from .orders import Forked, ForkFailed
 
         descriptors = [self._received.popleft() for _ in range(order.descriptors)]
-        self._follow(order)
-        for name in order.preload:
-            self._frozen = not self._import(name) and self._frozen
         try:
+            if _hung_up(descriptors[0]):  # this process was stopped, and another one was told since
+                return
+            self._follow(order)
+            for name in order.preload:
+                self._frozen = not self._import(name) and self._frozen
             pid = self._fork(order, descriptors)
         except OSError as error:
             self._report(ForkFailed(order.worker_id, f"could not be forked ({error.strerror})"))
@@ -311,6 +313,15 @@ class ForkServer:
 
 def _ignore(number: int, frame: object) -> None:
     """Do nothing, but as a handler: only for a signal that has one does Python write to the wake-up descriptor."""
+
+
+def _hung_up(control: int) -> bool:
+    """Whether nobody is left at the other end of a worker's control channel."""
+    import select
+
+    poll = select.poll()
+    poll.register(control, 0)  # that is told in any case
+    return bool(poll.poll(0))
 
 
 def _import_if_possible(name: str) -> bool:

@@ -4,7 +4,9 @@ Starts the process, sends it orders without blocking, hands on its reports, and 
 Everything runs on the controller's loop; the thread of that loop must live as long as the engine, because the kernel
 ties the fork server's life to it.
 
-When the fork server dies, the kernel kills its workers, and ``on_gone`` is called once.
+When the fork server dies, the kernel kills its workers, and ``on_gone`` is called once. When it is stopped (SIGSTOP)
+for longer than a moment, it is retired: its workers go on. One that is importing cannot answer anything, so it is not
+asked whether it is there, but looked at from outside; that costs microseconds.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import asyncio
 import contextlib
 import marshal
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -23,6 +26,7 @@ from typing import Any, NamedTuple
 import engine.errors
 from engine.errors import InvalidArgument
 from engine.seam.log import Log
+from engine_wire.vitals import vitals_of
 
 from . import boot
 from .interpreter import command, home_of
@@ -38,6 +42,9 @@ _STOP_PATIENCE_S = 2.0
 """To kill and reap its workers takes a fork server milliseconds, unless it is importing."""
 _REAP_POLL_S = 0.001
 _REAP_PATIENCE_S = 1.0
+_LOOK_EVERY_S = 0.8
+_STOPPED_S = 4.0
+"""For so long it may be stopped, of the time in which this process runs: see `engine.control.pulse`."""
 
 
 class Launcher:
@@ -47,7 +54,7 @@ class Launcher:
         python: The interpreter to run it, or None for the one that runs this process.
         preload: Modules for it to import.
         on_report: Gets its reports (`engine_local.orders`).
-        on_stuck: Told once, when it is found stuck in an import.
+        on_stuck: Told once, when it is found stopped, or stuck in an import.
         on_gone: Told once, with a phrase for people, when it is gone.
         loop: Runs all this.
 
@@ -60,7 +67,7 @@ class Launcher:
         self,
         python: str | None,
         preload: Sequence[str],
-        on_report: Callable[[Any], None],
+        on_report: Callable[[Launcher, Any], None],
         on_stuck: Callable[[Launcher], None],
         on_gone: Callable[[Launcher, str], None],
         loop: asyncio.AbstractEventLoop,
@@ -93,7 +100,10 @@ class Launcher:
         ]
         self.gone: asyncio.Future[str] = loop.create_future()
         self.heard = False  # whether it ever reported anything
-        self.retired = False  # whether it was found stuck in an import: it is to fork no more workers
+        self.retired = ""  # it is to fork no more workers, for this reason: a phrase for people
+        self._stopped_s = 0.0
+        self._looked_at = loop.time()
+        self._look_timer = loop.call_later(_LOOK_EVERY_S, self._look)
         self._reap_until = 0.0
         self._sock.setblocking(False)
         loop.add_reader(self._sock.fileno(), self._on_readable)
@@ -124,8 +134,8 @@ class Launcher:
         Args:
             at_once: Do not let it kill and reap its workers itself; the kernel and the init process do.
         """
-        if at_once or not self.heard:  # what has not said a word is still importing
-            self.kill()
+        if at_once or self.retired or not self.heard or self.is_stopped():
+            self.kill()  # it would not listen: what has not said a word is still importing
         if not self.gone.done():
             try:
                 self._sock.shutdown(socket.SHUT_WR)
@@ -146,19 +156,40 @@ class Launcher:
         """
         self.send(Kill(worker_id))
         if self.retired and pid is not None:
-            # A stuck fork server does not listen. Nor does it reap, so the number still is this worker's.
+            # It does not listen. Nor does it reap, so the number still is this worker's.
             kill_group(pid)
 
-    def retire(self) -> None:
-        """It is stuck: order no more workers from it. Those that it has forked live on."""
-        if not self.retired:
-            self.retired = True
+    def retire(self, why: str) -> None:
+        """It does not listen, for a reason to tell: order no more workers from it. Those that it has forked live on."""
+        if not (self.retired or self.gone.done()):
+            self.retired = why
             self._on_stuck(self)
+
+    def is_stopped(self) -> bool:
+        """Whether its process is stopped, as far as can be seen here."""
+        vitals = vitals_of(self._process.pid)
+        return vitals is not None and vitals.stopped
+
+    def was_killed(self) -> bool:
+        """Whether somebody killed it, who need not have anything against what it did."""
+        return self._process.returncode == -signal.SIGKILL
 
     def kill(self) -> None:
         """End the fork server and its workers at once; ``on_gone`` follows."""
         if not self.gone.done():
             self._process.kill()
+
+    def _look(self) -> None:
+        now = self._loop.time()
+        passed_s, self._looked_at = min(now - self._looked_at, _LOOK_EVERY_S), now
+        self._look_timer = self._loop.call_later(_LOOK_EVERY_S, self._look)
+        if not self.is_stopped():
+            self._stopped_s = 0.0
+            return
+        self._stopped_s += passed_s
+        if self._stopped_s >= _STOPPED_S and not self.retired:
+            _log.warning("a fork server (process %d) is stopped; starting another one", self._process.pid)
+            self.retire("is stopped")
 
     # -- writing -----------------------------------------------------------------------------------------------------
 
@@ -201,9 +232,10 @@ class Launcher:
             return
         self.heard = True
         for report in self._frames.feed(data):
-            self._on_report(report)
+            self._on_report(self, report)
 
     def _on_end(self) -> None:
+        self._look_timer.cancel()
         self._loop.remove_reader(self._sock.fileno())
         self._loop.remove_writer(self._sock.fileno())
         self._sock.close()

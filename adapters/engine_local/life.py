@@ -13,7 +13,10 @@ import signal
 from .orders import Exited, ForkFailed
 from .process import describe_exit
 
-__all__ = ["Stage", "describe_end"]
+__all__ = ["STUCK", "Stage", "describe_end"]
+
+STUCK = "is stuck in an import"
+"""The fork server: it takes no orders."""
 
 
 class Stage(enum.Enum):
@@ -47,7 +50,9 @@ _MOVES = {
 }
 
 
-def describe_end(last: Stage, report: Exited | ForkFailed | None, server: str | None, *, doomed: bool) -> str:
+def describe_end(
+    last: Stage, report: Exited | ForkFailed | None, server: str | None, *, doomed: bool, retired: str = ""
+) -> str:
     """Say in words for people why a worker ended.
 
     Args:
@@ -55,6 +60,7 @@ def describe_end(last: Stage, report: Exited | ForkFailed | None, server: str | 
         report: What its fork server said of its end; None if that is dead or stuck.
         server: How its fork server ended, if it did.
         doomed: The engine was ending it.
+        retired: What keeps its fork server from saying anything, if something does.
     """
     if isinstance(report, ForkFailed):
         return report.reason
@@ -63,7 +69,7 @@ def describe_end(last: Stage, report: Exited | ForkFailed | None, server: str | 
     if report is None and server is None:
         if last is Stage.ORDERED:
             return "was ended before it started: the import of a module took too long"
-        return "is gone; its fork server, which could say why, is stuck in an import"
+        return f"is gone; its fork server, which could say why, {retired or STUCK}"
     if doomed:
         return "was killed by the engine"
     if report is None:

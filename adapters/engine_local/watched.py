@@ -15,11 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from engine.seam.control_messages import LogLine
+from engine.seam.control_messages import LogLine, Started
 from engine_wire import ControlChannel
 
 from .launcher import Launcher
-from .life import Stage, describe_end
+from .life import STUCK, Stage, describe_end
 from .orders import Exited, Forked, ForkFailed
 from .output import LineReader
 from .process import kill_group
@@ -28,6 +28,8 @@ __all__ = ["WatchedWorker"]
 
 _STUCK_AFTER_S = 5.0
 """A fork server that keeps an order waiting for longer is importing something that may never end."""
+_KILL_PATIENCE_S = 0.5
+"""One that is importing does not read the order to kill a worker, either. That need not wait."""
 _EXIT_PATIENCE_S = 1.0
 """Between the end of a worker's control channel and its exit, or the other way round, are milliseconds."""
 
@@ -36,7 +38,7 @@ class WatchedWorker:
     """One worker, from before its fork to its exit.
 
     Attributes:
-        pid: Its process, once its fork server has told.
+        pid: Its process, once its fork server has told, or it itself.
 
     Args:
         worker_id: Unique within the engine.
@@ -85,7 +87,7 @@ class WatchedWorker:
         self.descriptors = [theirs.detach(), pipes[0][1], pipes[1][1]]
         self._stdout = LineReader(pipes[0][0], lambda line: self._print(logging.INFO, "stdout", line), loop)
         self._stderr = LineReader(pipes[1][0], lambda line: self._print(logging.WARNING, "stderr", line), loop)
-        self._channel = ControlChannel(ours, lambda body: self._said(worker_id, body), self._lost, loop)
+        self._channel = ControlChannel(ours, self._heard, self._lost, loop)
 
     def __repr__(self) -> str:
         return f"<WatchedWorker {self.worker_id} {self.stage.value} pid={self.pid} {self._channel}>"
@@ -112,6 +114,8 @@ class WatchedWorker:
         self.launcher.kill_worker(self.worker_id, self.pid)
         if self.stage is Stage.ORDERED:
             self._expect_within(self._ordered_at + _STUCK_AFTER_S - self._loop.time(), self._give_up)
+        elif self.stage is Stage.RUNNING:
+            self._expect_within(_KILL_PATIENCE_S, self._kill_here)
 
     def reported(self, report: Forked | ForkFailed | Exited) -> None:
         """Its fork server says what became of it."""
@@ -130,8 +134,19 @@ class WatchedWorker:
             self.stage = self.stage.to(Stage.ORPHANED)
             self._expect_within(_EXIT_PATIENCE_S, self._end)
 
+    @property
+    def awaited(self) -> bool:
+        """It is not known to have begun to live, and nobody wants it not to: another fork server may make it."""
+        # The end of a fork server that has its order is the end of its control channel, too.
+        return self.pid is None and not self._doomed and self.stage in (Stage.ORDERED, Stage.SILENT)
+
+    def abandon(self) -> None:
+        """Its fork server will not make it, or only later: then it is to find nobody. Nobody is told."""
+        self.stage = self.stage.to(Stage.ENDED)
+        self._release()
+
     def left_alone(self) -> None:
-        """Its fork server is stuck."""
+        """Its fork server takes no orders and tells nothing any more."""
         if self.stage is Stage.CUT_OFF:
             self.launcher.kill_worker(self.worker_id, self.pid)
             self._end()
@@ -146,7 +161,11 @@ class WatchedWorker:
     def _give_up(self) -> None:
         if self.stage is Stage.ORDERED:
             self._end()
-            self.launcher.retire()
+            self.launcher.retire(STUCK)
+
+    def _kill_here(self) -> None:
+        if self.stage is Stage.RUNNING and self.pid is not None:  # its channel stands: the number still is its own
+            kill_group(self.pid)
 
     def _cut_off(self) -> None:
         self.stage = self.stage.to(Stage.CUT_OFF)
@@ -156,20 +175,29 @@ class WatchedWorker:
 
     def _end(self, report: ForkFailed | Exited | None = None) -> None:
         server = self.launcher.gone.result() if self.launcher.gone.done() else None
-        reason = describe_end(self.stage, report, server, doomed=self._doomed)
+        reason = describe_end(self.stage, report, server, doomed=self._doomed, retired=self.launcher.retired)
         self.stage = self.stage.to(Stage.ENDED)
-        if self._timer is not None:
-            self._timer.cancel()
         self._channel.read_rest()
-        self._stdout.finish()
-        self._stderr.finish()
-        self._channel.close()
-        self._path.unlink(missing_ok=True)
+        self._release()
         if server is not None and self.pid is not None:
             kill_group(self.pid)
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(self.pid, os.WNOHANG)  # it has become this process's child if that adopts orphans
         self._ended(self, reason)
+
+    def _release(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._stdout.finish()
+        self._stderr.finish()
+        self._channel.close()
+        self._path.unlink(missing_ok=True)
+
+    def _heard(self, body: Any) -> None:
+        if isinstance(body, Started) and self.stage is Stage.ORDERED:  # its fork server was stopped in between
+            self.pid = body.pid
+            self.stage = self.stage.to(Stage.RUNNING)
+        self._said(self.worker_id, body)
 
     def _lost(self, reason: str) -> None:
         """Its control channel has ended."""
