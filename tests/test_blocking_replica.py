@@ -119,6 +119,16 @@ def test_those_that_wait_for_a_long_call_are_handed_back(worlds: Any) -> None:
     assert [(type(answer), answer.id) for answer in world.caller.sent[2:]] == [(Reply, 1)]
 
 
+def test_a_call_that_is_cancelled_before_it_began_gives_its_place_back_at_once(worlds: Any) -> None:
+    def meanwhile() -> None:
+        world.caller.answer(Cancel(2))
+        assert [(type(answer), answer.id, answer.load) for answer in world.caller.sent] == [(Failure, 2, 2)]
+
+    world = worlds(Working, meanwhile)
+    world.ask(python_call(1, "long"), python_call(2), python_call(3))
+    assert [(type(answer), answer.id) for answer in world.caller.sent[1:]] == [(Reply, 1), (Reply, 3)]
+
+
 def test_whoever_comes_again_waits_for_the_long_call(worlds: Any) -> None:
     """It was told, so it knows of no better place. Who was not told is handed back, whether it waited or comes now."""
     other = FakeChannel("other")

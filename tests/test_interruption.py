@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import logging
+import os
 import random
 import signal
 import sys
@@ -16,6 +18,7 @@ from typing import Any
 import pytest
 from fakes import FakeServiceLoop, outcome, python_call
 
+from engine import Engine
 from engine.config import BackendConfig
 from engine.errors import CallCancelled
 from engine.seam.messages import Cancel
@@ -23,7 +26,7 @@ from engine.serving.blocking_replica import BlockingReplica
 from engine.serving.interruption import Interrupter
 from engine.serving.user_callable import UserCallable
 from engine.testing.fakes import FakeChannel
-from engine.testing.instruments import eventually
+from engine.testing.instruments import Footprint, eventually
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGURG"), reason="this system has no SIGURG")
 
@@ -52,7 +55,7 @@ class Work:
 @pytest.fixture
 def work() -> Iterator[Work]:
     interrupter = Interrupter()
-    interrupter.take_signals()
+    interrupter.take_process()
     work = Work(interrupter)
     yield work
     work.lasts = False
@@ -141,11 +144,11 @@ def test_a_handler_of_the_users_stays(work: Work) -> None:
 
     signal.signal(signal.SIGURG, theirs)
     another = Interrupter()
-    another.take_signals()
+    another.take_process()
     assert signal.getsignal(signal.SIGURG) is theirs
     work.interrupter.open = work
-    work.interrupt()
-    time.sleep(0.02)
+    work.interrupt(0.02)
+    assert work.outlasted.wait(20)
 
 
 # -- a replica among many cancellations --------------------------------------------------------------------------------
@@ -180,7 +183,7 @@ def test_cancellations_at_any_moment_hurt_nobody_else() -> None:
 
     loop = TakingTurns()
     replica = BlockingReplica("b", UserCallable("b", backend, (), {}), BackendConfig(), lambda body: None, debug=False)
-    replica.interrupter.take_signals()
+    replica.interrupter.take_process()
     replica.attach(loop)
     caller = FakeChannel("caller", replica)
     cancelled: set[int] = set()
@@ -218,3 +221,63 @@ def test_cancellations_at_any_moment_hurt_nobody_else() -> None:
         assert result == answer.id or (answer.id in cancelled and "CallCancelled" in str(result)), answer
     assert struck <= cancelled
     assert len(struck) > 10
+
+
+class Watched:
+    """Its replica hears cancellations while a call runs that takes much less than one that others would hear of."""
+
+    def __init__(self) -> None:
+        from engine_wire import service_loops
+
+        service_loops._TICK_S = 0.0003
+        self.struck = 0
+
+    def __call__(self, request: Any) -> Any:
+        number, spins = request.data
+        try:
+            for _ in range(spins):
+                time.sleep(0)
+        except CallCancelled:
+            self.struck += 1
+            raise
+        return number
+
+    def count(self) -> tuple[int, int]:
+        return os.getpid(), self.struck
+
+
+def test_many_cancellations_in_a_process(leaves_nothing: Footprint) -> None:
+    """Three callers give calls up at random moments; what a fourth one asks for is answered, by the same process."""
+    chance = random.Random(2)
+    given_up = 0
+
+    async def impatient(handle: Any) -> None:
+        nonlocal given_up
+        for number in range(100):
+            call = asyncio.ensure_future(handle.call((number, chance.randrange(1000))))
+            await asyncio.wait([call], timeout=chance.random() * 0.006)
+            if call.done():
+                assert call.result() == number
+            else:
+                given_up += 1
+                call.cancel()
+                await asyncio.wait([call])
+
+    async def patient(handle: Any) -> None:
+        for number in range(100):
+            assert await handle.call((number, number)) == number
+
+    async def main(engine: Engine) -> None:
+        handle = engine.get_handle("watched", sync=False)
+        count = handle.options(method_name="count")
+        pid, _ = await count.call()
+        await asyncio.gather(*(impatient(handle) for _ in range(3)), patient(handle))
+        same, struck = await count.call()
+        assert same == pid
+        assert 0 < struck <= given_up
+
+    with Engine(backend="local", http_options={"location": None}) as engine:
+        engine.create_backend("watched", Watched)
+        engine.create_endpoint("watched", backend="watched")
+        asyncio.run(main(engine))
+        eventually(lambda: engine.statistics()["backends"]["watched"]["in_flight"] == 0)

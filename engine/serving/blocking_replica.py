@@ -122,7 +122,7 @@ class BlockingReplica(Replica):
         while self._chores:
             self._reconfigure(*self._chores.popleft())
         queue = self._queue
-        while queue and (queue[0].cancelled or queue[0].expired):
+        while queue and queue[0].expired:
             self._drop(queue.popleft())
         if not queue:
             return self._farewell()
@@ -186,7 +186,7 @@ class BlockingReplica(Replica):
         self._queue = deque(job for job in self._queue if id(job) not in taken)
         live: list[Job] = []
         for job in batch:
-            if job.cancelled or job.expired:
+            if job.expired:
                 self._drop(job)
             else:
                 live.append(job)
@@ -304,6 +304,10 @@ class BlockingReplica(Replica):
 
     def _cancel(self, job: Job) -> None:
         job.cancelled = True
+        if job in self._queue:
+            self._queue.remove(job)
+            self._drop(job)
+            return
         batch = self._batch
         if batch is None or job not in batch:
             self._stop(job, job)
@@ -314,7 +318,7 @@ class BlockingReplica(Replica):
         """Stop what runs for a call, or for its batch: at an await by cancellation, elsewhere by an exception."""
         if job.task is not None and self._loop is not None:
             self._loop.call_soon_threadsafe(_cancel_task, job)
-        if self._config.cancel_running and job not in self._queue and job not in self._later:
+        if self._config.cancel_running and job not in self._later:
             grace_s = self._config.cancel_grace_s
             self.interrupter.interrupt(
                 work,

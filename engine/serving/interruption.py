@@ -46,16 +46,17 @@ class Interrupter:
         self._thread: int | None = None
         self._strike: _Strike | None = None
 
-    def take_signals(self) -> None:
-        """Make it work for this thread, if it is the main one and user code has no handler of its own.
+    def take_process(self) -> None:
+        """Make it work for this thread of a process that is the replica's own; before that, `interrupt` does nothing.
 
-        Else `interrupt` does nothing.
+        Nothing is struck if this is not the main thread, or user code has a handler of its own for the signal. What
+        lasts longer than it may is told all the same.
         """
+        self._thread = threading.get_ident()
         if _SIGNAL is None or threading.current_thread() is not threading.main_thread():
             return
         if signal.getsignal(_SIGNAL) in (signal.SIG_DFL, signal.SIG_IGN):
             signal.signal(_SIGNAL, self._on_signal)
-            self._thread = threading.get_ident()
 
     def interrupt(
         self, work: object, why: str, *, lasts: Callable[[], bool], grace_s: float | None, outlasted: Callable[[], None]
@@ -97,8 +98,7 @@ class Interrupter:
         strike.work = None
 
     def _signal(self) -> None:
-        assert self._thread is not None and _SIGNAL is not None
-        if signal.getsignal(_SIGNAL) == self._on_signal:  # user code may have taken it away meanwhile
+        if _SIGNAL is not None and self._thread is not None and signal.getsignal(_SIGNAL) == self._on_signal:
             signal.pthread_kill(self._thread, _SIGNAL)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

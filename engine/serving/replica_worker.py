@@ -87,7 +87,7 @@ def _construct(
     user = UserCallable(spec.backend_tag, *definition)
     replica = BlockingReplica(spec.backend_tag, user, spec.config, tell, debug=spec.debug)
     if not spec.shares_process:
-        replica.interrupter.take_signals()
+        replica.interrupter.take_process()
     try:
         if spec.config.user_config is not None:
             replica.configure(spec.config.user_config)

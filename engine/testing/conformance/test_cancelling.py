@@ -217,6 +217,27 @@ def test_a_batch_is_stopped_once_nobody_wants_any_of_it(serve, adapter, journal)
     assert journal.lines() == ["2", "ends"]
 
 
+def test_what_has_not_begun_never_begins(serve, journal, gate):
+    def backend(request):
+        journal.add(request.data)
+        if request.data == "first":
+            gate.pass_through()
+
+    served = serve(backend, route=None, config={"max_concurrent_queries": 2})
+
+    async def main():
+        first, second = (asyncio.ensure_future(served.ahandle.call(number)) for number in ("first", "second"))
+        await asyncio.to_thread(gate.wait_for_arrivals, 1)
+        second.cancel()
+        await asyncio.wait([second])
+        gate.open()
+        await first
+        await served.ahandle.call("third")
+
+    asyncio.run(main())
+    assert journal.lines() == ["first", "third"]
+
+
 def test_its_slot_is_taken_until_it_has_ended(serve, engine, adapter, journal, gate):
     if not adapter.processes:
         pytest.skip("what runs in a thread of the application is left alone")
@@ -231,13 +252,25 @@ def test_its_slot_is_taken_until_it_has_ended(serve, engine, adapter, journal, g
         journal.add("another")
 
     served = serve(backend, route=None, config=ALONE)
-    give_up(lambda: served.ahandle.call(1), journal.lines)
-    gate.wait_for_arrivals(1)
-    ref = served.handle.remote(0)
-    assert engine.wait([ref], timeout=0.05) == ([], [ref])
-    assert journal.lines() == ["begins"]
-    gate.open()
-    engine.get(ref, timeout=20)
+
+    def counted():
+        return engine.statistics()["backends"][served.tag]["in_flight"]
+
+    async def main():
+        call = asyncio.ensure_future(served.ahandle.call(1))
+        await asyncio.to_thread(eventually, journal.lines)
+        call.cancel()
+        await asyncio.to_thread(gate.wait_for_arrivals, 1)
+        another = asyncio.ensure_future(served.ahandle.call(0))
+        await asyncio.wait([another], timeout=0.05)
+        assert counted() == 1
+        assert journal.lines() == ["begins"]
+        gate.open()
+        await another
+        await asyncio.to_thread(eventually, lambda: not counted())
+
+    asyncio.run(main())
+    assert journal.lines() == ["begins", "another"]
 
 
 def test_a_backend_may_be_left_running(serve, engine, journal, gate):
