@@ -43,7 +43,7 @@ from .seam.connector import PlatformRefs
 from .seam.detached import Detachable, RemoteController
 from .seam.error_text import all_there_are
 from .seam.importable import note_modules
-from .seam.may_block import check_may_block, check_not_own_thread
+from .seam.may_block import check_may_block, check_not_own_thread, running_asyncio_loop
 from .seam.patched import check_unpatched
 from .seam.plugins import load_adapter
 from .seam.resources import resources_of
@@ -61,6 +61,7 @@ from .serving.user_callable import (
 
 if TYPE_CHECKING:
     from .control.inert_runner import InertRunner
+    from .control.vigil import Vigil
 
 T = TypeVar("T")
 
@@ -68,6 +69,8 @@ __all__ = ["Engine"]
 
 _GRACE_S = 5.0
 """What calls in flight get when an engine shuts down."""
+_SERVICE_GRACE_S = 20.0
+"""The same where it has served until it was told to end: as long as backends grant by default."""
 _VERBS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT")
 
 
@@ -191,6 +194,7 @@ class Engine:
         self._pid = os.getpid()
         self._closed = False
         self._mounted: Any = None  # what `asgi` gives
+        self._vigil: Vigil | None = None  # the main thread keeps it, in `serve_forever`
         self._shutdown_lock = threading.RLock()  # a signal handler may shut down what is shutting down
 
     def _unhook(self) -> None:
@@ -652,6 +656,39 @@ class Engine:
         check_not_own_thread("shutdown()")
         self._close(lambda: self._runner.stop(timeout_s))
 
+    def serve_forever(self, timeout_s: float = _SERVICE_GRACE_S) -> int | None:
+        """Wait until the program is sent SIGTERM or SIGINT (Ctrl-C), then end the engine as leaving ``with`` does.
+
+        For the main thread of a program that is there to serve. A second signal leaves calls in flight no more time.
+        Meanwhile the engine handles these two signals; when this returns or raises, the former handlers are back.
+
+        Args:
+            timeout_s: As for `shutdown`.
+
+        Returns:
+            The number of the signal; None if another thread shut the engine down.
+
+        Raises:
+            errors.EngineError: Not called in the main thread; or see `shutdown`.
+            errors.WouldBlock: An event loop runs in it.
+            errors.EngineClosed: The engine was shut down before.
+        """
+        from .control.vigil import Vigil
+
+        self._check_open()
+        if self._inert is not None:
+            return None
+        vigil = Vigil(self._runner.hurry)
+        self._runner.wait_started()
+        with vigil:
+            try:
+                self._vigil = vigil
+                number = None if self._closed else vigil.wait()
+                self._leave(timeout_s)
+            finally:
+                self._vigil = None
+        return number
+
     def _close(self, finish: Callable[[], None]) -> None:
         if self._pid != os.getpid():
             return  # a forked copy owns nothing
@@ -659,6 +696,11 @@ class Engine:
             if self._closed:
                 return
             self._closed = True
+            if self._vigil is not None:
+                self._vigil.end()
+            loop = running_asyncio_loop()
+            if loop is not None and self._inert is None:
+                self._client.stands_still(loop)
             try:
                 finish()
             finally:

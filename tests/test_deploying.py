@@ -8,6 +8,7 @@ import http.client
 import importlib.util
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -35,19 +36,40 @@ def end(process: subprocess.Popen[str]) -> None:
     process.communicate()
 
 
-def test_the_service_serves_until_it_is_sent_sigterm(tmp_path: Path) -> None:
+NAMESPACE = ["unshare", "--fork", "--pid", "--kill-child", "--mount-proc"]
+"""Has a program be process 1, as in a container: the system gives it only the signals that it handles."""
+
+
+def in_namespaces() -> bool:
+    return (
+        shutil.which("unshare") is not None
+        and subprocess.run([*NAMESPACE, "true"], capture_output=True).returncode == 0
+    )
+
+
+@pytest.mark.parametrize("command", [[], NAMESPACE], ids=["a process", "process 1"])
+def test_the_service_serves_until_it_is_sent_sigterm(tmp_path: Path, command: list[str]) -> None:
+    if command and not in_namespaces():
+        pytest.skip("needs the right to make namespaces")
     source = block("python", "A service of your own").replace('"port": 8000, "workers": 2', '"port": 0')
     assert '"port": 0' in source
     (tmp_path / "serve.py").write_text(source)
-    service = subprocess.Popen([sys.executable, "serve.py"], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    service = subprocess.Popen([*command, sys.executable, "serve.py"], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     try:
         assert service.stdout is not None
         url = service.stdout.readline().removeprefix("serving on ").strip()
         assert urllib.request.urlopen(f"{url}/hello?name=Ada", timeout=LIMIT_S).read() == b"hello Ada"
-        service.send_signal(signal.SIGTERM)
+        children = Path(f"/proc/{service.pid}/task/{service.pid}/children")
+        os.kill(int(children.read_text()) if command else service.pid, signal.SIGTERM)
         assert service.wait(LIMIT_S) == 0
     finally:
         end(service)
+
+
+def test_a_program_of_asyncio_ends_in_order() -> None:
+    source = block("python", "A service of your own", 1)
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=LIMIT_S)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "hello\n", "")
 
 
 class UnixConnection(http.client.HTTPConnection):
@@ -117,7 +139,7 @@ def test_the_unit_of_systemd_has_the_options_that_the_text_speaks_of() -> None:
     unit.optionxform = str  # type: ignore[assignment, method-assign]
     unit.read_string(block("ini", "systemd"))
     assert unit["Service"]["KillMode"] == "mixed"
-    grace = re.search(r"shutdown\(timeout_s=(\d+)\)", block("python", "A service of your own"))
+    grace = re.search(r"serve_forever\(timeout_s=(\d+)\)", block("python", "A service of your own"))
     assert grace is not None
     assert int(unit["Service"]["TimeoutStopSec"]) > int(grace[1])
 

@@ -62,6 +62,8 @@ class Caller:
         self._ids = itertools.count(1)
         self._pending: dict[int, Slot] = {}  # single dict operations only, which need no lock
         self._closed: EngineError | None = None
+        self._refusal: EngineError | None = None  # of new calls: those that were taken may go on nevertheless
+        self._may_call: Callable[[], bool] = _nobody  # asked then, where a call is made
         self._torn = False  # what the lock guards is being changed, or whoever did was struck
 
     def __repr__(self) -> str:
@@ -83,8 +85,8 @@ class Caller:
             with self._lock:
                 if self._torn:
                     self._mend()
-                if self._closed is not None:
-                    raise self._closed
+                if self._refusal is not None:
+                    self._check_taken(self._refusal, again=again)
                 if slot.given_up:  # meanwhile: it must be neither queued nor copied
                     return
                 call = slot.call
@@ -216,10 +218,38 @@ class Caller:
                 },
             }
 
+    def held(self, *, nameless: bool = False) -> set[str]:
+        """The backends that calls of this caller wait for, or are with.
+
+        Args:
+            nameless: Only calls whose endpoint is there no more, so that no other backend would take them.
+        """
+        on_way = list(self._pending.values())  # first: a call that comes back from there is in a queue before it is out
+        with self._lock:
+            replica_sets = self._router.replica_sets
+            targets = {target for one in replica_sets.values() for target in one.targets.values()}
+            targets.update(self._channels.values())  # also those that have left
+            slots = [(target.replica_set.tag, slot) for target in targets for slot in target.holds]
+            slots += [(tag, slot) for tag, one in replica_sets.items() for slot in one.waiting]
+            slots += [(slot.target.replica_set.tag, slot) for slot in on_way]
+            named = self._router.endpoints if nameless else ()
+            return {tag for tag, slot in slots if slot.endpoint not in named and not isinstance(slot, CopySlot)}
+
+    def begin_drain(self, error: EngineError, may_call: Callable[[], bool]) -> None:
+        """Take no more calls; those that were taken go on, also the ones that wait for a replica.
+
+        Args:
+            error: What others are told.
+            may_call: Whether a call may be made from where this is asked all the same.
+        """
+        with self._lock:
+            self._may_call = may_call
+            self._refusal = self._refusal or error
+
     def begin_close(self, error: EngineError) -> None:
         """Take no more calls and fail those that wait for a replica; what is in flight goes on (idempotent)."""
         with self._lock:
-            self._closed = self._closed or error
+            self._refusal = self._closed = self._closed or error
             waiting = [
                 slot for replica_set in self._router.replica_sets.values() for slot in replica_set.give_up_waiting()
             ]
@@ -329,6 +359,10 @@ class Caller:
             del dead[0]
 
     # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _check_taken(self, refusal: EngineError, *, again: bool) -> None:
+        if self._closed is not None or not (again or self._may_call()):
+            raise self._closed or refusal
 
     def _send(self, slot: Slot, *, watch: bool = True) -> None:
         """Send a call to the target that it was placed on; does nothing if that was done before."""
@@ -626,3 +660,7 @@ class Caller:
             replica_set.next_placements(now, ready)
             self._schedule_retry(replica_set, RETRY_S, now)
         self._send_all(ready)
+
+
+def _nobody() -> bool:
+    return False

@@ -19,9 +19,10 @@ from ..seam.connector import Connector, may_return, refs_of
 from ..seam.may_block import running_asyncio_loop
 from ..seam.patched import check_unpatched
 from ..seam.snapshot import RoutingSnapshot
+from ..seam.workplace import works_for
 from .bell import Bell
 from .caller import Caller
-from .home import LoopHome, ThreadHome
+from .home import Home, LoopHome, ThreadHome
 
 if TYPE_CHECKING:
     import asyncio
@@ -36,6 +37,7 @@ _RETURN_TIMEOUT_S = 30.0
 """The same while the controller is being started again, which first waits for its workers to come back to it."""
 
 _SHUT_DOWN = "the engine was shut down"
+_SHUTTING_DOWN = "the engine is being shut down"
 
 _lock = threading.Lock()  # guards the next two, which map engine ids: engines do not see each other
 _clients: dict[str, Client] = {}
@@ -59,6 +61,8 @@ class Client:
         self._lock = threading.Lock()  # guards the callers
         self._threads: Caller | None = None
         self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Caller] = weakref.WeakKeyDictionary()
+        self._draining = False  # takes no new calls, but from workers of the engine
+        self._standing: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()  # loops that nobody waits for
         self._why_closed = ""  # as long as it is open
         self._owns_connector = False
         self._subscription: Subscription | None = None  # to a controller in another process
@@ -180,7 +184,7 @@ class Client:
             with self._lock:
                 self.check_open()
                 if self._threads is None:
-                    self._threads = Caller(self._connector, ThreadHome(), self._current)
+                    self._threads = self._new_caller(ThreadHome())
                 caller = self._threads
         return caller
 
@@ -194,7 +198,7 @@ class Client:
             self._drop_closed_loops()
             with self._lock:
                 self.check_open()
-                caller = self._loops[loop] = Caller(self._connector, LoopHome(loop), self._current)
+                caller = self._loops[loop] = self._new_caller(LoopHome(loop))
         return caller
 
     # -- snapshots -------------------------------------------------------------------------------------------------
@@ -224,6 +228,27 @@ class Client:
             callers = list(self._loops.values()) + ([self._threads] if self._threads else [])
         elsewhere = self.refs.statistics() if self.refs is not None else []
         return [caller.statistics() for caller in callers] + elsewhere
+
+    def stands_still(self, loop: asyncio.AbstractEventLoop) -> None:
+        """This loop is about to wait for the engine's end: its calls cannot go on, and are not waited for."""
+        self._standing.add(loop)
+
+    def begin_drain(self) -> None:
+        """Take no more calls, but from the engine's own workers; what was taken goes on."""
+        with self._lock:
+            self._draining = True
+            callers = self._callers()
+        for caller in callers:
+            caller.begin_drain(EngineClosed(_SHUTTING_DOWN), self._may_call)
+
+    def held(self, *, nameless: bool = False) -> set[str]:
+        """The backends that calls of this process wait for, or are with: see `Caller.held`.
+
+        Those of loops that do not run now are not counted: they may never run again.
+        """
+        with self._lock:
+            callers = self._callers(moving=True)
+        return {tag for caller in callers for tag in caller.held(nameless=nameless)}
 
     def begin_close(self) -> None:
         """Take no more calls and fail those that wait for a replica; what is in flight goes on."""
@@ -266,6 +291,24 @@ class Client:
             ended = [self._loops.pop(loop) for loop in list(self._loops) if loop.is_closed()]
         for caller in ended:
             caller.close()
+
+    def _callers(self, *, moving: bool = False) -> list[Caller]:
+        """All of them, or those whose calls go on by themselves; to be called under the lock."""
+        loops = [
+            caller
+            for loop, caller in self._loops.items()
+            if not moving or (loop.is_running() and loop not in self._standing)
+        ]
+        return loops + ([self._threads] if self._threads is not None else [])
+
+    def _new_caller(self, home: Home) -> Caller:
+        caller = Caller(self._connector, home, self._current)
+        if self._draining:
+            caller.begin_drain(EngineClosed(_SHUTTING_DOWN), self._may_call)
+        return caller
+
+    def _may_call(self) -> bool:
+        return works_for(self.engine_id)
 
     def _current(self) -> RoutingSnapshot:
         return self.snapshot

@@ -137,6 +137,11 @@ class BackendReplicas:
         return KnownBackend(self.plan, self._started, running)
 
     @property
+    def serves(self) -> bool:
+        """Whether there is a replica that takes calls."""
+        return any(worker.life is Life.READY for worker in self.running)
+
+    @property
     def state(self) -> str:
         """How it is, in a word: starting, ready, failing or draining."""
         if self.deleted:
@@ -148,17 +153,19 @@ class BackendReplicas:
     def describe(self) -> dict[str, Any]:
         """See `Engine.statistics`: all but what callers count."""
         starting = [worker for worker in map(self._workers.get, self._starting) if worker is not None]
-        workers = {one.spec.worker_id: one for one in [*starting, *self.all_ready()]}
+        all_there_are = [*starting, *self.all_ready()]
+        workers = {one.spec.worker_id: {**one.describe(), "version": one.version} for one in all_there_are}
+        for one in self.running:
+            if self.deleted:  # it takes no calls but those that were made before, until none is left
+                workers[one.spec.worker_id]["state"] = Life.DRAINING.value
         return {
             "state": self.state,
             "version": self.plan.version,
             "failures": self._failures,
             "last_error": self._last_error,
             "last_error_s": time.monotonic() - self._failed_at if self._last_error is not None else None,
-            "replicas": {worker_id: worker.life.value for worker_id, worker in workers.items()},
-            "details": {
-                worker_id: {**worker.describe(), "version": worker.version} for worker_id, worker in workers.items()
-            },
+            "replicas": {worker_id: worker["state"] for worker_id, worker in workers.items()},
+            "details": workers,
         }
 
     # -- changes of what is wanted -------------------------------------------------------------------------------------

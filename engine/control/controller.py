@@ -14,8 +14,8 @@ from contextlib import closing, nullcontext
 from typing import Any
 
 from ..calling.client import Client
-from ..config import BackendConfig, HTTPOptions
-from ..errors import EngineError, InvalidArgument
+from ..config import LONGEST_S, BackendConfig, HTTPOptions
+from ..errors import EngineClosed, EngineError, InvalidArgument
 from ..seam.adapter import Adapter, done_by
 from ..seam.channel import Channel, ChannelListener
 from ..seam.control_messages import Unhealthy
@@ -44,7 +44,9 @@ _LEFT_ALONE_TIMEOUT_S = 1.0
 """For callers to learn that a replica leaves. What comes later is refused there, and placed elsewhere."""
 
 _LEAST_GRACE_S = 1.5
-"""For replicas to leave by themselves at a shutdown, when the ingresses have used up what calls in flight get."""
+"""For replicas to leave by themselves at a shutdown, when ingresses and callers have used up what calls get."""
+_LOOK_S = 0.005
+"""Between two looks at what this process's callers hold. They tell nobody: that would cost each call something."""
 
 
 class Controller:
@@ -129,21 +131,31 @@ class Controller:
             self._spawn(self._refill_ingresses())
 
     async def shutdown(self, grace_s: float) -> None:
-        """Stop taking calls, give those in flight ``grace_s`` seconds, end every worker."""
+        """Stop taking calls, give those that were taken ``grace_s`` seconds, end every worker.
+
+        First callers of this process and ingresses come to rest. Until then all stays as it is for the replicas, as the
+        calls may need others; and what waits for a replica, or is handed back by one, goes on.
+        """
         self._closing = True
         grace_s = 0.0 if self._hurried else grace_s
-        deadline = asyncio.get_running_loop().time() + grace_s
+        clock = asyncio.get_running_loop().time
+        began = clock()
         self._keeper.close()
         for task in self._background:
             task.cancel()
         await self._workers.close()
-        await self._ingresses.stop(grace_s)
+        self._client.begin_drain()
+        await asyncio.gather(self._ingresses.stop(grace_s), self._until_at_rest(grace_s, self._backends))
         self._client.begin_close()
         self._publisher.publish_end()
         backends = [*self._backends.values(), *self._leaving.values()]
-        # Whatever the ingresses took of it: who is idle gets the time to leave by himself.
-        left_s = max(deadline - asyncio.get_running_loop().time(), min(grace_s, _LEAST_GRACE_S))
-        await asyncio.gather(*[one.end(one.all_ready(), grace_s=left_s) for one in backends])
+        took_s = clock() - began
+        ends = []
+        for one in backends:
+            granted_s = min(grace_s, one.config.graceful_shutdown_timeout_s)
+            # Whatever was taken of it: who is idle gets the time to leave by himself.
+            ends.append(one.end(one.all_ready(), grace_s=max(granted_s - took_s, min(granted_s, _LEAST_GRACE_S))))
+        await asyncio.gather(*ends)
         self._client.close()
         self._workers.release()
         await done_by(self._adapter, "stop")
@@ -229,13 +241,11 @@ class Controller:
         try:
             # By force it is not waited for whoever holds the lock: he may wait for a replica that is stuck.
             async with nullcontext() if force else backend.lock:
-                self._remove(backend)
+                pass
         except BaseException:
-            if self._backends.get(tag) is backend:
-                backend.deleted = False
-                self._refill(backend)
+            self._keep_after_all(backend)
             raise
-        await self._see_through(self._end_backend(backend, at_once=force))
+        await self._see_through(self._delete(backend, at_once=force))
 
     async def get_backend_config(self, tag: str) -> BackendConfig:
         """A backend's configuration.
@@ -433,6 +443,49 @@ class Controller:
         if not await self._publisher.applied(version, _APPLIED_TIMEOUT_S, ingress_only=True):
             _logger.warning("an ingress has not taken the newest routes within %g s", _APPLIED_TIMEOUT_S)
         await self._publisher.applied(version, _OTHERS_TIMEOUT_S, ingress_only=False)
+
+    async def _delete(self, backend: BackendReplicas, *, at_once: bool) -> None:
+        tag = backend.plan.tag
+        try:
+            if not at_once:
+                await self._until_at_rest(LONGEST_S, {tag: backend}, nameless=True)
+                if self._closing:
+                    raise EngineClosed("the engine was shut down")
+            self._remove(backend)
+        except BaseException:
+            self._keep_after_all(backend)
+            raise
+        await self._end_backend(backend, at_once=at_once)
+
+    def _keep_after_all(self, backend: BackendReplicas) -> None:
+        if self._backends.get(backend.plan.tag) is backend:
+            backend.deleted = False
+            self._refill(backend)
+
+    async def _until_at_rest(
+        self, grace_s: float, backends: dict[str, BackendReplicas], *, nameless: bool = False
+    ) -> None:
+        """Wait until this process's callers hold no call to these backends that a replica could still answer.
+
+        Args:
+            grace_s: Seconds that each backend gets, if its configuration does not grant less.
+            backends: By tag. One that leaves the engine is not waited for any longer.
+            nameless: See `Client.held`.
+        """
+        clock = asyncio.get_running_loop().time
+        began, closing = clock(), self._closing
+        while not self._hurried and self._closing == closing:
+            took_s = clock() - began
+            due = {
+                tag
+                for tag, one in backends.items()
+                if self._backends.get(tag) is one
+                and one.serves
+                and took_s < min(grace_s, one.config.graceful_shutdown_timeout_s)
+            }
+            if not due or due.isdisjoint(self._client.held(nameless=nameless)):
+                return
+            await asyncio.sleep(_LOOK_S)
 
     async def _end_backend(self, backend: BackendReplicas, *, at_once: bool) -> None:
         tag = backend.plan.tag

@@ -21,7 +21,7 @@ from ..seam.event_loop import close_event_loop, new_event_loop
 from ..seam.ingress_server import load_server
 from ..seam.log import Log
 from ..seam.serialization import pack_exception_briefly
-from ..seam.workplace import Surrounding, enter_engine, is_worker
+from ..seam.workplace import Surrounding, enter_engine, enter_engine_here, is_worker
 from .guard import wrap_middlewares
 from .ingress import Ingress
 
@@ -69,6 +69,8 @@ def main(host: WorkerHost, payload: bytes) -> None:
         spec: IngressSpec = pickle.loads(payload)
         if is_worker():
             enter_engine(Surrounding(spec.engine_id, spec.adapter_name, spec.control_address))
+        else:
+            enter_engine_here(spec.engine_id)
         worker = _Worker(host, spec, loop)
         loop.run_until_complete(worker.run())
     except Exception as error:

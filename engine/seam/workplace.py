@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextvars import ContextVar
 from typing import NamedTuple
 
 from ..errors import EngineError
@@ -18,11 +19,13 @@ __all__ = [
     "Surrounding",
     "check_idle",
     "enter_engine",
+    "enter_engine_here",
     "enter_worker",
     "is_worker",
     "settles_later",
     "surrounding_engine",
     "why_inert",
+    "works_for",
 ]
 
 _MARK = "ENGINE_WORKER"
@@ -41,6 +44,9 @@ class Surrounding(NamedTuple):
 
 _is_worker = False
 _surrounding: Surrounding | None = None
+_here: ContextVar[str] = ContextVar("engine_works_for", default="")
+"""The id of the engine that this thread works for in the application's own process: that of a worker of its own has all
+of its threads work for it."""
 
 
 def enter_worker() -> None:
@@ -55,6 +61,16 @@ def enter_engine(surrounding: Surrounding) -> None:
     enter_worker()
     _surrounding = surrounding
     os.environ[_MARK] = str(os.getpid())
+
+
+def enter_engine_here(engine_id: str) -> None:
+    """Declare that this thread, with all tasks that it begins, works for this engine in the application's process."""
+    _here.set(engine_id)
+
+
+def works_for(engine_id: str) -> bool:
+    """Whether this code runs in a worker of this engine, rather than in a program that uses it."""
+    return _here.get() == engine_id or (_surrounding is not None and _surrounding.engine_id == engine_id)
 
 
 def is_worker() -> bool:

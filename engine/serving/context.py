@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from ..errors import EngineError
+from ..seam.workplace import enter_engine_here
 
 if TYPE_CHECKING:
     from ..calling.handle import AsyncHandle, Handle
@@ -89,6 +90,8 @@ def enter_replica(context: ReplicaContext, *, whole_process: bool) -> None:
     _context.set(context)
     if whole_process:
         _process_context = context
+    else:
+        enter_engine_here(context.engine_id)
 
 
 def get_replica_context() -> ReplicaContext:

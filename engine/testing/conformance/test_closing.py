@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import anyio
 import httpx
 import pytest
 
-from engine import errors
+from engine import errors, get_replica_context
 from engine.testing.instruments import eventually
 
 
@@ -197,6 +198,99 @@ def test_an_orderly_end_lets_calls_finish(adapter, gate, error):
         raise error
     opening.join()
     assert future.result(20) == "finished"
+
+
+class Plain:
+    """Answers once the gate is open; if it is given a name, with the answer of that endpoint."""
+
+    def __init__(self, gate, calls=None):
+        self.gate, self.calls = gate, calls
+
+    def __call__(self, request):
+        self.gate.pass_through()
+        return get_replica_context().get_handle(self.calls).call() if self.calls else "finished"
+
+
+class Async(Plain):
+    async def __call__(self, request):
+        await self.gate.apass_through()
+        return await get_replica_context().get_handle(self.calls).call() if self.calls else "finished"
+
+
+def outcome(function, *arguments):
+    try:
+        return function(*arguments)
+    except BaseException as error:
+        return error
+
+
+@pytest.mark.parametrize(("kind", "error"), [(Plain, SystemExit(0)), (Async, None)])
+def test_what_waits_is_served_before_the_end(adapter, client, gate, journal, kind, error):
+    """Also what has been handed back, calls of replicas, and requests that wait at a server."""
+    config = {"max_concurrent_queries": 1}
+
+    def noting(app):
+        async def note(scope, receive, send):
+            if scope["type"] == "http":
+                journal.add("a request")
+            await app(scope, receive, send)
+
+        return note
+
+    with ThreadPoolExecutor(20) as pool:
+        try:
+            with adapter.engine(middlewares=[noting]) as engine:
+                engine.create_backend("last", lambda request: "finished")
+                engine.create_endpoint("last", backend="last")
+                engine.create_backend("held", kind, gate, config=config)
+                engine.create_endpoint("held", backend="held", route="/held")
+                engine.create_backend("calls", kind, gate, "last", config=config)
+                engine.create_endpoint("calls", backend="calls")
+                url, handles = f"{engine.http_url}/held", [engine.get_handle("held"), engine.get_handle("calls")]
+                calls = [pool.submit(outcome, handle.call) for handle in handles for _ in range(4)]
+                requests = [pool.submit(lambda: client.get(url).text) for _ in range(3)]
+                gate.wait_for_arrivals(2)
+                eventually(lambda: sum(one["queued"] for one in engine.statistics()["backends"].values()) >= 6)
+                eventually(lambda: len(journal.lines()) == 3)
+
+                def open_at_the_end():
+                    eventually(lambda: "shut down" in repr(outcome(handles[0].options(timeout_s=0.01).call)))
+                    gate.open()
+
+                pool.submit(open_at_the_end)
+                if error is not None:
+                    raise error
+        except SystemExit:
+            pass
+        assert [call.result(20) for call in calls + requests] == ["finished"] * 11
+
+
+def test_what_does_not_end_is_broken_off(adapter, gate):
+    """By a backend's own time, however much more the others get."""
+    config = {"graceful_shutdown_timeout_s": 0.1, "max_concurrent_queries": 1}
+    with ThreadPoolExecutor(20) as pool, adapter.engine() as engine:
+        engine.create_backend("held", Async, gate, config=config)
+        engine.create_endpoint("held", backend="held")
+        calls = [pool.submit(outcome, engine.get_handle("held").call) for _ in range(3)]
+        eventually(lambda: engine.statistics()["backends"]["held"]["queued"] == 2)
+        engine.shutdown(timeout_s=3600)
+        assert not gate.is_open()
+        assert all(isinstance(call.result(20), errors.EngineError) for call in calls)
+
+
+@pytest.mark.parametrize("kind", [Plain, Async])
+def test_what_waits_for_a_backend_is_served_before_it_is_deleted(engine, serve, gate, kind):
+    served = serve(kind, gate, route=None, config={"max_concurrent_queries": 1})
+    with ThreadPoolExecutor(20) as pool:
+        calls = [pool.submit(outcome, served.call) for _ in range(4)]
+        gate.wait_for_arrivals(1)
+        eventually(lambda: engine.statistics()["backends"][served.tag]["queued"] == 3)
+        engine.delete_endpoint(served.name)
+        deleting = pool.submit(engine.delete_backend, served.tag)
+        eventually(lambda: served.tag not in engine.list_backends())
+        gate.open()
+        assert [call.result(20) for call in calls] == ["finished"] * 4
+        assert deleting.result(20) is None
 
 
 def test_two_engines_do_not_notice_each_other(adapter, client):

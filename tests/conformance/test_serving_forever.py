@@ -1,0 +1,3 @@
+"""See `engine.testing.conformance.test_serving_forever`."""
+
+from engine.testing.conformance.test_serving_forever import *
