@@ -158,7 +158,8 @@ class HTTPOptions:
             callables that take the application and return one.
         workers: Ingress processes per node, sharing the port.
         max_body_bytes: Larger request bodies are answered with 413.
-        request_timeout_s: Deadline of every HTTP request in seconds (then 504), or None.
+        request_timeout_s: Deadline of every HTTP request in seconds (then 504), or None. A client may shorten it by the
+            header ``x-request-timeout-ms``.
         debug: Tell clients the traceback of a failed backend.
         status_details: Whether ``/-/routes`` and ``/-/readyz`` tell clients the names of endpoints and backends, and
             how they are. None: only where ``host`` is a loopback address, and not where `Engine.asgi` is mounted.

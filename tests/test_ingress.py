@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -396,6 +397,86 @@ async def test_the_deadline_travels_and_rules() -> None:
     await exchange.task
     assert exchange.status == 504
     assert call.cancelled
+
+
+@pytest.mark.parametrize(
+    ("configured_s", "given", "expected_s"),
+    [
+        (None, b"2000", 2.0),
+        (None, b" 0002000 ", 2.0),
+        (1.0, b"2000", 1.0),
+        (3.0, b"2000", 2.0),
+        (None, b"99999999999999999999", 366 * 86400.0),
+        (1.0, b"9" * 5000, 1.0),
+        (5.0, None, 5.0),
+        (None, None, None),
+    ],
+)
+async def test_the_shorter_of_two_limits_counts(
+    configured_s: float | None, given: bytes | None, expected_s: float | None
+) -> None:
+    client, app = make(request_timeout_s=configured_s)
+    before = time.monotonic()
+    headers = [] if given is None else [(b"x-request-timeout-ms", given)]
+    exchange = Exchange(app, headers=headers).says()
+    call = await client.calls.get()
+    deadline = call.call.deadline
+    if expected_s is None:
+        assert deadline is None
+    else:
+        assert deadline is not None
+        assert before + expected_s <= deadline <= time.monotonic() + expected_s
+    call.reply("fine")
+    await exchange.task
+    assert exchange.status == 200
+
+
+@pytest.mark.parametrize(
+    "wrong", [b"", b"0", b"000", b"-1", b"+1", b"1.5", b"1e3", b"ten", b"1 000", "\u0663".encode()]
+)
+async def test_a_limit_that_is_none_is_the_clients_mistake(wrong: bytes) -> None:
+    client, app = make(request_timeout_s=30)
+    exchange = Exchange(app, headers=[(b"x-request-timeout-ms", wrong)]).says()
+    await exchange.task
+    assert exchange.status == 400
+    assert b"X-REQUEST-TIMEOUT-MS" in exchange.sent[1]["body"]
+    assert client.calls.empty()
+
+
+@pytest.mark.parametrize(
+    "sends",
+    [
+        {"headers": [(b"content-length", b"10")]},
+        {"headers": [(b"transfer-encoding", b"chunked")]},
+        {"http_version": "2"},
+    ],
+)
+@pytest.mark.parametrize("begun", [False, True])
+async def test_a_body_that_comes_too_late_makes_no_call(sends: dict[str, Any], begun: bool) -> None:
+    client, app = make(request_timeout_s=0.01)
+    exchange = Exchange(app, "POST", **sends)
+    if begun:
+        exchange.says(b"a", more=True)
+    await exchange.task
+    assert exchange.status == 504
+    assert client.calls.empty()
+
+
+async def test_the_time_that_a_body_takes_is_part_of_the_requests() -> None:
+    client, app = make(request_timeout_s=30)
+    before = time.monotonic()
+    exchange = Exchange(app, "POST", headers=[(b"content-length", b"2")]).says(b"a", more=True)
+    for _ in range(100):
+        await asyncio.sleep(0)
+    assert exchange.inbox.empty()
+    after = time.monotonic()
+    exchange.says(b"b")
+    call = await client.calls.get()
+    assert before + 30 <= call.call.deadline <= after + 30
+    assert call.call.payload == b"ab"
+    call.reply("fine")
+    await exchange.task
+    assert exchange.status == 200
 
 
 async def test_a_stream_that_began_in_time_may_last(monkeypatch: pytest.MonkeyPatch) -> None:

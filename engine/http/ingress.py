@@ -14,11 +14,13 @@ from __future__ import annotations
 import asyncio
 import pickle
 import time
-from typing import TYPE_CHECKING, Any, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, Protocol
 from urllib.parse import parse_qs
 
 from ..calling.answers import StreamSlot
 from ..calling.slot import Submitter
+from ..config import LONGEST_S
 from ..errors import DeadlineExceeded, EngineError, InvalidArgument
 from ..seam.http_request import trim_scope
 from ..seam.ingress_server import StreamBroken
@@ -38,6 +40,8 @@ __all__ = ["Ingress", "IngressClient"]
 
 
 _CREDIT_BATCH = INITIAL_CREDIT // 2
+_LATE: Final = {"type": "engine.late"}
+"""Stands for the rest of a body that does not come in time."""
 
 _logger = Log("engine.http")
 
@@ -59,7 +63,8 @@ class Ingress:
     Args:
         client: Gives the routing snapshot and the caller.
         max_body_bytes: Larger request bodies are answered with 413.
-        request_timeout_s: Seconds from the request's arrival to the first part of its answer (then 504), or None.
+        request_timeout_s: Seconds from the request's arrival to the first part of its answer (then 504), or None. A
+            client may shorten it.
         debug: Tell clients the traceback of a failed backend.
         tells_details: Tell clients the names of endpoints and backends, and how they are.
     """
@@ -118,6 +123,7 @@ class Ingress:
         call_method = "__call__"
         shard_key: str | None = None
         given_id: bytes | None = None
+        given_timeout: bytes | None = None
         content_length = 0
         for name, value in scope["headers"]:
             if name == b"content-length":
@@ -128,6 +134,8 @@ class Ingress:
                 call_method = _text(value).strip()
             elif name == b"x-serve-shard-key":
                 shard_key = _text(value)
+            elif name == b"x-request-timeout-ms":
+                given_timeout = value
         request_id = request_id_of(given_id)
         exchange = Exchange(scope, send, request_id)
 
@@ -157,8 +165,19 @@ class Ingress:
         if content_length > self._max_body_bytes:
             await self._too_large(exchange)
             return
+        timeout_s = self._request_timeout_s
+        if given_timeout is not None:
+            given_s = _seconds(given_timeout)
+            if given_s is None:
+                await exchange.say(400, "X-REQUEST-TIMEOUT-MS must be a whole number of milliseconds, at least 1.")
+                return
+            timeout_s = given_s if timeout_s is None else min(given_s, timeout_s)
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        receive_body = receive
+        if deadline is not None and _may_have_body(scope, content_length):
+            receive_body = partial(_received_by, deadline, receive)
 
-        message = await receive()
+        message = await receive_body()
         body: bytes = message.get("body", b"")
         if message.get("more_body", False):
             parts = [body]
@@ -166,11 +185,15 @@ class Ingress:
             while message.get("more_body", False):
                 if size > self._max_body_bytes:
                     break
-                message = await receive()
+                message = await receive_body()
                 parts.append(message.get("body", b""))
                 size += len(parts[-1])
             body = b"".join(parts)
         if message["type"] == "http.disconnect":
+            return
+        if message is _LATE:
+            late = DeadlineExceeded("the request's time was over before its body was there")
+            await self._refused(late, found.endpoint_name, exchange)
             return
         if len(body) > self._max_body_bytes:
             await self._too_large(exchange)
@@ -179,8 +202,6 @@ class Ingress:
         trimmed = trim_scope(scope)
         if found.path_params:
             trimmed["path_params"] = {**trimmed.get("path_params", {}), **found.path_params}
-        timeout_s = self._request_timeout_s
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
         call = Call(0, HTTP, call_method, deadline, request_id, pickle.dumps(trimmed, 5), body)
         await self._call(found.endpoint_name, call, shard_key, exchange, receive)
 
@@ -368,6 +389,31 @@ def _text(value: bytes) -> str:
         return value.decode()
     except UnicodeDecodeError:
         return value.decode("latin-1")
+
+
+def _seconds(milliseconds: bytes) -> float | None:
+    """The seconds that a header gives as whole milliseconds, at most a year; None if it does not say that."""
+    digits = milliseconds.strip()
+    if not digits.isdigit():
+        return None
+    digits = digits.lstrip(b"0")
+    if not digits:
+        return None
+    return min(int(digits) / 1000, LONGEST_S) if len(digits) < 16 else LONGEST_S
+
+
+def _may_have_body(scope: Any, content_length: int) -> bool:
+    if content_length or not str(scope.get("http_version", "")).startswith("1"):
+        return True
+    return any(name == b"transfer-encoding" for name, _ in scope["headers"])
+
+
+async def _received_by(deadline: float, receive: Any) -> Any:
+    """The next message of a server, or `_LATE`."""
+    try:
+        return await asyncio.wait_for(receive(), max(0.0, deadline - time.monotonic()))
+    except asyncio.TimeoutError:  # another one than TimeoutError before Python 3.11
+        return _LATE
 
 
 def _below(path: str, root_path: str) -> str:

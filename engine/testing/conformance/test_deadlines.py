@@ -8,10 +8,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import socket
 import sys
 import threading
+from urllib.parse import urlsplit
 
+import httpx
 import pytest
+from starlette.applications import Starlette
+from starlette.background import BackgroundTask
+from starlette.responses import StreamingResponse
+from starlette.routing import Mount
 
 from engine import accept_batch, errors, remaining_s
 from engine.testing.instruments import eventually
@@ -258,3 +265,100 @@ def test_what_goes_on_after_the_answer_has_no_deadline(serve, gate, journal):
     assert serve(backend, route=None).call(timeout_s=AMPLE_S) <= AMPLE_S
     gate.open()
     assert eventually(journal.lines) == ["None None"]
+
+
+# -- over HTTP ---------------------------------------------------------------------------------------------------------
+
+
+def limited(timeout_s):
+    return {"X-Request-Timeout-Ms": str(round(1000 * timeout_s))}
+
+
+@pytest.mark.parametrize("caller", [SyncCaller, AsyncCaller])
+def test_what_an_http_client_allows_travels_as_well(serve, caller):
+    class OverHTTP(caller):
+        pass
+
+    back = serve(leaf, route=None)
+    served = serve(OverHTTP, back.handle if caller is SyncCaller else back.ahandle)
+    own, given = served.http_json(headers=limited(AMPLE_S))
+    assert AMPLE_S >= own >= given > 0
+    assert served.http_json() == [None, None]
+    assert served.http("POST", headers=limited(AMPLE_S), content=b"body").json()[1] <= AMPLE_S
+
+
+@pytest.mark.anyio
+async def test_a_mounted_ingress_keeps_to_it(serve, engine):
+    served = serve(leaf)
+    app = Starlette(routes=[Mount("/models", app=engine.asgi)])
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        answer = await client.get(f"/models{served.route}", headers=limited(AMPLE_S))
+        assert 0 < answer.json() <= AMPLE_S
+        answer = await client.get(f"/models{served.route}", headers={"x-request-timeout-ms": "soon"})
+        assert answer.status_code == 400
+
+
+@pytest.mark.anyio
+async def test_a_request_that_is_passed_on_takes_what_is_left(serve, engine):
+    """What counts is the budget of the call, not what the header says that goes along."""
+    back = serve(lambda request: [remaining_s(), request.headers.get("x-request-timeout-ms")], route=None).ahandle
+
+    async def front(request):
+        return [await back.options(timeout_s=5).call(request), await back.call(request)]
+
+    answer = serve(front).http_json(headers=limited(AMPLE_S))
+    assert [header for _, header in answer] == ["30000", "30000"]
+    assert answer[0][0] <= 5 < answer[1][0] <= AMPLE_S
+
+
+def test_a_limit_that_is_none_is_told(serve):
+    served = serve(leaf)
+    for wrong in ("0", "-5", "1.5", "soon", ""):
+        response = served.http(headers={"X-Request-Timeout-Ms": wrong})
+        assert response.status_code == 400, wrong
+        assert "X-REQUEST-TIMEOUT-MS must be a whole number of milliseconds" in response.text
+
+
+def test_a_request_that_takes_longer_than_its_client_allows(serve, gate):
+    async def backend(request):
+        if request.query_params:
+            await gate.apass_through()
+        return "ok"
+
+    served = serve(backend, config={"max_concurrent_queries": 1})
+    assert served.http(suffix="?hold=1", headers=limited(0.05)).status_code == 504
+    assert served.http_text() == "ok", "its place is free"
+    assert not gate.is_open()
+
+
+def test_a_body_that_takes_longer_makes_no_call(serve, journal):
+    served = serve(lambda request: journal.add("called"))
+    address = urlsplit(served.url)
+    with socket.create_connection((address.hostname, address.port), timeout=20) as connection:
+        head = "POST {} HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nX-Request-Timeout-Ms: 20\r\n\r\nbody"
+        connection.sendall(head.format(address.path).encode())
+        assert connection.recv(100).startswith(b"HTTP/1.1 504")
+    served.http()
+    assert journal.lines() == ["called"]
+
+
+@pytest.mark.parametrize("kind", ["sync", "async", "response"])
+def test_a_stream_that_has_begun_has_no_deadline(serve, kind, journal):
+    def told():
+        return f"{remaining_s() is None} "
+
+    def sync(request):
+        yield told()
+        yield told()
+
+    async def asynchronous(request):
+        yield told()
+        yield told()
+
+    def response(request):
+        return StreamingResponse(asynchronous(request), background=BackgroundTask(lambda: journal.add(told())))
+
+    served = serve({"sync": sync, "async": asynchronous, "response": response}[kind])
+    assert served.http_text(headers=limited(AMPLE_S)) == "False True "
+    if kind == "response":
+        assert eventually(journal.lines) == ["True "]
