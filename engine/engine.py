@@ -630,15 +630,15 @@ class Engine:
         Returns:
             ``{"backends": {tag: {"state": its state, "version": what rules, "replicas": {replica_tag: stage of its
             life}, "details": {replica_tag: {"state": that stage, "since_s": seconds, "pid": process id or None,
-            "version": what it runs}}, "failures": replicas in a row, "last_error": text or None, "last_error_s":
+            "version": what it runs}}, "failures": tries in a row, "last_error": text or None, "last_error_s":
             seconds ago, "queued": calls, "in_flight": calls, "queued_copies": calls, "dropped_copies": calls}},
             "endpoints": {name: {"calls": made so far}}, "ingresses": {id: {"node": address, "url": base URL, and what
             "details" have but "version"}}}``.
 
             The stages are ``starting``, ``ready`` and ``draining``. A backend is ``starting`` while it has fewer
-            replicas than it should, ``failing`` if that is because the last ones died or did not start, ``ready``, or
-            ``draining`` once it is being deleted. Calls over HTTP are those of the process that serves them, this one
-            for `asgi` and inline.
+            replicas than it should, ``failing`` if the last try to start one failed, ``unhealthy`` if it has none and
+            the last tries all failed, so that calls get `errors.NoReplica`, ``ready``, or ``draining`` once it is being
+            deleted. Calls over HTTP are those of the process that serves them, this one for `asgi` and inline.
         """
         return self._control(Statistics([] if self._inert is not None else self._client.statistics()))
 

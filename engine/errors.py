@@ -50,9 +50,9 @@ class Overloaded(RetryLater):
 
 
 class NoReplica(RetryLater):
-    """The backend has no replica: the last ones died soon or did not start (HTTP: 503 with Retry-After).
+    """The backend has no replica, and the last tries to start one failed (HTTP: 503 with Retry-After).
 
-    The engine keeps trying, more and more slowly.
+    The message says why. The engine keeps trying, more and more slowly; an update of the backend is tried at once.
     """
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import pickle
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,8 +15,9 @@ from fakes import until
 from engine.config import BackendConfig
 from engine.control.backend_plan import BackendPlan, pack_definition
 from engine.control.backend_replicas import BackendReplicas
-from engine.control.workers import Workers
-from engine.seam.control_messages import Drain, Ready, StartFailed, Unhealthy
+from engine.control.restarts import Restarts
+from engine.control.workers import Worker, Workers
+from engine.seam.control_messages import Answered, Drain, Ready, Reconfigure, Reconfigured, StartFailed, Unhealthy
 from engine.seam.resources import Resources
 from engine.seam.serialization import pack_exception
 from engine.seam.worker import WorkerExit, WorkerSpec
@@ -91,6 +94,228 @@ def test_the_log_has_the_traceback_of_what_keeps_a_replica_from_starting(caplog:
     assert ["# the line that raises" in text for text in texts] == [True, False, True]
 
 
+# -- replacing those that died ---------------------------------------------------------------------------------------
+
+
+class SlowAfter(Restarts):
+    """Lets places wait for long after so many failures."""
+
+    def __init__(self, failures: int) -> None:
+        super().__init__()
+        self._most = failures
+
+    def failed(self, began: float, now: float) -> None:
+        super().failed(began, now)
+        if self.failures >= self._most:
+            self.not_before = now + 1000.0
+
+
+class Dying:
+    """Replicas in service, on an adapter where new ones become ready when the test lets them."""
+
+    def __init__(self, count: int = 4) -> None:
+        self.adapter = FakeAdapter(on_kill=lambda worker_id: self.soon_gone(worker_id, "was killed"))
+        self.workers = Workers(self.adapter, self._lost)
+        self.backend = replicas_of(self.adapter, self.workers, count=count)
+        self.backend._announce = self._announced
+        self.announced: list[tuple[str, bool, int]] = []  # what callers and applications were told
+        self._refills: list[asyncio.Future[None]] = []
+
+    def _announced(self) -> None:
+        entry = self.backend.entry()
+        self.announced.append((self.backend.state, entry.expecting, len(entry.replicas)))
+
+    def _lost(self, worker: Worker) -> None:
+        if self.backend.lost(worker):
+            self._announced()
+            self.refill()
+
+    def refill(self) -> None:
+        self._refills.append(asyncio.ensure_future(self.backend.refill()))
+
+    def soon_gone(self, worker_id: str, reason: str) -> None:
+        asyncio.get_running_loop().call_soon(self.workers.worker_exited, WorkerExit(worker_id, reason))
+
+    def become_ready(self, worker_id: str) -> None:
+        self.workers.worker_said(worker_id, Ready("fake"))
+
+    def ready_at_once(self, spec: WorkerSpec) -> None:
+        asyncio.get_running_loop().call_soon(self.become_ready, spec.worker_id)
+
+    def die(self, *worker_ids: str) -> None:
+        for worker_id in worker_ids:
+            self.workers.worker_exited(WorkerExit(worker_id, "was killed by SIGKILL"))
+
+    @property
+    def in_service(self) -> list[str]:
+        return [worker.spec.worker_id for worker in self.backend.running]
+
+    @property
+    def started(self) -> list[str]:
+        return [spec.worker_id for spec in self.adapter.started]
+
+
+def dying(count: int) -> Callable[[Callable[[Dying], Coroutine[Any, Any, None]]], Callable[[], None]]:
+    def decorate(test: Callable[[Dying], Coroutine[Any, Any, None]]) -> Callable[[], None]:
+        def run() -> None:
+            async def main() -> None:
+                world = Dying(count)
+                world.adapter.on_start = world.ready_at_once
+                await world.backend.create()
+                world.adapter.on_start = None
+                await asyncio.wait_for(test(world), 20)
+                world.backend.deleted = True
+                await world.backend.end_fills()
+                await world.backend.end(world.backend.all_ready(), at_once=True)
+                assert len(world.workers) == 0, "a worker is left"
+
+            asyncio.run(main())
+
+        run.__name__ = test.__name__
+        return run
+
+    return decorate
+
+
+@dying(4)
+async def test_those_that_die_together_are_replaced_side_by_side(world: Dying) -> None:
+    world.die("b#1", "b#3", "b#4")
+    await until(lambda: world.started[4:] == ["b#5", "b#6", "b#7"])
+    world.become_ready("b#7")  # those that are slow hold up nobody
+    await until(lambda: world.in_service == ["b#2", "b#7"])
+    world.die("b#7", "b#2")
+    await until(lambda: world.started[7:] == ["b#8", "b#9"])
+    for number in (5, 6, 8, 9):
+        world.become_ready(f"b#{number}")
+    await until(lambda: len(world.in_service) == 4)
+
+
+@dying(4)
+async def test_deaths_of_the_young_are_no_failures(world: Dying) -> None:
+    """All of them die as soon as they are ready, as often as is plausible."""
+    world.adapter.on_start = world.ready_at_once
+    for round in range(3):
+        first = 1 + 4 * round
+        world.die(*[f"b#{number}" for number in range(first, first + 4)])
+        await until(lambda first=first: world.in_service == [f"b#{n}" for n in range(first + 4, first + 8)])  # type: ignore[misc]
+    assert {state for state, _, _ in world.announced} <= {"starting", "ready"}
+    assert all(expecting for _, expecting, _ in world.announced)
+    assert world.backend.describe()["failures"] == 0
+
+
+@dying(3)
+async def test_a_start_that_fails_delays_no_other(world: Dying) -> None:
+    def start(spec: WorkerSpec) -> None:
+        if spec.worker_id == "b#4":
+            world.soon_gone(spec.worker_id, "exited with code 3")
+
+    world.adapter.on_start = start
+    world.backend._restarts = SlowAfter(1)
+    world.die("b#1")
+    await until(lambda: world.backend.describe()["failures"] == 1)
+    world.die("b#2")
+    await until(lambda: world.started[3:] == ["b#4", "b#5"])
+    assert world.backend.state == "failing"
+    world.become_ready("b#5")  # so the other place may be tried again
+    await until(lambda: world.started[5:] == ["b#6"])
+    world.become_ready("b#6")
+    await until(lambda: world.in_service == ["b#3", "b#5", "b#6"])
+    assert world.backend.describe()["failures"] == 0
+
+
+@dying(1)
+async def test_callers_wait_while_anything_can_come_back(world: Dying) -> None:
+    """A backend whose starts fail is unhealthy after the third try; any success, or an update, ends that."""
+    world.backend._restarts = SlowAfter(3)
+    world.adapter.refuses = ValueError("no model")
+    world.die("b#1")
+    await until(lambda: world.backend.state == "unhealthy")
+    assert [told[:2] for told in world.announced] == [
+        ("starting", True),
+        ("failing", True),
+        ("failing", True),
+        ("unhealthy", False),
+    ]
+    assert world.backend.entry().last_error == "ValueError: no model"
+    world.adapter.refuses = None
+    world.adapter.on_start = world.ready_at_once
+    updating = asyncio.ensure_future(world.backend.update({"num_replicas": 1}))
+    await until(lambda: world.backend.state != "unhealthy")
+    await updating
+    await until(lambda: world.backend.state == "ready" and len(world.backend.running) == 1)
+    assert world.backend.entry().last_error == ""
+
+
+@dying(1)
+async def test_while_one_start_goes_on_others_that_fail_leave_hope(world: Dying) -> None:
+    world.die("b#1")
+    await until(lambda: world.started[1:] == ["b#2"])  # takes its time
+    world.backend.plan = replace(world.backend.plan, config=BackendConfig(num_replicas=2))
+    world.adapter.refuses = ValueError("no room for two")
+    world.refill()
+    await until(lambda: world.backend.describe()["failures"] >= 3)
+    assert world.backend.state == "failing"
+    world.die("b#2")
+    await until(lambda: world.backend.state == "unhealthy")
+
+
+@dying(2)
+async def test_a_change_that_takes_long_delays_no_replacement(world: Dying) -> None:
+    async with world.backend.lock:
+        world.die("b#1")
+        await until(lambda: world.started[2:] == ["b#3"])
+        world.become_ready("b#3")
+        await until(lambda: world.in_service == ["b#2", "b#3"])
+
+
+@dying(2)
+async def test_none_is_started_with_what_is_being_changed(world: Dying) -> None:
+    """Neither before nor while the others are told: it would not know."""
+    world.die("b#1")
+    await until(lambda: world.started[2:] == ["b#3"])
+    told: list[Reconfigure] = []
+    world.adapter.on_tell = lambda worker_id, body: told.append(body)  # type: ignore[arg-type]
+    updating = asyncio.ensure_future(world.backend.update({"max_concurrent_queries": 3}))
+    await until(lambda: told and "b#3" in world.adapter.killed)
+    world.refill()
+    world.workers.worker_said("b#2", Reconfigured(told[0].token, None))
+    world.adapter.on_tell = None
+    await until(lambda: world.started[3:] == ["b#4"])
+    assert pickle.loads(world.adapter.started[-1].payload).config.max_concurrent_queries == 3
+    world.become_ready("b#4")
+    await updating
+    assert world.in_service == ["b#2", "b#4"]
+
+
+@dying(2)
+async def test_fewer_are_wanted_when_one_becomes_ready(world: Dying) -> None:
+    world.die("b#1")
+    await until(lambda: world.started[2:] == ["b#3"])
+    await world.backend.update({"num_replicas": 1})
+    world.become_ready("b#3")
+    await until(lambda: world.adapter.killed == ["b#3"])
+    assert world.in_service == ["b#2"]
+
+
+@dying(1)
+async def test_one_that_leaves_as_soon_as_it_is_ready_does_not_spin(world: Dying) -> None:
+    """Unless it has answered a call before."""
+    world.adapter.on_start = world.ready_at_once
+    for number in range(1, 31):
+        world.workers.worker_said(f"b#{number}", Answered())
+        world.die(f"b#{number}")
+        await until(lambda number=number: world.in_service == [f"b#{number + 1}"])  # type: ignore[misc]
+    slept: list[float] = []
+    world.backend._fill = lambda wait_s: slept.append(wait_s) or asyncio.sleep(0)  # type: ignore[method-assign, func-returns-value]
+    for number in range(31, 43):
+        world.die(f"b#{number}")
+        await until(lambda number=number: len(slept) == number - 30)  # type: ignore[misc]
+        world.backend._fills.clear()
+        world.backend.running += await world.backend._start(world.backend.plan, 1)
+    assert [wait_s > 0 for wait_s in slept] == [False] * 10 + [True] * 2
+    assert 0 < slept[10] < slept[11] < 4
+
+
 # -- replacing one -------------------------------------------------------------------------------------------------
 
 
@@ -158,12 +383,12 @@ async def test_one_that_hangs_is_out_of_service_at_once(world: Replacing) -> Non
     first = world.backend.running[0]
     async with world.backend.lock:  # somebody else's change takes long
         task = asyncio.ensure_future(world.backend.replace_one(first, "hangs", at_once=True))
-        await until(lambda: world.in_service == ["b#2"])
+        await until(lambda: first not in world.backend.running)
         await until(first.gone.is_set)
         assert world.adapter.killed == ["b#1"]
         assert world.backend.entry().dead == ("b#1",)
-    await task
-    assert world.in_service == ["b#2", "b#3"]
+        await task
+        assert world.in_service == ["b#2", "b#3"]
 
 
 @replacing

@@ -21,7 +21,7 @@ from engine.errors import (
     ResultNotSerializable,
 )
 from engine.seam.channel import ChannelClosed
-from engine.seam.control_messages import Drain, Ping, Pong, Reconfigure, Reconfigured
+from engine.seam.control_messages import Answered, Drain, Ping, Pong, Reconfigure, Reconfigured
 from engine.seam.messages import INITIAL_CREDIT, Cancel, Credit, End, Failure, FailureKind, Item, Reply
 from engine.seam.serialization import dumps, unpack_exception
 from engine.serving import blocking_replica
@@ -593,7 +593,7 @@ def test_a_configuration_is_taken_between_two_calls(worlds: Any) -> None:
     assert world.loop.wakes == 1
     (answer,) = world.ask(python_call(1))
     assert outcome(answer) == "new"
-    assert world.told == [Reconfigured(1, None)]
+    assert world.told == [Reconfigured(1, None), Answered()]
     assert repr(world.replica) == "<BlockingReplica b open held=0/3>"
 
 

@@ -651,7 +651,9 @@ def backends(version: int = 1) -> RoutingSnapshot:
 
     def entry(tag: str, replicas: int, failures: int = 0) -> BackendEntry:
         tags = [ReplicaEntry(f"{tag}#{number}", "") for number in range(replicas)]
-        return BackendEntry(tag, tuple(tags), 8, None, failures=failures)
+        return BackendEntry(
+            tag, tuple(tags), 8, None, expecting=failures < 3, failures=failures, last_error="OSError: /etc/key"
+        )
 
     entries = (
         entry("up", 2),
@@ -670,9 +672,9 @@ async def test_readiness() -> None:
     failing = {
         "ready": False,
         "replicas": 0,
-        "reason": "no replica: the last 3 in a row died soon or did not start",
+        "reason": "unhealthy: the last 3 tries to start one failed",
     }
-    once = {**failing, "reason": "no replica: the last one died soon or did not start"}
+    once = {**failing, "reason": "no replica yet: the last try to start one failed"}
     new = {"ready": False, "replicas": 0, "reason": "no replica yet"}
     missing = {"ready": False, "reason": "there is no backend 'nö', or it is still being created", "backends": {}}
     client, app = make(echo)

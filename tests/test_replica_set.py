@@ -360,13 +360,15 @@ def test_calls_wait_for_a_replica_that_is_expected() -> None:
 
 def test_calls_are_refused_when_no_replica_is_expected() -> None:
     known = make(expecting=False, failures=4)
-    with pytest.raises(
-        NoReplica, match="backend 'b' has no replica: the last 4 in a row died or did not start"
-    ) as caught:
+    told = "backend 'b' has no replica: the last 4 tries to start one failed"
+    with pytest.raises(NoReplica, match=rf"{told}\. The engine") as caught:
         place(known)
     assert "The engine keeps trying" in str(caught.value)
     assert "see the log (engine.controller)" in str(caught.value)
     assert not known.waiting
+    known.apply(replace(backend_entry("b", [], expecting=False, failures=4), last_error="OSError: no model"))
+    with pytest.raises(NoReplica, match=rf"{told}, the last one because of OSError: no model\. The engine"):
+        place(known)
 
 
 # -- copies of shadowed calls ------------------------------------------------------------------------------------------

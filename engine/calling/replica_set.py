@@ -119,6 +119,7 @@ class ReplicaSet:
         self.max_queued = entry.max_queued_requests
         self.expecting = entry.expecting
         self.failures = entry.failures
+        self.last_error = entry.last_error
         listed = {replica.replica_tag: replica for replica in entry.replicas}
         left = [
             target
@@ -174,10 +175,11 @@ class ReplicaSet:
     def refusal(self) -> NoReplica | Overloaded | None:
         """What a call is told that may not even wait: there is nothing to wait for, or the queue is full."""
         if self.hopeless:
+            why = f", the last one because of {self.last_error}" if self.last_error else ""
             return NoReplica(
-                f"backend {self.tag!r} has no replica: the last {self.failures} in a row died or did not start. "
-                "The engine keeps trying, more and more slowly: retry later, and see the log (engine.controller) for "
-                "the reasons"
+                f"backend {self.tag!r} has no replica: the last {self.failures} tries to start one failed{why}. "
+                "The engine keeps trying, more and more slowly, and at once after an update: retry later, and see the "
+                "log (engine.controller) for the reasons"
             )
         if self.max_queued is None or len(self.waiting) < self.max_queued:
             return None

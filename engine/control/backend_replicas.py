@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Container, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 from ..config import BackendConfig
 from ..errors import BackendStartError, EngineClosed, InvalidArgument
 from ..seam.adapter import Adapter
-from ..seam.error_text import summary_of
+from ..seam.error_text import shortened, summary_of
 from ..seam.log import Log
 from ..seam.serialization import dumps
 from ..seam.snapshot import BackendEntry, ReplicaEntry
@@ -25,6 +26,7 @@ from ..serving.replica_spec import ReplicaSpec
 from .backend_plan import BackendPlan
 from .backoff import backoff_s
 from .checkpoint import KnownBackend, KnownWorker
+from .restarts import Restarts
 from .rollout import Room
 from .workers import Life, Worker, Workers
 
@@ -33,12 +35,10 @@ __all__ = ["BackendReplicas"]
 _logger = Log("engine.controller")
 
 _ENTRY = "engine.serving.replica_worker:main"
-_STABLE_S = 10.0
-"""A replica that lived this long died of bad luck: the next one starts at once. Others wait longer and longer."""
+_LONGEST_REASON = 300
+"""Characters of an error that travel to all callers."""
 _KEPT_DEAD = 100
 """Deaths that callers are told of: far more than happen between two snapshots that a caller gets."""
-_HOPELESS_AFTER = 3
-"""Failures in a row after which callers are told that there is no replica, rather than left waiting for one."""
 _UNSTABLE_AFTER = 3
 """Replicas of a new version that died while it took over after which it is taken for one that does not start."""
 
@@ -58,7 +58,7 @@ class BackendReplicas:
 
     Attributes:
         plan: What rules now. While another version takes over, that is still the former one.
-        lock: Held by whoever starts, configures or removes replicas.
+        lock: Held by whoever changes what is wanted. Replicas that died are replaced meanwhile.
         running: The replicas in service, oldest first.
         live: It was created: replicas that die are replaced.
         deleted: It was, or is about to be.
@@ -84,14 +84,20 @@ class BackendReplicas:
         self._announce = announce
         self._told = told
         self._started = 0  # numbers the replicas
-        self._failures = 0  # replicas in a row that did not start, or died soon
+        self._restarts = Restarts()
         self._last_error: str | None = None  # what became of the last one that failed or died
         self._failed_at = 0.0  # monotonic seconds
+        self._why = ""  # the last start that failed, in a line
         self._explained: str | None = None  # the log has the traceback of this failure to start; None after a start
         self._dead: deque[str] = deque(maxlen=_KEPT_DEAD)  # ids of the last ones
-        self._starting: set[str] = set()  # ids of those that are not ready yet
+        self._starting: dict[str, float] = {}  # ids of those that are not ready yet, and when their start began
+        self._fills: set[asyncio.Task[None]] = set()  # one for each replica that is missing
+        self._waits: list[float] = []  # seconds that replacements have to wait, of those that `refill` has yet to begin
+        self._retry = asyncio.Event()  # set, and replaced, when starts that failed are to be tried again at once
+        self._telling = False  # what replicas are told is being changed: none is started with what was told before
         self._leaving: set[Worker] = set()  # out of service, and not gone yet
         self._arriving: BackendPlan | None = None  # what takes over
+        self._least: int | None = None  # replicas that are to be in service while others are exchanged
         self._dismissals: set[asyncio.Task[None]] = set()  # the loop itself holds tasks weakly
         self._replaced: set[Worker] = set()  # in service until another one is there
         self.plan = plan
@@ -119,9 +125,10 @@ class BackendReplicas:
             tuple(self._replica_entry(one) for one in self.running if one.life is Life.READY),
             self.config.concurrency(on_loop=self.plan.on_loop),
             self.config.max_queued_requests,
-            expecting=self._failures < _HOPELESS_AFTER,
-            failures=self._failures,
+            expecting=not self._hopeless,
+            failures=self._restarts.failures,
             dead=tuple(self._dead),
+            last_error=self._why if self._restarts.failures else "",
         )
 
     def _replica_entry(self, worker: Worker) -> ReplicaEntry:
@@ -143,12 +150,19 @@ class BackendReplicas:
 
     @property
     def state(self) -> str:
-        """How it is, in a word: starting, ready, failing or draining."""
+        """How it is, in a word: starting, ready, failing, unhealthy or draining."""
         if self.deleted:
             return "draining"
         if self.live and self.missing <= 0:
             return "ready"
-        return "failing" if self._failures else "starting"
+        if self._hopeless and not self.running:
+            return "unhealthy"
+        return "failing" if self._restarts.failures else "starting"
+
+    @property
+    def _hopeless(self) -> bool:
+        """Whether nobody should wait for a replica, if there is none."""
+        return self._restarts.hopeless(min(self._starting.values(), default=math.inf))
 
     def describe(self) -> dict[str, Any]:
         """See `Engine.statistics`: all but what callers count."""
@@ -161,7 +175,7 @@ class BackendReplicas:
         return {
             "state": self.state,
             "version": self.plan.version,
-            "failures": self._failures,
+            "failures": self._restarts.failures,
             "last_error": self._last_error,
             "last_error_s": time.monotonic() - self._failed_at if self._last_error is not None else None,
             "replicas": {worker_id: worker["state"] for worker_id, worker in workers.items()},
@@ -212,12 +226,11 @@ class BackendReplicas:
             BaseException: What a new replica's constructor raised, why it did not become ready, or why the store does
                 not keep the change. Then all is as before; former replicas that had made room are started again.
         """
-        failures = self._failures
+        self._try_anew()
         departures: list[asyncio.Task[None]] = []
         try:
             await self._roll(replace(plan, version=self.plan.version + 1), self._publish, departures)
         except BaseException:
-            self._failures = failures
             if departures or self.outdated:
                 await self._settle()
             raise
@@ -273,7 +286,7 @@ class BackendReplicas:
         room = Room.between(self.config, plan.config) if versions else Room.for_few(plan.config)
         arrived: set[Worker] = set()
         begun = 0
-        self._arriving = plan
+        self._arriving, self._least = plan, room.least
         try:
             while self.plan is not plan or self.due or self.missing > 0:
                 if begun - len(arrived.intersection(self.running)) >= _UNSTABLE_AFTER:
@@ -288,14 +301,19 @@ class BackendReplicas:
                 arrived.update(started)
                 old, new = self._apart([*self.running, *started], plan)  # some may have died meanwhile
                 going = old[: room.to_let_go(len(old), len(new))]
+                staying = old[len(going) :]
+                # Those that died were replaced meanwhile, and so may have been some for which others had been started.
+                surplus = [one for one in reversed(new) if one not in arrived][: max(0, len(new) - room.wanted)]
+                going += surplus
+                staying += [one for one in new if one not in surplus]
                 if not count and not going:
                     await asyncio.wait(self._dismissals, return_when=asyncio.FIRST_COMPLETED)
                     continue
-                await self._step(plan, [*old[len(going) :], *new], started, publish)
+                await self._step(plan, staying, started, publish)
                 departures += self._let_go(going)
                 self._replaced.difference_update(going)
         finally:
-            self._arriving = None
+            self._arriving = self._least = None
 
     def _apart(self, running: Sequence[Worker], plan: BackendPlan) -> tuple[list[Worker], list[Worker]]:
         """Those that are due and those that stay; of each the oldest first."""
@@ -311,16 +329,18 @@ class BackendReplicas:
         Raises:
             BaseException: Why the store does not keep that. Then those that were started for it are gone.
         """
-        before = self.plan, self.running, self._failures
+        before = self.plan, self.running
         self.running = running
         if len(running) >= plan.config.num_replicas and not any(self._is_due(one, plan) for one in running):
-            self.plan, self._failures = plan, 0
+            self.plan = plan
         try:
             publish()
         except BaseException:
-            self.plan, self.running, self._failures = before
+            self.plan, self.running = before
             await self.end(started, at_once=True)
             raise
+        if self.plan.version != before[0].version:
+            self._give_up_fills()
 
     async def update(self, changes: Any) -> None:
         """Change the configuration; returns when the replicas that are too many then have ended.
@@ -336,9 +356,20 @@ class BackendReplicas:
             BaseException: What ``reconfigure`` or a new replica's constructor raised, or why the store does not keep
                 the change.
         """
+        after = self.config.updated(changes)
+        self.plan.check(after)
+        self._try_anew()
+        if after.limits == self.config.limits and _equal(after.user_config, self.config.user_config):
+            return await self._update(after)
+        self._telling = True
+        self._give_up_fills()  # those that are missing are started below, with what rules then
+        try:
+            await self._update(after)
+        finally:
+            self._telling = False
+
+    async def _update(self, after: BackendConfig) -> None:
         before = self.plan
-        after = before.config.updated(changes)
-        before.check(after)
         try:
             refused, late = await self._reconfigure(before.config, after)
         except BaseException:  # it was given up
@@ -351,7 +382,7 @@ class BackendReplicas:
         failure: BaseException | None = None
         started: list[Worker] = []
         try:
-            started = await self._start(plan, after.num_replicas - len(self.running))
+            started = await self._start(plan, after.num_replicas - len(self.running) - len(self._fills))
         except BaseException as error:
             # If some were late, perhaps nobody can take this configuration: the next ones are to start with the former.
             if late or isinstance(error, asyncio.CancelledError):
@@ -359,8 +390,8 @@ class BackendReplicas:
                 raise
             failure = error
             plan = replace(plan, config=after.updated({"num_replicas": before.config.num_replicas}))
-        running = self.running
-        self.plan, self.running = plan, (running + started)[: plan.config.num_replicas]
+        running, there = self.running, self.running + started
+        self.plan, self.running = plan, there[: plan.config.num_replicas]
         try:
             self._publish()
         except BaseException:
@@ -370,7 +401,7 @@ class BackendReplicas:
             raise
         if failure is not None:
             raise failure
-        await asyncio.shield(asyncio.gather(*self._let_go(running[plan.config.num_replicas :])))
+        await asyncio.shield(asyncio.gather(*self._let_go(there[plan.config.num_replicas :])))
 
     async def _return_from(self, taken: BackendConfig, but: Container[Worker] = ()) -> None:
         """Have the replicas, but for some, return from a configuration that does not rule to the one that does."""
@@ -436,8 +467,8 @@ class BackendReplicas:
         Raises:
             BaseException: What a replica's constructor raised, or why it did not become ready.
         """
-        before = self._started
-        starts = [asyncio.ensure_future(self._start_one(plan)) for _ in range(count)]
+        numbers = [self._next_number() for _ in range(count)]
+        starts = [asyncio.ensure_future(self._start_one(plan, number)) for number in numbers]
         try:
             await asyncio.gather(*starts)
         except BaseException:
@@ -445,24 +476,23 @@ class BackendReplicas:
                 start.cancel()
             await asyncio.gather(*starts, return_exceptions=True)
             # Also those that were being killed already: their starts did not wait for that any more.
-            ids = [_replica_tag(plan, number) for number in range(before + 1, self._started + 1)]
+            ids = [_replica_tag(plan, number) for number in numbers]
             await self.end([one for one in map(self._workers.get, ids) if one is not None], at_once=True)
             raise
-        ready = []
-        for start in starts:
-            worker = start.result()
-            if worker.life is Life.READY:
-                ready.append(worker)
-            else:  # while the others were still starting
-                self._failed(f"{worker.spec.name} {worker.exit_reason} as soon as it was ready")
-                _logger.warning("%s", self._last_error)
-        return ready
+        workers = [start.result() for start in starts]
+        for worker in workers:
+            if worker.life is not Life.READY:  # while the others were still starting
+                self._died(worker)
+        return [worker for worker in workers if worker.life is Life.READY]
 
-    async def _start_one(self, plan: BackendPlan) -> Worker:
+    def _next_number(self) -> int:
+        self._started += 1
+        return self._started
+
+    async def _start_one(self, plan: BackendPlan, number: int) -> Worker:
         if self.deleted:
             raise self._deleted_error()
-        self._started += 1
-        replica_tag = _replica_tag(plan, self._started)
+        replica_tag = _replica_tag(plan, number)
         spec = ReplicaSpec(
             engine_id=self._engine_id,
             adapter_name=self._adapter.name,
@@ -476,16 +506,20 @@ class BackendReplicas:
         )
         worker_spec = WorkerSpec(
             worker_id=replica_tag,
-            name=f"replica.{plan.tag}.{self._started}",
+            name=f"replica.{plan.tag}.{number}",
             entry=_ENTRY,
             payload=dumps(spec, f"config: user_config of backend {plan.tag!r}"),
             resources=plan.resources,
         )
-        self._starting.add(replica_tag)
+        self._starting[replica_tag] = time.monotonic()
         try:
-            return await self._workers.start(worker_spec, plan.config.start_timeout_s, plan.version)
+            worker = await self._workers.start(worker_spec, plan.config.start_timeout_s, plan.version)
         finally:
-            self._starting.discard(replica_tag)
+            del self._starting[replica_tag]
+        self._restarts.reset()
+        self._explained = None
+        self._retry_fills()
+        return worker
 
     def _deleted_error(self) -> InvalidArgument:
         return InvalidArgument(f"backend {self.plan.tag!r} was deleted meanwhile")
@@ -552,12 +586,25 @@ class BackendReplicas:
         self.running.remove(worker)
         self._replaced.discard(worker)
         self._dead.append(worker.spec.worker_id)
-        lived = time.monotonic() - worker.ready_at
-        _logger.warning("%s %s after %.1f s; replacing it", worker.spec.name, worker.exit_reason, lived)
-        before = 0 if lived > _STABLE_S else self._failures + 1
-        self._failed(f"{worker.spec.name} {worker.exit_reason} after {lived:.1f} s")
-        self._failures = before
+        self._died(worker)
+        if not self.running:  # before, starts that failed kept nobody from being served
+            self._restarts.reset()
+            self._retry_fills()
         return True
+
+    def _died(self, worker: Worker) -> None:
+        """A replica died that had been ready: another one takes its place."""
+        self._count_loss(worker, f"{worker.exit_reason} after {time.monotonic() - worker.ready_at:.1f} s")
+
+    def _count_loss(self, worker: Worker, reason: str) -> None:
+        """A replica is lost: note when another one may start in its place."""
+        self._note_loss(worker, reason)
+        num_replicas = self.config.num_replicas
+        self._waits.append(self._restarts.died(self._failed_at, answered=worker.answered, replicas=num_replicas))
+
+    def _note_loss(self, worker: Worker, reason: str) -> None:
+        self._note(f"{worker.spec.name} {reason}")
+        _logger.warning("%s; replacing it", self._last_error)
 
     async def replace_one(self, worker: Worker, reason: str, *, at_once: bool = False) -> None:
         """Have another replica take the place of one; does nothing if that is not in service, or not any more.
@@ -570,21 +617,17 @@ class BackendReplicas:
         """
         if worker not in self.running or worker in self._replaced:
             return
-        self._note(f"{worker.spec.name} {reason}")
-        _logger.warning("%s; replacing it", self._last_error)
         if at_once:
             self._dead.append(worker.spec.worker_id)
+            self._count_loss(worker, reason)
             self._dismiss([worker], at_once=True)
             await self.refill()
             return
+        self._note_loss(worker, reason)
         self._replaced.add(worker)
         async with self.lock:
             if worker in self._replaced and not self.deleted and not await self._settle():
                 self._replaced.discard(worker)  # until it asks again
-
-    def _failed(self, what: str) -> None:
-        self._failures += 1
-        self._note(what)
 
     def _note(self, what: str) -> None:
         self._last_error = what
@@ -593,28 +636,93 @@ class BackendReplicas:
     def _log_failure(self, error: Exception) -> None:
         """Say why a replica did not start; with its traceback only if that was not said of the last one."""
         what = summary_of(error)
+        self._why = shortened(what.partition("\n")[0], _LONGEST_REASON)
         exc_info = error if what != self._explained else None
         self._explained = what
         _logger.error("backend %r: a replica could not be replaced: %s", self.plan.tag, what, exc_info=exc_info)
 
+    def _start_failed(self, error: Exception, began: float) -> None:
+        """A replica did not start that is missing."""
+        self._note(summary_of(error))
+        self._restarts.failed(began, self._failed_at)
+        self._log_failure(error)
+
+    # -- filling the places of those that are missing ------------------------------------------------------------------
+
+    @property
+    def _short(self) -> int:
+        """How many replicas there are too few, but for those that are left out while others are exchanged."""
+        return (self.config.num_replicas if self._least is None else self._least) - len(self.running)
+
     async def refill(self) -> None:
-        """Start the replicas that are missing, one after the other; the more fail in a row, the more slowly."""
-        while True:
-            if self._failures > 1:
-                await asyncio.sleep(backoff_s(self._failures - 1))
-            async with self.lock:
-                if self.deleted or self.missing <= 0:
-                    return
+        """Start the replicas that are missing, side by side, each as often as it takes."""
+        waits, self._waits = self._waits, []
+        count = 0 if self._telling else max(0, self._short - len(self._fills))
+        waits_s = (waits + [0.0] * count)[:count]
+        fills = [asyncio.get_running_loop().create_task(self._fill(wait_s)) for wait_s in waits_s]
+        self._fills.update(fills)
+        for outcome in await asyncio.gather(*fills, return_exceptions=True):
+            if isinstance(outcome, Exception):
+                raise outcome
+
+    async def _fill(self, wait_s: float) -> None:
+        """Start one replica, until one is ready or no longer missing."""
+        fill = asyncio.current_task()
+        assert fill is not None
+        try:
+            await asyncio.sleep(wait_s)
+            while not self.deleted and self._short > 0:
+                began = time.monotonic()
                 try:
-                    ready = await self._start(self.plan, 1)
-                    self.running += ready
-                    self._explained = None
+                    worker = await self._start_one(self.plan, self._next_number())
                 except Exception as error:
                     if self.deleted:
                         return
-                    self._failed(summary_of(error))
-                    self._log_failure(error)
+                    self._start_failed(error, began)
+                    self._announce()
+                    await self._pause()
+                    continue
+                if self.deleted or self._short <= 0 or fill not in self._fills:  # meanwhile
+                    self._let_go([worker], at_once=True)
+                    return
+                self.running.append(worker)
                 self._announce()
+                return
+        finally:
+            self._fills.discard(fill)
+
+    async def _pause(self) -> None:
+        """Wait until a place whose start failed is to be tried again."""
+        retry = self._retry
+        try:
+            await asyncio.wait_for(retry.wait(), self._restarts.not_before - time.monotonic())
+        except (asyncio.TimeoutError, TimeoutError):
+            pass
+
+    def _retry_fills(self) -> None:
+        retry, self._retry = self._retry, asyncio.Event()
+        retry.set()
+
+    def _try_anew(self) -> None:
+        """Forget that starts have failed: something is different now, so that the next ones may succeed."""
+        was_hopeless = self._hopeless
+        self._restarts.reset()
+        self._retry_fills()
+        if was_hopeless:
+            self._announce()
+
+    def _give_up_fills(self) -> None:
+        """Start no more of those that are missing, and let nothing be left of those that are starting."""
+        fills, self._fills = self._fills, set()
+        for fill in fills:
+            fill.cancel()
+            self._dismissals.add(fill)
+            fill.add_done_callback(self._dismissals.discard)
+
+    async def end_fills(self) -> None:
+        """As a backend that is deleted does: start no more; returns when nothing is left of what was starting."""
+        self._give_up_fills()
+        await asyncio.gather(*self._dismissals, return_exceptions=True)
 
 
 def _replica_tag(plan: BackendPlan, number: int) -> str:

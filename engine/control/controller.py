@@ -492,7 +492,8 @@ class Controller:
         if at_once:
             await backend.kill_all()
         async with backend.lock:  # who held it has ended what he had started
-            await self._end_replicas(backend, backend.all_ready(), at_once=at_once)
+            replicas = self._end_replicas(backend, backend.all_ready(), at_once=at_once)
+            await asyncio.gather(backend.end_fills(), replicas)
         if self._leaving.get(tag) is backend:
             del self._leaving[tag]
 

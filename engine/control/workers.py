@@ -15,6 +15,7 @@ from typing import Any
 from ..errors import BackendStartError, EngineClosed, EngineError, ResourcesUnavailable
 from ..seam.adapter import Adapter, FindsPlaces, done_by
 from ..seam.control_messages import (
+    Answered,
     Drain,
     Drained,
     LogLine,
@@ -69,6 +70,7 @@ class Worker:
         pid: Its process, once it has told.
         exit_reason: How it ended.
         fault: For what it was ended, as a phrase for people; empty if it was not, or not for a fault of its own.
+        answered: It said that it has answered a call.
         drained: It said that it holds no call any more.
         version: Of what it runs, if it is a replica.
     """
@@ -87,6 +89,7 @@ class Worker:
         self.ready_at = 0.0
         self.since = time.monotonic()
         self.pid: int | None = None
+        self.answered = False
         self.drained = False
         self.last_lines: deque[str] = deque(maxlen=_KEPT_LINES)
         self.replies: dict[int, asyncio.Future[Reconfigured]] = {}
@@ -282,6 +285,8 @@ class Workers:
                 self._pulses.add(worker_id)
         elif isinstance(body, Pong):
             self._pulses.answered(worker_id)
+        elif isinstance(body, Answered):
+            worker.answered = True
         elif isinstance(body, Drained):
             worker.drained = True
         elif isinstance(body, Started):

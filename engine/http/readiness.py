@@ -42,10 +42,15 @@ def _in_use(snapshot: RoutingSnapshot) -> set[str]:
 
 
 def _state(entry: BackendEntry) -> dict[str, Any]:
+    """Nothing of what it failed with: that may be a secret, and whoever asks a stranger."""
     state: dict[str, Any] = {"ready": bool(entry.replicas), "replicas": len(entry.replicas)}
     if not entry.replicas:
-        last = "one" if entry.failures == 1 else f"{entry.failures} in a row"
-        state["reason"] = (
-            f"no replica: the last {last} died soon or did not start" if entry.failures else "no replica yet"
-        )
+        state["reason"] = _reason(entry)
     return state
+
+
+def _reason(entry: BackendEntry) -> str:
+    if not entry.failures:
+        return "no replica yet"
+    last = "the last try" if entry.failures == 1 else f"the last {entry.failures} tries"
+    return f"{'no replica yet' if entry.expecting else 'unhealthy'}: {last} to start one failed"

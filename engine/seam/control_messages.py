@@ -11,6 +11,7 @@ from typing import NamedTuple
 from .snapshot import RoutingSnapshot
 
 __all__ = [
+    "Answered",
     "Applied",
     "Drain",
     "Drained",
@@ -38,6 +39,10 @@ class Ready(NamedTuple):
     """Worker: I accept calls at ``address`` (empty for a worker that takes no calls)."""
 
     address: str
+
+
+class Answered(NamedTuple):
+    """Worker: I have answered a call. Said once, of the first one."""
 
 
 class StartFailed(NamedTuple):

@@ -35,9 +35,10 @@ class BackendEntry:
         max_concurrent_queries: Calls one replica holds at once.
         max_queued_requests: Calls a caller may queue for this backend; None for any number.
         expecting: More replicas are on their way, so that calls may wait where there is none yet.
-        failures: Replicas in a row that died soon, or did not start.
+        failures: Tries to start a replica that failed, in a row. Those made side by side count once.
         dead: Tags of replicas that ended unasked, the last ones. No answer will come from there, though a caller's
             connection may not show it for long: that of a machine which lost its power just falls silent.
+        last_error: Why the last of these failures failed, in a line; empty if there are none.
     """
 
     tag: str
@@ -47,6 +48,7 @@ class BackendEntry:
     expecting: bool = True
     failures: int = 0
     dead: tuple[str, ...] = ()
+    last_error: str = ""
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from ..errors import (
 )
 from ..request import ServeRequest
 from ..seam.channel import Channel, ChannelClosed
-from ..seam.control_messages import Drain, Ping, Pong, Reconfigure, Reconfigured
+from ..seam.control_messages import Answered, Drain, Ping, Pong, Reconfigure, Reconfigured
 from ..seam.error_text import a_kind_of, message_of, summary_of, traceback_of
 from ..seam.http_request import RequestEnvelope, build_http_request
 from ..seam.log import Log
@@ -102,6 +102,7 @@ class Replica:
         self._debug = debug
         self.loads: Callable[[bytes], Any] = loads
         self._held = 0
+        self._answered = False  # as the controller was told
         self._jobs: dict[tuple[Channel, int], Job] = {}
         self._chores: deque[tuple[int, Reconfigure]] = deque()
         self._config_lock = threading.Lock()  # guards the next two, and what `_take` sets
@@ -418,6 +419,9 @@ class Replica:
                 job.request.release()
             except BaseException as error:
                 self._log(f"the uploads of a request to {self._name(job)} could not be closed", job, error)
+        if not self._answered:
+            self._answered = True
+            self._tell(Answered())
 
     def _send_instead(self, job: Job, answer: Reply | Failure | End, load: int, why: Exception) -> None:
         """Answer a call whose answer cannot be sent, because it is larger than a message may be."""
