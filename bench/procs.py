@@ -31,6 +31,15 @@ def descendants(root: int | None = None) -> list[int]:
     return found
 
 
+def parent(pid: int) -> int:
+    """The process that a process is a child of.
+
+    Raises:
+        OSError: it ended meanwhile.
+    """
+    return int((PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()[1])
+
+
 def pss_mb(pids: list[int]) -> float:
     """Proportional set size of the processes together, in MB: a page shared by n of all processes counts 1/n each.
 
@@ -44,6 +53,15 @@ def pss_mb(pids: list[int]) -> float:
                 total_kb += int(line.split()[1])
                 break
     return total_kb / 1024
+
+
+def rss_mb(pid: int | None = None) -> float:
+    """Resident memory of a process (this one by default), in MB; 0 if it ended."""
+    try:
+        pages = int((PROC / str(pid or os.getpid()) / "statm").read_text().split()[1])
+    except OSError:
+        return 0.0
+    return pages * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
 
 
 def title(pid: int) -> str:

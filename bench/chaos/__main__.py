@@ -1,0 +1,33 @@
+"""`python -m bench.chaos [SCENARIO...] [--backend local] [--seconds S]`"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+from .outcome import Outcome, table
+from .scenarios import SCENARIOS
+
+
+def main() -> int:
+    """Run scenarios one after the other; 1 if a promise was broken."""
+    options = argparse.ArgumentParser(prog="python -m bench.chaos", description=sys.modules["bench.chaos"].__doc__)
+    options.add_argument("scenario", nargs="*", choices=[*SCENARIOS, []], help="all by default")
+    options.add_argument("--backend", default="local", choices=["local", "ray"])
+    options.add_argument("--seconds", type=float, help="how long each goes on")
+    given = options.parse_args()
+    outcomes: list[Outcome] = []
+    for name in given.scenario or SCENARIOS:
+        scenario, usual_s = SCENARIOS[name]
+        began = time.monotonic()
+        found = list(scenario(given.backend, given.seconds or usual_s))
+        outcomes += found
+        kept = all(one.held for one in found)
+        print(f"{name}: {'kept' if kept else 'BROKEN'} ({time.monotonic() - began:.0f} s)", file=sys.stderr)
+    print(table(outcomes))
+    return 0 if all(one.held for one in outcomes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
