@@ -61,7 +61,7 @@ class DeadlineExceeded(RetryLater, TimeoutError):
 
 
 class ReplicaDied(RetryLater):
-    """The replica died while it held the call, which may or may not have run (HTTP: 502)."""
+    """The replica died with the call, which had begun there or may have (HTTP: 502). Others are placed again."""
 
 
 class ResourcesUnavailable(RetryLater):

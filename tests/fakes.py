@@ -10,6 +10,7 @@ from typing import Any
 from engine.seam.messages import HTTP, PYTHON, Call, Failure, Message, Reply
 from engine.seam.serialization import dumps, loads, unpack_exception
 from engine.seam.snapshot import BackendEntry, EndpointEntry, ReplicaEntry, RoutingSnapshot
+from engine.testing.fakes import FakeChannel
 from engine.testing.instruments import eventually
 from engine_wire.protocol import Decoder
 
@@ -96,6 +97,23 @@ async def until(condition: Callable[[], object]) -> None:
 # -- what replicas are asked -----------------------------------------------------------------------------------------
 
 _SCOPE = {"type": "http", "method": "GET", "path": "/", "query_string": b"", "headers": []}
+
+
+class Telling:
+    """An argument that tells, whenever it is rebuilt, which calls of a channel have begun: in `told`."""
+
+    def __init__(self, channel: FakeChannel) -> None:
+        self.told: list[list[int]] = []
+        Telling._newest = lambda: self.told.append(list(channel.began))
+
+    _newest: Callable[[], object]
+
+    def __reduce__(self) -> Any:
+        return _tell, ()
+
+
+def _tell() -> None:
+    Telling._newest()
 
 
 def python_call(

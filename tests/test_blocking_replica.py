@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from fakes import FakeServiceLoop, http_call, outcome, python_call
+from fakes import FakeServiceLoop, Telling, http_call, outcome, python_call
 
 from engine import accept_batch
 from engine.config import BackendConfig
@@ -86,6 +86,24 @@ def test_calls_are_answered_in_order(worlds: Any) -> None:
     assert world.loop.steps == ["out", "in"] * 3
     assert repr(world.replica) == "<BlockingReplica b open held=0/8>"
     assert world.replica.run_next() is None
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_call_has_begun_before_user_code_sees_anything_of_it(worlds: Any, batched: bool) -> None:
+    world = worlds(accept_batch(lambda requests: requests) if batched else double, max_batch_size=2)
+    telling = Telling(world.caller)
+    world.ask(*[python_call(number, [telling]) for number in (1, 2, 3)])
+    assert telling.told == [[1], [1, 2], [1, 2, 3]]
+
+
+def test_a_call_of_a_caller_that_takes_it_elsewhere_is_not_run(worlds: Any) -> None:
+    calls: list[Any] = []
+    world = worlds(counting(calls))
+    world.caller.answer(python_call(1, 1))
+    world.caller.close()
+    world.run()
+    assert calls == []
+    assert repr(world.replica) == "<BlockingReplica b open held=0/8>"
 
 
 # -- long calls ------------------------------------------------------------------------------------------------------

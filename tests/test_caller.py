@@ -468,6 +468,52 @@ def test_calls_on_a_connection_that_never_stood_go_elsewhere(two: World) -> None
     assert two.counted() == IDLE
 
 
+def test_calls_that_a_dead_replica_had_not_begun_go_elsewhere_at_their_place(world: World) -> None:
+    world.show(backend_entry("b", ["r1"], limit=4))
+    slots = {name: world.submit(name) for name in "abcd"}
+    later = world.submit("e")
+    world.show(backend_entry("b", ["r1", "r2"], limit=4))
+    assert world.names("r2") == ["e"]
+    lost = world.channel("r1")
+    lost.begun = world.calls("r1")[1].id
+    world.show(backend_entry("b", ["r2"], limit=1, dead=["r1"]))
+    waiting = world.submit("f")
+    lost.break_off()
+    for name in "ab":
+        assert isinstance(slots[name].error, ReplicaDied)
+    world.reply("r2")
+    world.reply("r2")
+    world.reply("r2")
+    assert world.names("r2") == ["e", "c", "d", "f"]
+    world.reply("r2")
+    assert [slot.settled for slot in (*slots.values(), later, waiting)] == [1] * 6
+    assert world.counted() == IDLE
+
+
+def test_a_call_that_had_not_begun_needs_no_room_in_the_queue(world: World) -> None:
+    """It was accepted once."""
+    world.show(backend_entry("b", ["r1"], max_queued=1))
+    held, waiting, refused = [world.submit(name) for name in "abc"]
+    assert isinstance(refused.error, Overloaded)
+    world.show(backend_entry("b", [], max_queued=1, dead=["r1"]))
+    world.channel("r1").begun = 0
+    world.channel("r1").break_off()
+    world.show(backend_entry("b", ["r2"], max_queued=1))
+    world.reply("r2")
+    world.reply("r2")
+    assert world.names("r2") == ["a", "b"]
+    assert [slot.error for slot in (held, waiting)] == [None, None]
+
+
+def test_a_call_that_had_not_begun_is_told_if_there_is_no_other_replica_to_come(world: World) -> None:
+    slot = world.submit("a")
+    world.show(backend_entry("b", [], expecting=False, failures=3, dead=["r1"]))
+    world.channel("r1").begun = 0
+    world.channel("r1").break_off()
+    assert isinstance(slot.error, NoReplica)
+    assert world.counted() == IDLE
+
+
 def test_calls_die_with_a_replica_whose_connection_only_falls_silent(two: World) -> None:
     """As when a replica's host loses its power: the kernel takes long to give the connection up."""
     slots = [two.submit("a"), two.submit("b")]
@@ -1430,19 +1476,20 @@ def test_a_refused_call_goes_elsewhere_wherever_that_is_interrupted() -> None:
         assert world.counted() == IDLE, where
 
 
-@pytest.mark.parametrize("opened", [True, False])
-def test_a_lost_channel_is_seen_to_wherever_that_is_interrupted(opened: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fate", ["begun", "not begun", "not opened"])
+def test_a_lost_channel_is_seen_to_wherever_that_is_interrupted(fate: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replica_set, "UNREACHABLE_S", 1e-6)
     for world, strike in each_strike(backend_entry("b", ["r1"])):
         held, waiting = world.submit("a"), world.submit("b")
         channel = world.channel("r1")
-        channel.opened = opened
+        channel.opened = fate != "not opened"
+        channel.begun = 0 if fate == "not begun" else None
         where = strike(channel.break_off)
         if where:
             channel.break_off()
         for _ in range(20):
             settle(world)
-        assert isinstance(held.error, ReplicaDied) if opened else held.heard, where
+        assert isinstance(held.error, ReplicaDied) if fate == "begun" else held.heard, where
         assert waiting.heard, where
         assert world.counted() == IDLE, where
         assert "pending=0" in repr(world.caller), where

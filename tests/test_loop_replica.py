@@ -10,7 +10,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
-from fakes import FakeServiceLoop, http_call, outcome, python_call, until
+from fakes import FakeServiceLoop, Telling, http_call, outcome, python_call, until
 
 from engine import accept_batch
 from engine.config import BackendConfig
@@ -90,6 +90,15 @@ class Latch:
         return request.data
 
 
+async def double(request: Any) -> Any:
+    return request.data * 2
+
+
+@accept_batch
+async def double_all(requests: list[Any]) -> list[Any]:
+    return [(len(requests), 2 * request.data) for request in requests]
+
+
 # -- calls -----------------------------------------------------------------------------------------------------------
 
 
@@ -109,6 +118,28 @@ async def test_calls_interleave() -> None:
     answers = await world.ask(answers=3)
     assert [(outcome(answer), answer.load) for answer in answers] == [(0, 2), (1, 1), (2, 0)]
     assert world.replica.run_next() is None
+
+
+@pytest.mark.parametrize("target", [double, double_all])
+def test_a_call_has_begun_before_user_code_sees_anything_of_it(target: Any) -> None:
+    @on_loop
+    async def main() -> None:
+        world = World(target, max_batch_size=2 if target is double_all else None)
+        telling = Telling(world.caller)
+        await world.ask(*[python_call(number, [telling]) for number in (1, 2, 3)], answers=3)
+        assert telling.told == [[1], [1, 2], [1, 2, 3]]
+
+    main()
+
+
+@on_loop
+async def test_a_call_of_a_caller_that_takes_it_elsewhere_is_not_run() -> None:
+    latch = Latch()
+    world = World(latch)
+    world.caller.answer(python_call(1, 1))
+    world.caller.close()
+    await until(lambda: world.held.startswith("0/"))
+    assert latch.began == []
 
 
 class Methods:
@@ -195,11 +226,6 @@ async def test_the_calls_of_a_caller_that_is_gone_are_cancelled() -> None:
 
 
 # -- batches ---------------------------------------------------------------------------------------------------------
-
-
-@accept_batch
-async def double_all(requests: list[Any]) -> list[Any]:
-    return [(len(requests), 2 * request.data) for request in requests]
 
 
 @on_loop

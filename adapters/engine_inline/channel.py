@@ -135,6 +135,7 @@ class InlineChannel:
         self._listener = listener
         self._deliver = deliver
         self._unanswered: dict[int, None] = {}  # numbers of calls
+        self._begun = 0  # the highest number of a call that has begun at the peer
 
     def send(self, message: Message) -> None:
         """See `engine.seam.channel.Channel.send`."""
@@ -159,6 +160,17 @@ class InlineChannel:
     def awaits(self, call_id: int) -> bool:
         """See `engine.seam.channel.Channel.awaits`."""
         return call_id in self._unanswered and not self.closed
+
+    def begin(self, call_id: int) -> bool:
+        """See `engine.seam.channel.Channel.begin`."""
+        # In this order: whoever cuts the channel first closes it and then looks, so one of the two sees the other.
+        peer = self.peer
+        peer._begun = max(peer._begun, call_id)
+        return not (self.closed or peer.closed)
+
+    def may_have_begun(self, call_id: int) -> bool:
+        """See `engine.seam.channel.Channel.may_have_begun`."""
+        return call_id <= self._begun
 
     def watch(self) -> None:
         """See `engine.seam.channel.Channel.watch`; nothing to do."""

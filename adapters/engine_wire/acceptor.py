@@ -18,15 +18,17 @@ from engine.seam.descriptors import REST_S, ShortageLog
 from engine.seam.log import Log
 
 from .addresses import accept_from, close_listening
-from .channel import SocketChannel
+from .channel import Driver, SocketChannel
 from .drivers import LoopDriver
+from .opening import Welcome
+from .protocol import GREETING
 
 if TYPE_CHECKING:
     import asyncio
 
     from .lobby import Lobby, Watcher
 
-__all__ = ["Acceptor", "closed_on_error", "lobby_for", "note_shortage"]
+__all__ = ["Acceptor", "channel_of_calls", "closed_on_error", "lobby_for", "note_shortage"]
 
 _shortages = ShortageLog(Log("engine.wire"))
 
@@ -56,6 +58,15 @@ def lobby_for(secret: bytes | None, admit: Callable[[socket.socket], None], watc
     return Lobby(secret, admit, watcher)
 
 
+def channel_of_calls(
+    sock: socket.socket, listener: ChannelListener | None, driver: Driver, *, greet: bool
+) -> SocketChannel:
+    """A channel on which calls come; a caller of this machine is told which of them have begun."""
+    if sock.family != socket.AF_UNIX:
+        return SocketChannel(sock, listener, driver, greet=greet)
+    return SocketChannel(sock, listener, driver, greet=False, opening=Welcome(sock, GREETING if greet else b""))
+
+
 class Acceptor:
     """Accepts connections on an asyncio loop until closed.
 
@@ -64,6 +75,7 @@ class Acceptor:
         accept: Says who hears a new channel; with a secret, once its peer has proved who it is.
         loop: Runs it.
         secret: What peers must prove to know, and this side proves to them; at least 16 random bytes.
+        calls: Whether calls come, of which this side says which have begun (`engine_wire.begun`).
 
     Raises:
         ValueError: The secret is too short.
@@ -76,10 +88,12 @@ class Acceptor:
         loop: asyncio.AbstractEventLoop,
         *,
         secret: bytes | None = None,
+        calls: bool = False,
     ) -> None:
         self._listening = tuple(listening)
         self._accept = accept
         self._loop = loop
+        self._calls = calls
         self._driver = LoopDriver(loop)
         self._channels: set[SocketChannel] = set()
         self._timer: asyncio.TimerHandle | None = None  # of the lobby
@@ -134,7 +148,11 @@ class Acceptor:
             self._on_time()
 
     def _admit(self, sock: socket.socket) -> None:
-        channel = SocketChannel(sock, None, self._driver, greet=self._lobby is None)
+        greet = self._lobby is None
+        if self._calls:
+            channel = channel_of_calls(sock, None, self._driver, greet=greet)
+        else:
+            channel = SocketChannel(sock, None, self._driver, greet=greet)
         channel.listener = self._accept(channel)
         self.open_channels()  # drops the closed ones
         self._channels.add(channel)

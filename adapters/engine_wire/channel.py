@@ -10,7 +10,9 @@ the driver, or by the driving thread.
 A channel may begin with an opening (`engine_wire.opening.Opening`), which whoever reads or writes moves on, under
 `_write_lock`. Until it is done messages are kept, and nothing that the peer sends is taken for one.
 
-When the peer dies, the reader delivers what was complete and then calls ``listener.lost`` once.
+When the peer dies, the reader delivers what was complete and then calls ``listener.lost`` once. Which calls had begun
+there it knows from a page that both share (`engine_wire.begun`), if there is one; and only if the peer's end was
+closed, so that no more can begin.
 
 Signal handlers of the application may raise wherever Python runs them: when a function begins, when a call returns,
 when a loop turns. That neither tears a frame nor loses another caller's answer nor keeps the role:
@@ -38,10 +40,11 @@ from engine.seam.channel import ChannelClosed, ChannelListener
 from engine.seam.messages import Call, End, Failure, Message, Reply
 
 from .addresses import is_foreign
+from .begun import BegunPage, greet_with
 from .protocol import GREETING, Decoder, ProtocolError, encode
 
 if TYPE_CHECKING:
-    from .opening import Opening
+    from .opening import Opening, Welcome
 
 __all__ = ["Driver", "SocketChannel"]
 
@@ -51,6 +54,7 @@ _NOWAIT = socket.MSG_DONTWAIT
 _LONGEST_POLL_S = 86400.0  # poll takes no more than 2**31 ms; whoever waits longer looks again
 _TERMINAL = frozenset((Reply, Failure, End))
 _READER: Final = "reader"
+_ANY_CALL: Final = 1 << 64  # higher than all numbers of calls
 
 
 class Driver(Protocol):
@@ -83,6 +87,7 @@ class SocketChannel:
             where a handshake is.
         opening: What must be done first on a socket that is not connected or whose peer is to prove who it is. It
             says what to send before the first message, be it the greeting.
+        page: On which the peer says which calls have begun there; owned by the channel. It goes with the greeting.
     """
 
     def __init__(
@@ -92,7 +97,8 @@ class SocketChannel:
         driver: Driver,
         *,
         greet: bool = True,
-        opening: Opening | None = None,
+        opening: Opening | Welcome | None = None,
+        page: BegunPage | None = None,
     ) -> None:
         sock.setblocking(True)
         self.sock = sock
@@ -103,7 +109,7 @@ class SocketChannel:
         self._role: dict[str, threading.Lock] = {}  # the reader role, if somebody has it: `_take` and `_leave`
         self._taking_over = threading.Lock()
         self._write_lock = threading.Lock()  # guards changes of _opening, _unsent and _closed, and the order of frames
-        self._opening = opening
+        self._opening: Opening | Welcome | None = opening
         self._unsent: list[bytes | memoryview] = []
         # Each item is what the kernel gave, or how much of the first of `_unsent` it took.
         self._receives: Iterator[bytes] = map(sock.recv, repeat(_READ_SIZE), repeat(_NOWAIT))
@@ -123,9 +129,15 @@ class SocketChannel:
         self._poll_input.register(self.fd, select.POLLIN)
         self._delivering = False  # the listener is taking the first of the decoder's messages
         self._unanswered: dict[int, None] = {}  # numbers of calls; somebody must read while there are any
+        # The highest number of a call that has begun: here, and where the peer is to read it; there, once it has ended.
+        self._begun = 0
+        self._begun_words: memoryview | None = None
+        self._page = page
+        self._begun_there = _ANY_CALL
+        self._stopped_writing = False
         if greet and opening is None:
             try:
-                sock.send(GREETING, _NOWAIT)
+                greet_with(sock, GREETING, page)
             except OSError:
                 pass  # the peer is gone already, as whoever reads will find
 
@@ -193,6 +205,19 @@ class SocketChannel:
         """See `engine.seam.channel.Channel.awaits`."""
         return call_id in self._unanswered and not self._closed
 
+    def begin(self, call_id: int) -> bool:
+        """See `engine.seam.channel.Channel.begin`."""
+        if call_id > self._begun:
+            self._begun = call_id
+            words = self._begun_words
+            if words is not None:
+                words[0] = call_id
+        return not self._closed
+
+    def may_have_begun(self, call_id: int) -> bool:
+        """See `engine.seam.channel.Channel.may_have_begun`."""
+        return call_id <= self._begun_there
+
     def on_writable(self) -> bool:
         """Write what is kept; returns whether everything is out. A broken socket is left for the reader to find."""
         with self._write_lock:
@@ -218,6 +243,8 @@ class SocketChannel:
 
     def _stop_writing(self) -> None:
         """Nothing more can be written, perhaps after half a frame: the peer ends the connection, if it has not yet."""
+        self._learn_what_began()
+        self._stopped_writing = True
         try:
             self.sock.shutdown(socket.SHUT_WR)
         except OSError as error:
@@ -226,11 +253,12 @@ class SocketChannel:
             # else it is broken altogether, as whoever reads will find
         self._unsent.clear()  # only now: as long as there is something, whoever is struck comes back here
 
-    def _open(self, opening: Opening) -> bool:
+    def _open(self, opening: Opening | Welcome) -> bool:
         first = None if self._closed else opening.advance()
         if first is None:
             return False
         self._unsent[0] = first
+        self._begun_words = opening.words
         self._opening = None
         return True
 
@@ -359,7 +387,18 @@ class SocketChannel:
         # It may have been dying already, and its connection have waited for it in vain. (One that was closed here ends,
         # too, and may still be accepted.)
         self._never_accepted = self._greeting_proves and self._decoder.greeting_due and not self._closed
+        if not self._stopped_writing:  # else that was seen then, before the socket looked as if the peer had ended it
+            self._learn_what_began()
         self.lose(reason)
+
+    def _learn_what_began(self) -> None:
+        """Look at the page if the peer has closed its end, as its death does, so that nothing more begins there."""
+        page = self._page
+        if page is None or not self._poll(0, 0.0) & select.POLLHUP or self._closed:  # closed: it is our own doing
+            return
+        highest = page.highest()
+        if highest is not None:
+            self._begun_there = highest
 
     def _cut_again(self, error: ProtocolError) -> None:
         try:
@@ -459,6 +498,9 @@ class SocketChannel:
         if self._closed:
             # Only who holds the role closes the socket: its descriptor must not be reused under a thread that reads.
             if self.sock.fileno() >= 0 and self._take(me):
+                self._begun_words = None  # with which the memory goes
+                if self._page is not None:
+                    self._page.close()
                 self.sock.close()
                 del role[_READER]
         elif not self.armed and (self._unanswered or self._opening is not None) and not self._is_read():

@@ -8,12 +8,14 @@ channel is lost.
 
 from __future__ import annotations
 
+import socket
 from typing import TYPE_CHECKING
 
 from engine.seam.channel import ChannelClosed, ChannelListener
 from engine.seam.descriptors import is_shortage, shortage
 
 from .addresses import is_foreign, open_socket, unanswered
+from .begun import BegunPage
 from .channel import SocketChannel
 from .drivers import LoopDriver, Poller, Undriven
 from .opening import Opening
@@ -25,7 +27,13 @@ __all__ = ["connect"]
 
 
 def connect(
-    address: str, listener: ChannelListener, *, on_loop: bool, poller: Poller | Undriven, secret: bytes | None = None
+    address: str,
+    listener: ChannelListener,
+    *,
+    on_loop: bool,
+    poller: Poller | Undriven,
+    secret: bytes | None = None,
+    calls: bool = False,
 ) -> SocketChannel:
     """Open a channel to ``unix:PATH``, ``unix:@NAME`` or ``tcp:HOST:PORT`` (see `engine_wire.addresses`).
 
@@ -35,6 +43,7 @@ def connect(
         on_loop: Read on the asyncio loop running in this thread rather than by ``poller``.
         poller: Reads the channels that no loop owns; `Undriven` if one thread drives this one all its life.
         secret: What both ends know and prove to each other before the first message; at least 16 random bytes.
+        calls: Whether a service is there, which says on a page which calls have begun (`engine_wire.begun`).
 
     Raises:
         engine.seam.channel.ChannelClosed: Nobody listens there, as far as is known at once; later, the channel is lost.
@@ -47,7 +56,7 @@ def connect(
 
         handshake = ClientHandshake(secret)
     sock, connecting = open_socket(address)
-    opening = Opening(sock, address, connecting, handshake) if connecting or handshake is not None else None
+    page: BegunPage | None = None
     try:
         driver: LoopDriver | Poller | Undriven = poller
         if on_loop:
@@ -56,7 +65,13 @@ def connect(
             driver = LoopDriver(asyncio.get_running_loop())
         elif isinstance(poller, Poller):
             poller.prepare()  # else it might lack descriptors only when a call is under way
-        channel = SocketChannel(sock, listener, driver, greet=handshake is None, opening=opening)
+        if calls:  # only now: it can be done without, if it was the last descriptor
+            page = BegunPage.make(sock)
+        opening: Opening | None = None
+        if connecting or handshake is not None:
+            greets = calls and sock.family == socket.AF_UNIX
+            opening = Opening(sock, address, connecting, handshake, greets=greets, page=page)
+        channel = SocketChannel(sock, listener, driver, greet=handshake is None, opening=opening, page=page)
         if opening is not None:
             written = channel.on_writable()
             if opening.failure is not None and opening.connecting:
@@ -67,13 +82,19 @@ def connect(
         elif on_loop:
             channel.watch()
     except OSError as error:
-        sock.close()
+        _close(sock, page)
         if is_shortage(error):
             raise shortage(error) from error
         if is_foreign(error):
             raise
         raise ChannelClosed(unanswered(address, error.strerror)) from error
     except BaseException:
-        sock.close()
+        _close(sock, page)
         raise
     return channel
+
+
+def _close(sock: socket.socket, page: BegunPage | None) -> None:
+    sock.close()
+    if page is not None:
+        page.close()

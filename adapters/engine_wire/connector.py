@@ -29,7 +29,8 @@ class WireConnector:
 
     def open_channel(self, address: str, listener: ChannelListener, *, on_loop: bool) -> Channel:
         """See `engine.seam.connector.Connector.open_channel`; asks for no proof of who is there."""
-        return connect(address, listener, on_loop=on_loop, poller=self._poller)
+        calls = address != self.control_address
+        return connect(address, listener, on_loop=on_loop, poller=self._poller, calls=calls)
 
     def close(self) -> None:
         """See `engine.seam.connector.Connector.close`."""

@@ -16,7 +16,7 @@ import time
 from engine.errors import InvalidArgument
 from engine.seam.messages import Call, Cancel, Control, Credit, End, Failure, Item, Message, Reply
 
-__all__ = ["GREETING", "MAX_FRAME_BYTES", "PROTOCOL_VERSION", "Decoder", "ProtocolError", "encode"]
+__all__ = ["GREETING", "MAX_FRAME_BYTES", "PROTOCOL_VERSION", "Decoder", "ProtocolError", "check_greeting", "encode"]
 
 PROTOCOL_VERSION = 1
 MAX_FRAME_BYTES = 1 << 30
@@ -169,7 +169,7 @@ class Decoder:
         while end - position >= 13:
             size, kind, call_id = _header.unpack_from(data, position)
             if greeting_due:
-                _check_greeting(data[position : position + len(GREETING)])
+                check_greeting(data[position : position + len(GREETING)])
             if size > MAX_FRAME_BYTES or kind > _CONTROL:
                 raise ProtocolError(f"a frame of type {kind} and {size} bytes")
             start = position + 13
@@ -187,7 +187,12 @@ class Decoder:
         self.greeting_due, self._tail, self.large, self.filled, self.arrived = greeting_due, tail, large, filled, None
 
 
-def _check_greeting(data: bytes) -> None:
+def check_greeting(data: bytes) -> None:
+    """See that these bytes begin a greeting, or are one.
+
+    Raises:
+        ProtocolError: They are something else, or greet in another version.
+    """
     if data == GREETING[: len(data)]:
         return
     if data[13:25] == _MAGIC[: max(0, len(data) - 13)] and len(data) >= len(GREETING):

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from engine.seam.descriptors import REST_S
 from engine.seam.service import Service
 
-from .acceptor import Acceptor, closed_on_error, lobby_for, note_shortage
+from .acceptor import Acceptor, channel_of_calls, closed_on_error, lobby_for, note_shortage
 from .addresses import accept_from, close_listening
 from .channel import SocketChannel
 
@@ -63,7 +63,7 @@ class AsyncServiceLoop:
 
         self._loop = loop
         self._changed = asyncio.Event()
-        self._acceptor = Acceptor(self._listening, lambda channel: self._service, loop, secret=self._secret)
+        self._acceptor = Acceptor(self._listening, lambda channel: self._service, loop, secret=self._secret, calls=True)
         self._service.attach(self)
         try:
             while not self._service.finished():
@@ -282,7 +282,7 @@ class BlockingServiceLoop:
             self._lobby.enter(sock, peer)
 
     def _admit(self, sock: socket.socket) -> None:
-        SocketChannel(sock, self._service, self, greet=self._lobby is None).watch()
+        channel_of_calls(sock, self._service, self, greet=self._lobby is None).watch()
 
     def _look_after(self, lobby: Lobby, timeout_s: float | None) -> float | None:
         lobby.expire()

@@ -4,8 +4,9 @@ There is one caller for all the threads of a process and one for each event loop
 written by the thread that makes it, and its answer delivered by whoever reads the channel: no hop in between.
 
 A call that was given up still counts against its replica until the replica's answer comes, so that no slot is ever
-leaked or counted twice. When a replica dies, its calls fail with `ReplicaDied`; calls it refused or never got are
-routed again. Its connection breaks then; or a snapshot has the news, if its machine is gone and all is silent.
+leaked or counted twice. When a replica dies, calls that had begun there fail with `ReplicaDied`; those it refused,
+never got or had not begun are routed again, at their place. Its connection breaks then, and tells which are which; or
+a snapshot has the news, if its machine is gone and all is silent.
 
 A signal handler of the application may raise anywhere in here (`engine_wire.channel` tells where Python runs them).
 What each slot says of itself, and what each target holds, changes between two such places; all else can be made anew
@@ -301,7 +302,7 @@ class Caller:
     def lost(self, channel: Channel, reason: str) -> None:
         """See `ChannelListener.lost`: the replica's calls fail, its place stays blocked for a while.
 
-        Calls that it cannot have received are routed again.
+        Calls that it cannot have begun are routed again.
         """
         dead: list[tuple[Slot, int]] = []  # with the numbers under which they were sent
         target: Target | None = None
@@ -346,8 +347,8 @@ class Caller:
         fate = "it was ended on purpose" if target.gone and not target.dead else "it is being replaced"
         while dead:
             slot, call_id = dead[0]
-            if not channel.opened:
-                self._requeue(slot, call_id)
+            if not (channel.opened and channel.may_have_begun(call_id)):
+                self._requeue(slot, call_id, lost=True)
             elif not slot.given_up:
                 slot.fail(
                     self._closed
@@ -522,8 +523,11 @@ class Caller:
             self._recover(ready)
             raise
 
-    def _requeue(self, slot: Slot, call_id: int) -> None:
-        """Route a call again that its replica did not take, at the place it had; and see to those behind it."""
+    def _requeue(self, slot: Slot, call_id: int, *, lost: bool = False) -> None:
+        """Route a call again that its replica did not take, at the place it had; and see to those behind it.
+
+        One that is ``lost`` with its replica may wait although the queue is full: it had a place.
+        """
         replica_set = slot.target.replica_set
         failure: EngineError | None = None
         stays = True
@@ -544,7 +548,7 @@ class Caller:
                             replica_set.dropped_copies += 1
                             slot.give_up()
                     elif stays and not slot.given_up:
-                        failure = self._closed or replica_set.refusal()
+                        failure = self._closed or (replica_set.absence() if lost else replica_set.refusal())
                         if failure is None:
                             replica_set.put_back(slot)
                 now = time.monotonic()

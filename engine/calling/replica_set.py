@@ -175,12 +175,7 @@ class ReplicaSet:
     def refusal(self) -> NoReplica | Overloaded | None:
         """What a call is told that may not even wait: there is nothing to wait for, or the queue is full."""
         if self.hopeless:
-            why = f", the last one because of {self.last_error}" if self.last_error else ""
-            return NoReplica(
-                f"backend {self.tag!r} has no replica: the last {self.failures} tries to start one failed{why}. "
-                "The engine keeps trying, more and more slowly, and at once after an update: retry later, and see the "
-                "log (engine.controller) for the reasons"
-            )
+            return self.absence()
         if self.max_queued is None or len(self.waiting) < self.max_queued:
             return None
         # Those that slow replicas could hold, but better do not, are not among the calls for which there is no place.
@@ -195,6 +190,17 @@ class ReplicaSet:
             f"backend {self.tag!r}: all of its {len(self.targets)} replicas are full and "
             f"{queued} calls of this caller wait already (max_queued_requests={self.max_queued}); "
             "retry later or raise num_replicas"
+        )
+
+    def absence(self) -> NoReplica | None:
+        """What a call is told if there is nothing to wait for."""
+        if not self.hopeless:
+            return None
+        why = f", the last one because of {self.last_error}" if self.last_error else ""
+        return NoReplica(
+            f"backend {self.tag!r} has no replica: the last {self.failures} tries to start one failed{why}. "
+            "The engine keeps trying, more and more slowly, and at once after an update: retry later, and see the "
+            "log (engine.controller) for the reasons"
         )
 
     def give_up_waiting(self) -> list[Slot]:

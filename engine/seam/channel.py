@@ -51,6 +51,21 @@ class Channel(Protocol):
         of the call.
         """
 
+    def begin(self, call_id: int) -> bool:
+        """Note that user code is about to see a call of the peer's, so that the peer can know should this side die.
+
+        Called for every call, by whoever runs it, on the thread that takes messages; so it must cost next to nothing.
+
+        Returns:
+            False if the channel is closed, so that the peer takes the call elsewhere: it must not be run then.
+        """
+
+    def may_have_begun(self, call_id: int) -> bool:
+        """Of a call that was sent on a channel which is lost now: whether user code of the peer can have seen it.
+
+        False is a promise, so True is the answer wherever that is not known.
+        """
+
     def watch(self) -> None:
         """Deliver messages from now on without anybody calling `drive` (idempotent)."""
 

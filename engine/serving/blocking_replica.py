@@ -156,6 +156,9 @@ class BlockingReplica(Replica):
     def _run_one(self, job: Job) -> None:
         method = job.method
         assert method is not None
+        if not job.channel.begin(job.call.id):
+            self._drop(job)
+            return
         try:
             args, kwargs = self._arguments(job)
             deadline = job.call.deadline

@@ -105,7 +105,7 @@ class LoopReplica(Replica):
     async def _run_one(self, job: Job) -> None:
         method = job.method
         assert method is not None
-        if job.cancelled or job.expired:
+        if job.cancelled or job.expired or not job.channel.begin(job.call.id):
             self._drop(job)
             return
         job.task = asyncio.current_task()  # only now: a task cancelled before its first step would never answer

@@ -267,6 +267,9 @@ class Replica:
         taken: list[Job] = []
         items: list[Any] = []
         for job in jobs:
+            if not job.channel.begin(job.call.id):
+                self._drop(job)
+                continue
             try:
                 args, kwargs = self._arguments(job)
                 if kwargs or len(args) > 1:

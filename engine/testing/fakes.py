@@ -77,6 +77,9 @@ class FakeChannel:
         watched: How many times `watch` was called.
         opened: See `engine.seam.channel.Channel.opened`; to be set by the test.
         closed: Whether it takes no more messages.
+        began: Numbers of the calls that this end was told have begun, in order.
+        begun: The highest number of a call that has begun at the peer, as it is known once that is dead; None if
+            nobody knows.
         raises: What the next `send` raises, once.
         on_send: Called with each message after it was sent, say to answer it.
     """
@@ -90,6 +93,8 @@ class FakeChannel:
         self.watched = 0
         self.opened = True
         self.closed = False
+        self.began: list[int] = []
+        self.begun: int | None = None
         self.raises: Exception | None = None
         self.on_send: Callable[[Any], None] | None = None
         self._died_of: str | None = None
@@ -114,6 +119,15 @@ class FakeChannel:
     def awaits(self, call_id: int) -> bool:
         """See `engine.seam.channel.Channel.awaits`."""
         return call_id in self.unanswered and not self.closed
+
+    def begin(self, call_id: int) -> bool:
+        """See `engine.seam.channel.Channel.begin`; keeps it in `began`."""
+        self.began.append(call_id)
+        return not self.closed
+
+    def may_have_begun(self, call_id: int) -> bool:
+        """See `engine.seam.channel.Channel.may_have_begun`."""
+        return self.begun is None or call_id <= self.begun
 
     def watch(self) -> None:
         """See `engine.seam.channel.Channel.watch`; finds at once that the peer has died."""

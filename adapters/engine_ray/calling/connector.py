@@ -38,10 +38,16 @@ class RayConnector(WireConnector):
         """See `engine.seam.connector.Connector.open_channel`."""
         poller = self._poller  # of now: looking an address up takes a while, and `close` may come in between
         party = self.locate(address)
+        to_controller = address == self.control_address or is_symbolic(address)
         channel = connect(
-            party.seen_from(self.node_id()), listener, on_loop=on_loop, poller=poller, secret=self.secret()
+            party.seen_from(self.node_id()),
+            listener,
+            on_loop=on_loop,
+            poller=poller,
+            secret=self.secret(),
+            calls=not to_controller,
         )
-        if address == self.control_address or is_symbolic(address):
+        if to_controller:
             notice_silence(channel.sock)
         return channel
 

@@ -1,0 +1,120 @@
+"""How a caller knows, of a peer that has died, which of its calls had begun there: a page of memory that both share.
+
+Whoever opens a channel over a Unix socket makes a page (`BegunPage`) and passes its descriptor along with its greeting.
+Whoever accepts the channel maps the page (`adopted`) and, before user code sees a call, writes that call's number into
+it, if that is the highest so far. It costs no message and no system call, and it stands when the process is gone.
+
+Neither end trusts the other with its life. The one that only reads does not map the page; the one that maps it first
+sees that nobody can shrink it, since touching what is gone would end the process. Where there is no such memory (other
+systems than Linux, no descriptor to spare), channels do without: then a call that was sent may have begun.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import fcntl
+import mmap
+import os
+import socket
+import struct
+from collections import deque
+from collections.abc import Iterable
+from itertools import repeat
+
+__all__ = ["BegunPage", "adopted", "close_all", "descriptors_in", "greet_with"]
+
+_PAGE_BYTES = 4096
+_HIGHEST, _ADOPTED = range(2)  # of its words of eight bytes: the highest number that began; whether anybody says so
+_words = struct.Struct("=QQ")
+
+
+class BegunPage:
+    """The side that reads: of one channel, which closes it.
+
+    Raises:
+        OSError: There is no memory for it, or no descriptor.
+    """
+
+    def __init__(self) -> None:
+        self.fd = os.memfd_create("engine-begun", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(self.fd, _PAGE_BYTES)
+            os.pwrite(self.fd, bytes(_words.size), 0)  # so that the memory is there when it is written to
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        except BaseException:
+            self.close()
+            raise
+
+    @classmethod
+    def make(cls, sock: socket.socket) -> BegunPage | None:
+        """One for a channel over this socket, or None where there can be none."""
+        if sock.family != socket.AF_UNIX or not (hasattr(os, "memfd_create") and hasattr(fcntl, "F_ADD_SEALS")):
+            return None
+        with contextlib.suppress(OSError):
+            return cls()
+        return None
+
+    def highest(self) -> int | None:
+        """The highest number of a call that has begun, 0 if none has; None if nobody has kept the page."""
+        try:
+            words = _words.unpack(os.pread(self.fd, _words.size, 0))
+        except (OSError, struct.error):
+            return None
+        return words[_HIGHEST] if words[_ADOPTED] == 1 else None
+
+    def close(self) -> None:
+        """Let go of it (idempotent)."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def greet_with(sock: socket.socket, greeting: bytes, page: BegunPage | None) -> None:
+    """Send a greeting, with the page if there is one.
+
+    Raises:
+        OSError: The peer is gone.
+    """
+    if page is None:
+        sock.send(greeting, socket.MSG_DONTWAIT)
+    else:
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [page.fd]))]
+        sock.sendmsg([greeting], rights, socket.MSG_DONTWAIT)
+
+
+def descriptors_in(ancillary: Iterable[tuple[int, int, bytes]]) -> list[int]:
+    """The descriptors that came along with some bytes; whoever takes them closes them."""
+    found = array.array("i")
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            found.frombytes(data[: len(data) - len(data) % found.itemsize])
+    return found.tolist()
+
+
+def close_all(descriptors: list[int]) -> None:
+    """Close descriptors and take them off their list. No signal handler runs between the two."""
+    deque(map(os.close, map(descriptors.pop, repeat(-1, len(descriptors)))), 0)
+
+
+def adopted(descriptors: list[int]) -> memoryview | None:
+    """The side that writes: map the page that came, and close what came, which takes it off the list.
+
+    Returns:
+        Its words, of which the first is the highest number that has begun; None if none came that can be trusted.
+    """
+    try:
+        return _mapped(descriptors[0]) if descriptors else None
+    except (OSError, ValueError):  # no descriptor or no memory is left, or it is something else
+        return None
+    finally:
+        close_all(descriptors)
+
+
+def _mapped(descriptor: int) -> memoryview | None:
+    seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
+    if not seals & fcntl.F_SEAL_SHRINK or os.fstat(descriptor).st_size != _PAGE_BYTES:
+        return None
+    words = memoryview(mmap.mmap(descriptor, _PAGE_BYTES)).cast("Q")
+    words[_ADOPTED] = 1
+    return words
