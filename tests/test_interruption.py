@@ -26,7 +26,7 @@ from engine.serving.blocking_replica import BlockingReplica
 from engine.serving.interruption import Interrupter
 from engine.serving.user_callable import UserCallable
 from engine.testing.fakes import FakeChannel
-from engine.testing.instruments import Footprint, eventually
+from engine.testing.instruments import PATIENCE_S, Footprint, eventually
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGURG"), reason="this system has no SIGURG")
 
@@ -205,8 +205,11 @@ def test_cancellations_at_any_moment_hurt_nobody_else() -> None:
     thread = threading.Thread(target=cancel)
     thread.start()
     try:
-        for number in range(1000):
-            caller.answer(python_call(number, number))
+        asked = 0
+        deadline = time.monotonic() + PATIENCE_S
+        while len(struck) < 50 and time.monotonic() < deadline:
+            caller.answer(python_call(asked, asked))
+            asked += 1
             while replica.run_next() == 0.0:
                 pass
     finally:
@@ -215,12 +218,12 @@ def test_cancellations_at_any_moment_hurt_nobody_else() -> None:
         loop.turn.release()
         thread.join()
         replica.close()
-    assert [answer.id for answer in caller.sent] == list(range(1000))
+    assert [answer.id for answer in caller.sent] == list(range(asked))
     for answer in caller.sent:
         result = outcome(answer)
         assert result == answer.id or (answer.id in cancelled and "CallCancelled" in str(result)), answer
     assert struck <= cancelled
-    assert len(struck) > 10
+    assert len(struck) >= 50
 
 
 class Watched:
@@ -253,7 +256,7 @@ def test_many_cancellations_in_a_process(leaves_nothing: Footprint) -> None:
 
     async def impatient(handle: Any) -> None:
         nonlocal given_up
-        for number in range(100):
+        for number in range(50):
             call = asyncio.ensure_future(handle.call((number, chance.randrange(1000))))
             await asyncio.wait([call], timeout=chance.random() * 0.006)
             if call.done():
@@ -264,17 +267,20 @@ def test_many_cancellations_in_a_process(leaves_nothing: Footprint) -> None:
                 await asyncio.wait([call])
 
     async def patient(handle: Any) -> None:
-        for number in range(100):
+        for number in range(50):
             assert await handle.call((number, number)) == number
 
     async def main(engine: Engine) -> None:
         handle = engine.get_handle("watched", sync=False)
         count = handle.options(method_name="count")
         pid, _ = await count.call()
-        await asyncio.gather(*(impatient(handle) for _ in range(3)), patient(handle))
-        same, struck = await count.call()
-        assert same == pid
-        assert 0 < struck <= given_up
+        struck = 0
+        deadline = time.monotonic() + PATIENCE_S
+        while struck < 20 and time.monotonic() < deadline:
+            await asyncio.gather(*(impatient(handle) for _ in range(3)), patient(handle))
+            same, struck = await count.call()
+            assert same == pid
+        assert 20 <= struck <= given_up
 
     with Engine(backend="local", http_options={"location": None}) as engine:
         engine.create_backend("watched", Watched)
