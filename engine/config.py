@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -72,6 +73,11 @@ class BackendConfig:
             recycling), a number or a share such as ``"25%"``, rounded up. With 0, for which there must be a
             ``max_unavailable``, one ends before another one starts: right where there is no second GPU.
         max_unavailable: Replicas that may be missing from ``num_replicas`` meanwhile; a share is rounded down.
+        max_call_s: Seconds for which a call (a batch, one step of a stream) may run; None means any. One that runs for
+            longer is ended and fails with `errors.DeadlineExceeded` (HTTP 504), by replacing its replica if need be.
+        stuck_after_s: Seconds for which an async callable may keep its event loop from turning before its replica
+            is replaced; ``math.inf`` means any. None means 60, but any on an adapter that runs it in the engine's
+            own process. A sync callable keeps no loop from turning.
 
     Raises:
         errors.InvalidArgument: A field has the wrong type or value, at construction or when it is set; or there is no
@@ -91,6 +97,8 @@ class BackendConfig:
     cancel_grace_s: float | None = 20.0
     max_surge: int | str = "100%"
     max_unavailable: int | str = 0
+    max_call_s: float | None = None
+    stuck_after_s: float | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         _known_fields(type(self), "config", {name: value})
@@ -101,6 +109,8 @@ class BackendConfig:
             _check_switch("config", name, value)
         elif name in _SHARES:
             _check_share("config", name, value)
+        elif name in _LIMITS:
+            _check_limit("config", name, value, endless=_LIMITS[name])
         elif name != "user_config":
             _check_seconds("config", name, value, optional=name in _ENDLESS)
         super().__setattr__(name, value)
@@ -120,7 +130,8 @@ class BackendConfig:
     def limits(self) -> tuple[Any, ...]:
         """What a replica must know of it beside ``user_config``; the rest is for the controller and callers."""
         batches = self.max_batch_size, self.batch_wait_timeout
-        return self.max_concurrent_queries, *batches, self.cancel_running, self.cancel_grace_s
+        times = self.max_call_s, self.stuck_after_s
+        return self.max_concurrent_queries, *batches, self.cancel_running, self.cancel_grace_s, *times
 
     def concurrency(self, *, on_loop: bool) -> int:
         """``max_concurrent_queries`` with its default filled in for a sync or an async callable."""
@@ -129,6 +140,16 @@ class BackendConfig:
         if on_loop:
             return _MAX_ASYNC_QUERIES
         return 2 * self.max_batch_size if self.max_batch_size not in (None, 1) else _BLOCKING_QUERIES
+
+    def patience_s(self, *, on_loop: bool, shares_process: bool = False) -> float:
+        """``stuck_after_s`` with its default filled in; ``math.inf`` if nothing is ever taken for stuck.
+
+        No default hits what is legal: a call may keep the interpreter of a sync callable busy for as long as it likes,
+        and in the application's own process a debugger may hold the loop.
+        """
+        if self.stuck_after_s is not None:
+            return self.stuck_after_s
+        return _STUCK_AFTER_S if on_loop and not shares_process else math.inf
 
 
 _COUNTS = {
@@ -143,6 +164,11 @@ _ENDLESS = frozenset({"cancel_grace_s"})
 
 _SHARES = ("max_surge", "max_unavailable")
 """Fields of `BackendConfig` that are a number of replicas or a percentage of them."""
+
+_LIMITS = {"max_call_s": False, "stuck_after_s": True}
+"""Fields of `BackendConfig` that are positive seconds or None: whether ``math.inf`` is one of them, too."""
+
+_STUCK_AFTER_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -271,6 +297,16 @@ def _check_seconds(where: str, name: str, value: object, *, optional: bool = Fal
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= LONGEST_S:
         bound = "of at least 0 (and at most a year)" + (" or None" if optional else "")
         raise InvalidArgument(f"{where}: {name} must be a number of seconds {bound}, not {value!r}")
+
+
+def _check_limit(where: str, name: str, value: object, *, endless: bool) -> None:
+    if value is None or (endless and value == math.inf):
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= LONGEST_S:
+        others = "math.inf or None" if endless else "or None"
+        raise InvalidArgument(
+            f"{where}: {name} must be a number of seconds above 0 (and at most a year), {others}, not {value!r}"
+        )
 
 
 def _known_fields(cls: Callable[..., Any], what: str, given: object) -> None:

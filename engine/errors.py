@@ -57,7 +57,7 @@ class NoReplica(RetryLater):
 
 
 class DeadlineExceeded(RetryLater, TimeoutError):
-    """The call's ``timeout_s`` passed before its answer came (HTTP: 504)."""
+    """The call's ``timeout_s`` passed before its answer came, or it ran for longer than ``max_call_s`` (HTTP: 504)."""
 
 
 class ReplicaDied(RetryLater):

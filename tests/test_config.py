@@ -38,6 +38,10 @@ NAN, INFINITY = float("nan"), float("inf")
         ("cancel_running", False),
         ("cancel_grace_s", None),
         ("cancel_grace_s", 0),
+        ("max_call_s", None),
+        ("max_call_s", 0.5),
+        ("stuck_after_s", None),
+        ("stuck_after_s", INFINITY),
     ],
 )
 def test_a_backend_takes(field: str, value: Any) -> None:
@@ -63,6 +67,11 @@ def test_a_backend_takes(field: str, value: Any) -> None:
         ("start_timeout_s", INFINITY, "a number of seconds of at least 0 (and at most a year)"),
         ("cancel_running", 1, "True or False"),
         ("cancel_grace_s", -1, "a number of seconds of at least 0 (and at most a year) or None"),
+        ("max_call_s", 0, "a number of seconds above 0 (and at most a year), or None"),
+        ("max_call_s", INFINITY, "a number of seconds above 0 (and at most a year), or None"),
+        ("stuck_after_s", 0, "a number of seconds above 0 (and at most a year), math.inf or None"),
+        ("stuck_after_s", NAN, "a number of seconds above 0 (and at most a year), math.inf or None"),
+        ("stuck_after_s", True, "a number of seconds above 0 (and at most a year), math.inf or None"),
     ],
 )
 def test_a_backend_refuses(field: str, value: Any, allowed: str) -> None:
@@ -89,6 +98,15 @@ def test_an_update_changes_what_it_names_and_nothing_else() -> None:
     assert config.user_config == "a"
     with pytest.raises(InvalidArgument, match="num_replicas"):
         config.updated({"num_replicas": 0})
+
+
+def test_what_is_stuck_by_default_is_nothing_legal() -> None:
+    config = BackendConfig()
+    assert config.patience_s(on_loop=True) == 60.0
+    assert config.patience_s(on_loop=False) == INFINITY
+    assert config.patience_s(on_loop=True, shares_process=True) == INFINITY
+    config.stuck_after_s = 5
+    assert config.patience_s(on_loop=False) == config.patience_s(on_loop=True, shares_process=True) == 5
 
 
 def set_in(config: BackendConfig) -> dict[str, Any]:

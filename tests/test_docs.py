@@ -61,6 +61,12 @@ PRINTED: dict[tuple[str, str], list[list[str]]] = {
     ("docs/cluster.md", "Detached engines"): [["2"]],
     ("docs/composition.md", "Composition"): [["True"]],
     ("docs/configuration.md", "BackendConfig"): [["False", "True", "2"]],
+    ("docs/configuration.md", "Calls that hang"): [
+        [
+            "a call of backend 'work' ran for longer than max_call_s=0.5 and was ended; what it did until then is done",
+            "done",
+        ]
+    ],
     ("docs/embedding.md", "An engine in a module"): [["42"]],
     ("docs/embedding.md", "FastAPI and Starlette"): [["{'text': 'HELLO ADA'}", "HELLO GRACE"]],
     ("docs/embedding.md", "Flask and other threaded servers"): [["144"]],

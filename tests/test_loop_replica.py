@@ -36,7 +36,13 @@ class World:
         user = UserCallable("b", target, init_args, {})
         assert user.on_loop
         self.replica = LoopReplica(
-            "b", user, BackendConfig(**options), self.told.append, debug=False, event_loop=asyncio.get_running_loop()
+            "b",
+            user,
+            BackendConfig(**options),
+            self.told.append,
+            debug=False,
+            shares_process=True,  # as in a test, where nobody watches the loop unless told to
+            event_loop=asyncio.get_running_loop(),
         )
         if attach:
             self.replica.attach(self.loop)

@@ -187,9 +187,8 @@ class BlockingServiceLoop:
     def _serve_meanwhile(self) -> None:
         if self._turn.acquire(False):
             try:
-                if self._out:
-                    self._service.delayed()
                 while self._out and not (self._wanted or self._closed):
+                    self._service.delayed()
                     self.poll(None)
             finally:
                 self._turn.release()

@@ -55,7 +55,10 @@ class Service(ChannelListener, Protocol):
         """
 
     def delayed(self) -> None:
-        """Blocking services only: user code has run for a while. Called by whoever delivers messages meanwhile."""
+        """Blocking services only: user code has run for a while.
+
+        Called by whoever delivers messages meanwhile, with the turn: before any, and after each `ServiceLoop.wake`.
+        """
 
     def finished(self) -> bool:
         """Whether the loop should stop."""

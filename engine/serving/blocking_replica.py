@@ -7,6 +7,8 @@ been told, knows of none: that call waits here.
 
 from __future__ import annotations
 
+import math
+import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
@@ -16,12 +18,13 @@ from ..calling.budget import Budget, running_budget
 from ..config import BackendConfig
 from ..seam.channel import Channel
 from ..seam.control_messages import Reconfigure, Reconfigured, Unhealthy
-from ..seam.messages import Failure, FailureKind
+from ..seam.messages import End, Failure, FailureKind
 from ..seam.serialization import pack_exception_briefly
 from ..seam.service import ServiceLoop
 from .batches import last_of, listed
 from .interruption import Interrupter
 from .replica import FAREWELL_S, Job, Replica, awaited
+from .stacks import stack_of_task, stack_of_thread
 from .user_callable import Method
 
 if TYPE_CHECKING:
@@ -33,6 +36,8 @@ __all__ = ["BlockingReplica"]
 
 _LONG_S = 0.01
 """How long a call runs before others, which wait for it, are handed back: what is shorter is not worth the way."""
+_LAST_WORD_S = 1.0
+"""How long a replica that hangs takes at most to tell those whose calls it holds, before it says so to be ended."""
 
 
 class BlockingReplica(Replica):
@@ -56,10 +61,21 @@ class BlockingReplica(Replica):
         self._began: float | None = None  # when the call that runs began; None also for batches, which fill meanwhile
         self._told: set[Channel] = set()  # callers that were told that it is a long one
         self._gave_way = False  # those that waited for the stream that runs were handed back
+        # When the batch, or the step of a stream or a background task that runs began; `inf` between two such steps.
+        # None if nothing but `_began` says.
+        self._step_began: float | None = None
+        self._streaming: Job | None = None  # some of its stream was sent
+        # The watchdog's: what it sees run, and for how long the process stood still meanwhile.
+        self._seen: float | None = None
+        self._stood_still_s = 0.0
+        self._reported: float | None = None  # the last that was found to hang
+        self._hangs: float | None = None  # those who called it are still to be told
+        self._told_callers = threading.Event()
 
     def attach(self, loop: ServiceLoop) -> None:
         """See `engine.seam.service.Service.attach`."""
         self._service_loop = loop
+        self._attached()
 
     def configure(self, user_config: Any) -> None:
         """Take the first ``user_config``; on the thread that constructed the user's object."""
@@ -78,7 +94,8 @@ class BlockingReplica(Replica):
         self._user.drop()
 
     def close(self) -> None:
-        """Release the private loop."""
+        """End the watch, and release the private loop."""
+        self._watchdog.stop()
         if self._loop is not None:
             from ..seam.event_loop import close_event_loop
 
@@ -100,7 +117,9 @@ class BlockingReplica(Replica):
 
     def delayed(self) -> None:
         """See `engine.seam.service.Service.delayed`."""
-        if self._began is not None:
+        if self._hangs is not None:
+            self._give_up()
+        elif self._began is not None:
             self._hand_back()
 
     def _hand_back(self) -> None:
@@ -143,6 +162,78 @@ class BlockingReplica(Replica):
                     self._told.clear()
         # Another thread may have heard of more to do while user code ran.
         return 0.0 if self._queue or self._chores or self._drain_until is not None else None
+
+    # -- calls that run for too long -----------------------------------------------------------------------------------
+
+    def _is_watched(self) -> bool:
+        return self._max_call_s is not None
+
+    def _running_since(self) -> float | None:
+        """When what runs now began: a call, a batch, a step of a stream or of a background task."""
+        step = self._step_began
+        if step is None:
+            return self._began
+        return None if step == math.inf else step
+
+    def _look(self, now: float, late_s: float) -> float | None:
+        limit_s, since = self._max_call_s, self._running_since()
+        if limit_s is None or since is None:
+            return limit_s  # what begins only now is looked at before it can be late
+        if since != self._seen:
+            self._seen, self._stood_still_s = since, 0.0
+        self._stood_still_s += late_s
+        remaining_s = since + limit_s + self._stood_still_s - now
+        if remaining_s > 0:
+            return remaining_s
+        self._overran(since, now - since, limit_s)
+        return limit_s
+
+    def _overran(self, since: float, age_s: float, limit_s: float) -> None:
+        """Tell everybody, in the order that leaves nobody waiting: the log, those who called, the controller."""
+        stack = stack_of_thread(self._thread)
+        if self._loop is not None and self._loop.is_running():
+            import asyncio
+
+            stack += "".join(f"  in {task!r}:\n{stack_of_task(task)}" for task in asyncio.all_tasks(self._loop))
+        running = self._running()
+        if self._running_since() != since:
+            return  # it ended just now
+        what = " and ".join({self._name(job) for job in running}) or f"a background task of backend {self._tag!r}"
+        requests = f" (request {', '.join(job.call.request_id for job in running)})" if running else ""
+        told = f"a call of {what}{requests} has run for {age_s:.1f} s, longer than max_call_s={limit_s:g}"
+        if self._reported != since:
+            self._log_where(told, stack)
+        self._reported = self._hangs = since
+        self._told_callers.clear()
+        assert self._service_loop is not None
+        self._service_loop.wake()  # whoever reads meanwhile calls `delayed`
+        self._told_callers.wait(_LAST_WORD_S)
+        self._ask_to_be_replaced(f"has been in one call for {age_s:.1f} s (max_call_s={limit_s:g})", hung=True)
+
+    def _running(self) -> list[Job]:
+        """The jobs that are being run. Any thread may ask: nothing is looked through while it may change."""
+        jobs, waiting = list(self._jobs.values()), {id(job) for job in [*self._queue, *self._later]}
+        return [job for job in jobs if id(job) not in waiting]
+
+    def _give_up(self) -> None:
+        """Answer all that is held, for what runs hangs: whoever delivers messages meanwhile does so."""
+        since, self._hangs = self._hangs, None
+        if since != self._running_since():
+            return
+        self._drain_until = self._drain_until or time.monotonic()
+        running = self._running()
+        queue, self._queue = self._queue, deque()
+        for job in queue:
+            self._finish(job, Failure(job.call.id, 0, FailureKind.DRAINING, b"", b""))
+        for job in running:
+            job.cancelled = True
+            if job is self._streaming:
+                self._finish(job, End(job.call.id, 0, True))
+            else:
+                self._fail(job, self._too_long(f"a call of {self._name(job)}"))
+        self._told_callers.set()
+
+    # -- running -------------------------------------------------------------------------------------------------------
 
     def _farewell(self) -> float | None:
         """For how long to wait for callers to hang up, if the replica is to leave."""
@@ -194,7 +285,11 @@ class BlockingReplica(Replica):
             else:
                 live.append(job)
         if live:
-            self._run_batch(method, live)
+            self._step_began = time.monotonic()
+            try:
+                self._run_batch(method, live)
+            finally:
+                self._step_began = None
         return 0.0
 
     def _run_batch(self, method: Method, jobs: list[Job]) -> None:
@@ -278,11 +373,15 @@ class BlockingReplica(Replica):
             self._complete(rest)
         except BaseException as error:  # the end of a stream, say, that raised while it was closed
             self._fail(job, error)
+        finally:
+            self._began = self._streaming = None  # in this order: the call is not one of a single long step
+            self._step_began = None
 
     async def _outside(self, step: Awaitable[Any], work: Job | None = None) -> Any:
         loop = self._service_loop
         interrupter = self.interrupter
         assert loop is not None
+        self._step_began = time.monotonic()
         loop.step_out()
         try:
             try:
@@ -292,6 +391,7 @@ class BlockingReplica(Replica):
                 interrupter.open = None
         finally:
             loop.step_in()
+            self._step_began = math.inf
             del step  # what it raised knows this frame: they would keep each other in memory
 
     async def _next_part(self, job: Job, parts: AsyncGenerator[Part, None], *, plain: bool) -> Part | None:
@@ -335,6 +435,7 @@ class BlockingReplica(Replica):
 
     async def _between_items(self, job: Job) -> None:
         assert self._service_loop is not None
+        self._streaming = job  # its next part is sent when this returns
         self._service_loop.poll(0.0)
         until_long_s = self._give_way()
         while job.credit <= 0 and not job.cancelled:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import AsyncGenerator, Awaitable, Coroutine
+import math
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 from ..calling.budget import Budget
@@ -15,13 +16,18 @@ from ..seam.messages import End, Failure, Reply
 from ..seam.serialization import pack_exception_briefly
 from ..seam.service import ServiceLoop
 from .batches import last_of, listed
+from .call_limit import CallLimit
 from .farewell import begin_close, finish_close
 from .replica import FAREWELL_S, Job, Replica
+from .stacks import stack_of_task, stack_of_thread
 
 if TYPE_CHECKING:
     from ..http.streams import Part
 
 __all__ = ["LoopReplica"]
+
+_BEATS = 4
+"""How often the loop must show that it turns while it is not taken for stuck."""
 
 
 class LoopReplica(Replica):
@@ -39,12 +45,16 @@ class LoopReplica(Replica):
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._tasks: set[asyncio.Task[None]] = set()  # the loop itself holds tasks weakly
         self._configuring: asyncio.Task[None] | None = None  # does the chores, one after the other
+        self._limits: dict[asyncio.Task[Any], CallLimit] = {}  # of the tasks that run calls, if there is a limit
+        self._beat_at: float | None = None  # since when the loop has been asked whether it turns, until it does
+        self._reported = False  # it was found not to
 
     def attach(self, loop: ServiceLoop) -> None:
         """See `engine.seam.service.Service.attach`."""
         self._loop = asyncio.get_running_loop()
         self._service_loop = loop
         mark_loop_thread()
+        self._attached()
         if self._chores or self._drain_until is not None:
             self._wake()
 
@@ -62,7 +72,8 @@ class LoopReplica(Replica):
         self._user.drop()
 
     def close(self) -> None:
-        """Take the mark off the loop's thread."""
+        """End the watch, and take the mark off the loop's thread."""
+        self._watchdog.stop()
         unmark_loop_thread()
 
     def run_next(self) -> float | None:
@@ -99,8 +110,10 @@ class LoopReplica(Replica):
         assert job.method is not None
         if job.method.batched:
             self._join_batch(job)
-        else:
+        elif self._max_call_s is None:
             self._spawn(self._run_one(job))
+        else:
+            self._spawn(self._limited([job], self._run_one, job))
 
     async def _run_one(self, job: Job) -> None:
         method = job.method
@@ -148,7 +161,8 @@ class LoopReplica(Replica):
             else:
                 live.append(job)
         if live:
-            self._spawn(self._run_batch(live))
+            limited = self._max_call_s is not None
+            self._spawn(self._limited(live, self._run_batch, live) if limited else self._run_batch(live))
 
     async def _run_batch(self, jobs: list[Job]) -> None:
         method = jobs[0].method
@@ -191,12 +205,108 @@ class LoopReplica(Replica):
         self._tell(Reconfigured(chore.token, error))
 
     def _outside(self, step: Awaitable[Any]) -> Awaitable[Any]:
+        if self._limits:
+            self._step_begins()
         return step
 
     def _next_part(self, job: Job, parts: AsyncGenerator[Part, None], *, plain: bool) -> Awaitable[Part | None]:
+        if self._limits:
+            self._step_begins()
         return anext(parts, None)
 
+    # -- calls that run for too long, and a loop that does not turn --------------------------------------------------
+
+    async def _limited(self, jobs: list[Job], run: Callable[[Any], Awaitable[None]], what: Any) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        limit = self._limits[task] = CallLimit(task, jobs, self._overran, self._outlived)
+        limit.begin(self._max_call_s)
+        try:
+            await run(what)
+        finally:
+            limit.pause()
+            del self._limits[task]
+
+    def _step_begins(self) -> None:
+        limit = self._limits.get(asyncio.current_task())  # type: ignore[arg-type]
+        if limit is not None:
+            limit.begin(self._max_call_s)
+
+    def _overran(self, limit: CallLimit) -> None:
+        self._log_where(f"{self._what_runs(limit)}: it is cancelled", stack_of_task(limit.task))
+
+    def _outlived(self, limit: CallLimit) -> None:
+        self._log_where(f"{self._what_runs(limit)} and goes on although it was cancelled", stack_of_task(limit.task))
+        for job in limit.jobs:
+            job.cancelled = True
+            if job is limit.streaming:
+                self._finish(job, End(job.call.id, 0, True))
+            else:
+                super()._fail(job, self._too_long(f"a call of {self._name(job)}"))
+        self._ask_to_be_replaced("cannot end a call that runs for too long", hung=False)
+
+    def _what_runs(self, limit: CallLimit) -> str:
+        what = " and ".join({self._name(job) for job in limit.jobs})
+        requests = ", ".join(job.call.request_id for job in limit.jobs)
+        return f"a call of {what} (request {requests}) runs for longer than max_call_s={self._max_call_s}"
+
+    def _fail(self, job: Job, error: BaseException) -> None:
+        if self._limits:
+            limit = self._limits.get(asyncio.current_task())  # type: ignore[arg-type]
+            if limit is not None and limit.over:
+                error = self._too_long(f"a call of {self._name(job)}")
+        super()._fail(job, error)
+
+    def _patience_s(self) -> float:
+        patience_s = self._config.patience_s(on_loop=True, shares_process=self._shares_process)
+        return patience_s if self._max_call_s is None else min(patience_s, self._max_call_s)
+
+    def _is_watched(self) -> bool:
+        return self._patience_s() < math.inf
+
+    def _look(self, now: float, late_s: float) -> float | None:
+        patience_s = self._patience_s()
+        if patience_s == math.inf:
+            self._beat_at = None
+            return None
+        beat_at = self._beat_at
+        if beat_at is None:
+            self._beat_at = now
+            try:
+                self._loop.call_soon_threadsafe(self._beat)
+            except RuntimeError:
+                return None  # the loop is closed: the replica has left
+            return patience_s / _BEATS
+        self._beat_at = beat_at = beat_at + late_s
+        remaining_s = beat_at + patience_s - now
+        if remaining_s > 0:
+            return remaining_s
+        self._stuck(now - beat_at, patience_s)
+        return patience_s
+
+    def _beat(self) -> None:
+        self._beat_at = None
+        self._reported = False
+
+    def _stuck(self, age_s: float, patience_s: float) -> None:
+        stack = stack_of_thread(self._thread)
+        task = asyncio.current_task(self._loop)
+        names = [self._name(job) for job in list(self._jobs.values()) if task is not None and job.task is task]
+        if self._beat_at is None:
+            return  # it turned just now
+        which = "stuck_after_s" if self._max_call_s is None or patience_s < self._max_call_s else "max_call_s"
+        reason = f"has kept its event loop from turning for {age_s:.1f} s ({which}={patience_s:g})"
+        if not self._reported:
+            self._log_where(f"{f'a call of {names[0]}' if names else 'something'} {reason}", stack)
+        self._reported = True
+        self._ask_to_be_replaced(reason, hung=True)
+
     async def _between_items(self, job: Job) -> None:
+        if self._limits:
+            limit = self._limits.get(asyncio.current_task())  # type: ignore[arg-type]
+            if limit is not None:
+                limit.streaming = job  # its next part is sent when this returns
+                limit.pause()
         while job.credit <= 0 and not job.cancelled:
             if job.more_credit is None:
                 job.more_credit = asyncio.Event()

@@ -31,7 +31,7 @@ from ..errors import (
 )
 from ..request import ServeRequest
 from ..seam.channel import Channel, ChannelClosed
-from ..seam.control_messages import Answered, Drain, Ping, Pong, Reconfigure, Reconfigured
+from ..seam.control_messages import Answered, Drain, Ping, Pong, Reconfigure, Reconfigured, Unhealthy
 from ..seam.error_text import a_kind_of, message_of, summary_of, traceback_of
 from ..seam.http_request import RequestEnvelope, build_http_request
 from ..seam.log import Log
@@ -39,6 +39,7 @@ from ..seam.messages import HTTP, INITIAL_CREDIT, Call, Cancel, Credit, End, Fai
 from ..seam.serialization import dumps, loads, loads_leniently, pack_exception, shorten_packed_exception
 from ..seam.service import ServiceLoop
 from .user_callable import Method, NoSuchMethod, UserCallable
+from .watchdog import Watchdog
 
 if TYPE_CHECKING:
     import asyncio
@@ -83,6 +84,8 @@ class Replica:
         config: How to run it.
         tell: Sends a control message to the controller.
         debug: Tell HTTP clients tracebacks.
+        replica_tag: Which of the backend's replicas it is, for the log.
+        shares_process: It runs in the engine's own process, where a debugger may hold it.
 
     Attributes:
         loads: Unpickles what callers send.
@@ -93,9 +96,19 @@ class Replica:
     """See `engine.seam.service.Service.event_loop`."""
 
     def __init__(
-        self, tag: str, user: UserCallable, config: BackendConfig, tell: Callable[[Any], None], *, debug: bool
+        self,
+        tag: str,
+        user: UserCallable,
+        config: BackendConfig,
+        tell: Callable[[Any], None],
+        *,
+        debug: bool,
+        replica_tag: str = "",
+        shares_process: bool = False,
     ) -> None:
         self._tag = tag
+        self._replica_tag = replica_tag
+        self._shares_process = shares_process
         self._result_name = f"the result of backend {tag!r}"
         self._user = user
         self._tell = tell
@@ -111,6 +124,8 @@ class Replica:
         self._drain_until: float | None = None
         self._drained_since: float | None = None
         self._service_loop: ServiceLoop | None = None
+        self._watchdog = Watchdog(f"engine-watchdog-{replica_tag or tag}", self._look)
+        self._thread: int | None = None  # the one that runs user code, from `attach` on
         self._take(0, config)
 
     def __repr__(self) -> str:
@@ -125,6 +140,8 @@ class Replica:
                 self._config = config
                 self._limit = config.concurrency(on_loop=self.on_loop)
                 self._batch_size = config.max_batch_size or 1
+                self._max_call_s = config.max_call_s
+                self._watch()
 
     # -- the control thread ----------------------------------------------------------------------------------------
 
@@ -164,6 +181,37 @@ class Replica:
 
     def delayed(self) -> None:
         """See `engine.seam.service.Service.delayed`."""
+
+    # -- what is watched -------------------------------------------------------------------------------------------
+
+    def _attached(self) -> None:
+        """User code is run by this thread from now on."""
+        self._thread = threading.get_ident()
+        self._watch()
+
+    def _watch(self) -> None:
+        """Have somebody look after this replica, if there is something to look for."""
+        if self._thread is not None and self._is_watched():
+            self._watchdog.wake()
+
+    def _is_watched(self) -> bool:
+        raise NotImplementedError
+
+    def _look(self, now: float, late_s: float) -> float | None:
+        """See `engine.serving.watchdog.Watchdog`; on its thread."""
+        raise NotImplementedError
+
+    def _ask_to_be_replaced(self, reason: str, *, hung: bool) -> None:
+        self._tell(Unhealthy(reason, hung))
+
+    def _too_long(self, what: str) -> DeadlineExceeded:
+        return DeadlineExceeded(
+            f"{what} ran for longer than max_call_s={self._max_call_s:g} and was ended; what it did until then is done"
+        )
+
+    def _log_where(self, what: str, stack: str) -> None:
+        where = f"replica {self._replica_tag!r}" if self._replica_tag else "a replica"
+        _logger.warning("%s of backend %r: %s. It is here:\n%s", where, self._tag, what, stack.rstrip())
 
     # -- the door --------------------------------------------------------------------------------------------------
 

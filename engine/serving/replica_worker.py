@@ -85,7 +85,15 @@ def _construct(
     from .blocking_replica import BlockingReplica
 
     user = UserCallable(spec.backend_tag, *definition)
-    replica = BlockingReplica(spec.backend_tag, user, spec.config, tell, debug=spec.debug)
+    replica = BlockingReplica(
+        spec.backend_tag,
+        user,
+        spec.config,
+        tell,
+        debug=spec.debug,
+        replica_tag=spec.replica_tag,
+        shares_process=spec.shares_process,
+    )
     if not spec.shares_process:
         replica.interrupter.take_process()
     try:
@@ -116,7 +124,16 @@ def _construct_on_loop(
     loop = new_event_loop(shares_process=spec.shares_process)
     try:
         user, variables = loop.run_until_complete(construct())
-        replica = LoopReplica(spec.backend_tag, user, spec.config, tell, debug=spec.debug, event_loop=loop)
+        replica = LoopReplica(
+            spec.backend_tag,
+            user,
+            spec.config,
+            tell,
+            debug=spec.debug,
+            replica_tag=spec.replica_tag,
+            shares_process=spec.shares_process,
+            event_loop=loop,
+        )
     except BaseException:
         close_event_loop(loop)
         raise

@@ -1,0 +1,3 @@
+"""See `engine.testing.conformance.test_hanging`."""
+
+from engine.testing.conformance.test_hanging import *

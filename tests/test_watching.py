@@ -1,0 +1,406 @@
+"""What a replica sees of its own calls and its own loop, with the time as the test says."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import pytest
+from fakes import FakeServiceLoop, http_call, outcome, python_call, until
+
+from engine import accept_batch
+from engine.config import BackendConfig
+from engine.errors import DeadlineExceeded
+from engine.seam.control_messages import Unhealthy
+from engine.seam.messages import Credit, End, Failure, FailureKind, Item, Reply
+from engine.serving import blocking_replica, call_limit
+from engine.serving import watchdog as watchdog_module
+from engine.serving.blocking_replica import BlockingReplica
+from engine.serving.call_limit import CallLimit
+from engine.serving.loop_replica import LoopReplica
+from engine.serving.stacks import stack_of_thread
+from engine.serving.user_callable import UserCallable
+from engine.serving.watchdog import Watchdog
+from engine.testing.fakes import FakeChannel
+from engine.testing.instruments import eventually
+
+LIMIT_S = 1000.0
+"""Far more than a test takes: the time it is over comes when the test says so."""
+
+
+# -- the watchdog ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dogs() -> Iterator[Callable[..., Watchdog]]:
+    made: list[Watchdog] = []
+
+    def make(look: Any) -> Watchdog:
+        made.append(Watchdog("engine-watchdog-test", look))
+        return made[-1]
+
+    yield make
+    for dog in made:
+        dog.stop()
+    eventually(lambda: not any(thread.name == "engine-watchdog-test" for thread in threading.enumerate()))
+
+
+def test_it_looks_when_it_said_it_would_and_when_it_is_woken(dogs: Any) -> None:
+    looks: list[float] = []
+
+    def look(now: float, late_s: float) -> float | None:
+        looks.append(late_s)
+        return 0.001 if len(looks) == 1 else None
+
+    dog = dogs(look)
+    dog.wake()
+    eventually(lambda: len(looks) == 2)
+    dog.wake()
+    eventually(lambda: len(looks) == 3)
+    assert looks == [0.0] * 3
+
+
+def test_a_look_that_fails_is_not_the_last(dogs: Any, caplog: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog_module, "_AFTER_FAILURE_S", 0.001)
+    looks = itertools.count()
+    seen: list[int] = []
+
+    def look(now: float, late_s: float) -> float | None:
+        seen.append(next(looks))
+        return 1 / (len(seen) - 1) and None
+
+    dogs(look).wake()
+    eventually(lambda: len(seen) >= 2)
+    assert "engine-watchdog-test failed to look" in caplog.text
+
+
+def test_a_process_that_stood_still_is_told_for_how_long(dogs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog_module, "_STOOD_STILL_S", -1.0)  # any look is late then
+    looks: list[float] = []
+
+    def look(now: float, late_s: float) -> float | None:
+        looks.append(late_s)
+        return 0.001 if len(looks) < 3 else None
+
+    dogs(look).wake()
+    eventually(lambda: len(looks) == 3)
+    assert all(0 < late_s < 10 for late_s in looks[1:])
+
+
+# -- plain replicas --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def closed() -> Iterator[None]:
+    """Closes what the tests have made."""
+    yield
+    while PlainWorld.made:
+        PlainWorld.made.pop().replica.close()
+
+
+class PlainWorld:
+    """A replica that is looked at when the test says so. Its loop lets messages be delivered when it is woken."""
+
+    made: ClassVar[list[PlainWorld]] = []
+
+    def __init__(self, target: Any, **options: Any) -> None:
+        self.made.append(self)
+        self.told: list[Any] = []
+        self.loop = FakeServiceLoop()
+        self.loop.channels = 1
+        self.loop.wake = self.wake  # type: ignore[method-assign]
+        self.deaf = False
+        user = UserCallable("b", target, (), {})
+        config = BackendConfig(**{"max_call_s": LIMIT_S, **options})
+        self.replica = BlockingReplica("b", user, config, self.hear, debug=False, replica_tag="b#1")
+        self.replica._watchdog.stop()
+        self.replica.attach(self.loop)
+        self.caller = FakeChannel("caller", self.replica)
+
+    def hear(self, body: Any) -> None:
+        if isinstance(body, Unhealthy):
+            self.told.append(body)
+
+    def wake(self) -> None:
+        if not self.deaf:
+            self.replica.delayed()
+
+    def look(self, after_s: float, late_s: float = 0.0) -> float | None:
+        return self.replica._look(time.monotonic() + after_s, late_s)
+
+    def ask(self, *messages: Any) -> list[Any]:
+        for message in messages:
+            self.caller.answer(message)
+        while self.replica.run_next() == 0.0:
+            pass
+        return self.caller.sent
+
+
+def test_a_call_that_is_late_is_told_on_and_all_that_wait_are_sent_elsewhere(caplog: Any) -> None:
+    def work(request: Any) -> Any:
+        world.replica._told.add(world.caller)  # type: ignore[arg-type]
+        world.caller.answer(python_call(3, "keeps waiting here"))
+        remaining_s = world.look(LIMIT_S / 2)
+        assert remaining_s is not None and LIMIT_S / 2 - 10 < remaining_s <= LIMIT_S / 2
+        assert not world.told
+        assert world.look(LIMIT_S + 1) == LIMIT_S
+        return "too late"
+
+    world = PlainWorld(work)
+    sent = world.ask(python_call(1))
+    assert [(type(answer), answer.id) for answer in sent] == [(Failure, 3), (Failure, 1)]
+    assert sent[0].kind == FailureKind.DRAINING
+    assert isinstance(outcome(sent[1]), DeadlineExceeded)
+    assert world.told == [Unhealthy(f"has been in one call for {LIMIT_S + 1:.1f} s (max_call_s=1000)", hung=True)]
+    assert "replica 'b#1' of backend 'b': a call of backend 'b'" in caplog.text
+    assert "in work" in caplog.text
+    world.ask(python_call(4))
+    assert sent[-1].kind == FailureKind.DRAINING
+
+
+def test_who_takes_no_messages_meanwhile_does_not_keep_it_from_being_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It hangs where an argument is rebuilt, say."""
+    monkeypatch.setattr(blocking_replica, "_LAST_WORD_S", 0.001)
+
+    def work(request: Any) -> Any:
+        world.deaf = True
+        world.look(LIMIT_S + 1)
+        world.look(LIMIT_S + 2)  # whom it told may have failed to act
+
+    world = PlainWorld(work)
+    world.ask(python_call(1))
+    assert [told.hung for told in world.told] == [True, True]
+
+
+def test_time_in_which_the_process_stood_still_does_not_count() -> None:
+    def work(request: Any) -> Any:
+        assert world.look(LIMIT_S + 50, late_s=100.0)
+        assert world.look(LIMIT_S + 90)
+        assert not world.told
+        world.look(LIMIT_S + 101)
+        assert world.told
+
+    world = PlainWorld(work)
+    world.ask(python_call(1))
+    assert world.told
+
+
+def test_nothing_runs_between_calls() -> None:
+    world = PlainWorld(lambda request: None)
+    world.ask(python_call(1))
+    assert world.look(10 * LIMIT_S) == LIMIT_S
+    assert not world.told
+
+
+def test_without_a_limit_nobody_looks() -> None:
+    world = PlainWorld(lambda request: None, max_call_s=None)
+    assert world.look(LIMIT_S) is None
+    assert not world.replica._is_watched()
+
+
+def test_a_stream_may_take_long_but_not_one_step_of_it() -> None:
+    def stream(request: Any) -> Any:
+        yield "1"
+        world.replica._began = -LIMIT_S  # the call began long ago
+        yield "2"
+        assert world.look(1.0)
+        assert not world.told
+        world.look(LIMIT_S + 1)
+        yield "never"
+
+    world = PlainWorld(stream)
+    sent = world.ask(http_call(1))
+    assert [type(answer) for answer in sent] == [Item, Item, End]
+    assert sent[-1].failed
+    assert [told.hung for told in world.told] == [True]
+
+
+def test_a_step_that_has_ended_waits_for_its_client_as_long_as_that_takes() -> None:
+    def stream(request: Any) -> Any:
+        yield from "12345678901234567890"
+
+    def look() -> None:
+        world.look(10 * LIMIT_S)
+        world.caller.answer(Credit(1, 100))
+
+    world = PlainWorld(stream)
+    world.loop.script = [lambda: None] * 16 + [look] * 5
+    world.ask(http_call(1))
+    assert not world.told
+
+
+def test_a_batch_that_is_late_fails_whole() -> None:
+    class Batched:
+        @accept_batch
+        def __call__(self, requests: Any) -> Any:
+            world.look(LIMIT_S + 1)
+            return requests
+
+    world = PlainWorld(Batched, max_batch_size=2)
+    sent = world.ask(python_call(1), python_call(2), python_call(3))
+    assert [answer.id for answer in sent] == [3, 1, 2]
+    assert sent[0].kind == FailureKind.DRAINING
+    assert all(isinstance(outcome(answer), DeadlineExceeded) for answer in sent[1:])
+    assert [told.hung for told in world.told] == [True]
+
+
+# -- replicas on a loop ----------------------------------------------------------------------------------------------
+
+
+class LoopWorld:
+    """A replica on the running loop that is looked at when the test says so."""
+
+    def __init__(self, target: Any, **options: Any) -> None:
+        self.told: list[Any] = []
+        user = UserCallable("b", target, (), {})
+        self.replica = LoopReplica(
+            "b",
+            user,
+            BackendConfig(**options),
+            self.hear,
+            debug=False,
+            replica_tag="b#1",
+            event_loop=asyncio.get_running_loop(),
+        )
+        self.replica._watchdog.stop()
+        self.replica.attach(FakeServiceLoop())
+        self.caller = FakeChannel("caller", self.replica)
+
+    def hear(self, body: Any) -> None:
+        if isinstance(body, Unhealthy):
+            self.told.append(body)
+
+    async def ask(self, *messages: Any, answers: int = 1) -> list[Any]:
+        for message in messages:
+            self.caller.answer(message)
+        await until(lambda: len(self.caller.sent) >= answers)
+        return self.caller.sent
+
+
+def on_loop(test: Any) -> Any:
+    def run(*args: Any, **kwargs: Any) -> None:
+        async def main() -> None:
+            try:
+                await asyncio.wait_for(test(*args, **kwargs), 20)
+            finally:
+                from engine.seam.may_block import unmark_loop_thread
+
+                unmark_loop_thread()
+
+        asyncio.run(main())
+
+    return functools.update_wrapper(run, test)
+
+
+async def nothing(request: Any) -> None:
+    pass
+
+
+@on_loop
+async def test_a_loop_that_turns_is_asked_from_time_to_time() -> None:
+    world = LoopWorld(nothing)
+    now = time.monotonic()
+    assert world.replica._look(now, 0.0) == 15.0
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert world.replica._look(now + 100, 0.0) == 15.0  # it had turned, and is asked again
+    assert not world.told
+
+
+@on_loop
+async def test_a_loop_that_does_not_turn_is_told_on(caplog: pytest.LogCaptureFixture) -> None:
+    world = LoopWorld(nothing)
+    now = time.monotonic()
+    world.replica._look(now, 0.0)
+    assert world.replica._look(now + 20, 0.0) == 40.0
+    assert world.replica._look(now + 70, 30.0) == 20.0  # it stood still for half a minute
+    assert not world.told
+    world.replica._look(now + 91, 0.0)
+    assert world.told == [Unhealthy("has kept its event loop from turning for 61.0 s (stuck_after_s=60)", hung=True)]
+    assert "in test_a_loop_that_does_not_turn_is_told_on" in caplog.text
+    assert caplog.text.count("It is here") == 1
+    world.replica._look(now + 200, 0.0)
+    assert len(world.told) == 2, "whom it told may not have heard it"
+    assert caplog.text.count("It is here") == 1
+
+
+@on_loop
+async def test_a_call_that_cannot_be_cancelled_ends_its_replica(caplog: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What else it does may end in peace."""
+    monkeypatch.setattr(call_limit, "_GRACE_S", 0.01)
+    opened = asyncio.Event()
+
+    async def stubborn(request: Any) -> str:
+        while not opened.is_set():
+            try:
+                await opened.wait()
+            except asyncio.CancelledError:
+                pass
+        return "at last"
+
+    world = LoopWorld(stubborn, max_call_s=0.01)
+    sent = await world.ask(python_call(1))
+    assert isinstance(outcome(sent[0]), DeadlineExceeded)
+    assert world.told == [Unhealthy("cannot end a call that runs for too long", hung=False)]
+    assert "goes on although it was cancelled" in caplog.text
+    assert "in stubborn" in caplog.text
+    opened.set()
+    await until(lambda: not world.replica._limits)
+    assert len(sent) == 1, "it was answered already"
+
+
+@on_loop
+async def test_a_batch_has_a_limit_too() -> None:
+    class Batched:
+        @accept_batch
+        async def __call__(self, requests: Any) -> Any:
+            await asyncio.Event().wait()
+
+    world = LoopWorld(Batched, max_call_s=0.01, max_batch_size=2)
+    sent = await world.ask(python_call(1), python_call(2), answers=2)
+    assert all(isinstance(outcome(answer), DeadlineExceeded) for answer in sent)
+
+
+@on_loop
+async def test_steps_of_a_stream_have_each_a_limit_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[float | None] = []
+    paused: list[int] = []
+    begin, pause = CallLimit.begin, CallLimit.pause
+    monkeypatch.setattr(CallLimit, "begin", lambda self, limit_s: (begun.append(limit_s), begin(self, limit_s)))
+    monkeypatch.setattr(CallLimit, "pause", lambda self: (paused.append(len(begun)), pause(self)))
+
+    async def stream(request: Any) -> Any:
+        yield "1"
+        yield "2"
+
+    world = LoopWorld(stream, max_call_s=LIMIT_S)
+    sent = await world.ask(http_call(1), answers=3)
+    assert [type(answer) for answer in sent] == [Item, Item, End]
+    assert not sent[-1].failed
+    assert begun == [LIMIT_S] * 5  # the call, three steps, and the stream's being closed
+    assert paused.count(2) >= 1 and paused.count(3) >= 1  # between the steps
+
+
+@on_loop
+async def test_what_a_call_returns_although_it_was_cancelled_is_its_answer(caplog: pytest.LogCaptureFixture) -> None:
+    async def rescued(request: Any) -> str:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            return "partly"
+        return "never"
+
+    world = LoopWorld(rescued, max_call_s=0.01)
+    sent = await world.ask(python_call(1))
+    assert isinstance(sent[0], Reply)
+    assert outcome(sent[0]) == "partly"
+
+
+def test_the_stack_of_a_thread_that_has_ended() -> None:
+    assert "has ended" in stack_of_thread(None)
+    assert "test_the_stack_of_a_thread" in stack_of_thread(threading.get_ident())
