@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
 from dataclasses import replace
@@ -132,6 +133,96 @@ def test_calls_that_come_at_once_find_an_idle_replica_each(count: int) -> None:
         assert len({place(known) for _ in range(count)}) == count
         for target in known.targets.values():
             known.answered(target, 0, NOW)
+
+
+class Timed:
+    """A set of replicas over time: each of ``quick`` answers a call within so many seconds, the others never do.
+
+    Attributes:
+        got: How many calls each replica got.
+    """
+
+    def __init__(self, *replicas: str, quick: str, takes_s: float, limit: int = 10) -> None:
+        self.known = make(*replicas, limit=limit)
+        self.now = NOW
+        self.got: Counter[str | None] = Counter()
+        self._quick = quick.split()
+        self._takes_s = takes_s
+        self._due: list[tuple[float, Target]] = []
+        for key in replicas:  # each has answered before
+            others(self.known, key, 0, NOW - takes_s)
+            self.known.targets[key].heard_at = NOW - takes_s
+            self.known.targets[key].in_flight += 1
+            self.known.answered(self.known.targets[key], 0, NOW)
+
+    def call(self, calls: int, every_s: float) -> None:
+        """Make calls at regular times."""
+        for _ in range(calls):
+            while self._due and self._due[0][0] <= self.now:
+                at, target = self._due.pop(0)
+                self.known.answered(target, target.in_flight - 1, at)
+            target = self.known.take(self.now)
+            self.got[None if target is None else target.replica_tag] += 1
+            if target is not None and target.replica_tag in self._quick:
+                self._due.append((self.now + self._takes_s, target))
+            self.now += every_s
+
+
+def test_a_replica_that_says_nothing_more_attracts_few_calls() -> None:
+    timed = Timed("r1", "r2", "r3", quick="r1 r2", takes_s=0.01, limit=100)
+    timed.call(20_000, every_s=0.003)  # for a minute, so that each of them is busy
+    assert timed.got[None] == 0
+    assert timed.got["r3"] < 25
+    timed.known.answered(timed.known.targets["r3"], 0, timed.now)  # it is back
+    hold(timed.known, "r3", 0)
+    timed.call(10, every_s=0.003)
+    assert timed.known.targets["r3"].in_flight
+
+
+def test_a_silent_replica_gets_calls_when_no_other_has_room() -> None:
+    timed = Timed("r1", "r2", quick="r1", takes_s=100.0, limit=4)
+    known = timed.known
+    known._usual_s = 0.01
+    timed.call(2, every_s=1.0)
+    timed.call(6, every_s=0.001)
+    assert timed.got == {"r1": 4, "r2": 4}, "what one of them does not get, the other one does"
+    timed.call(1, every_s=1.0)
+    assert timed.got[None] == 1
+
+
+def test_what_takes_all_replicas_long_makes_none_of_them_silent() -> None:
+    timed = Timed("r1", "r2", quick="r1 r2", takes_s=5.0)
+    timed.call(400, every_s=0.7)
+    assert abs(timed.got["r1"] - timed.got["r2"]) < 20
+    assert not timed.known._aside
+
+
+def test_silent_replicas_that_are_alone_share_the_calls() -> None:
+    timed = Timed("r1", "r2", "r3", quick="", takes_s=0.01, limit=1000)
+    timed.call(300, every_s=0.1)
+    assert timed.got[None] == 0
+    assert max(timed.got.values()) - min(timed.got.values()) <= 30
+
+
+def test_before_anybody_has_answered_nobody_is_silent() -> None:
+    known = make("r1", "r2", limit=10)
+    for key in ("r1", "r2"):
+        hold(known, key, 2 if key == "r2" else 1)
+    assert {known.choose(NOW + 100.0) for _ in range(20)} == {known.targets["r1"]}
+
+
+def test_a_silent_replica_is_put_aside_and_tried_less_and_less_often() -> None:
+    timed = Timed("r1", "r2", quick="r1", takes_s=0.5, limit=1000)
+    timed.known._usual_s = 0.01
+    tried: list[float] = []
+    while timed.now < NOW + 100:
+        before = timed.got["r2"]
+        timed.known._usual_s = 0.01
+        timed.call(1, every_s=0.05)
+        if timed.got["r2"] > before and timed.now > NOW + 1:
+            tried.append(timed.now - NOW)
+    assert len(tried) <= 8
+    assert all(later > 1.5 * earlier for earlier, later in itertools.pairwise(tried))
 
 
 def test_a_replica_that_became_idle_gets_the_next_call_whatever_the_others_hold() -> None:

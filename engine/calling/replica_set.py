@@ -31,6 +31,15 @@ _MAX_COPY_BYTES = 64 << 20
 _COPY_PATIENCE_S = 30.0
 _QUICK_AGAIN = 64
 """So many calls must a replica answer without handing another one back before calls wait there for each other."""
+_SILENT_S = 0.25
+"""So long a replica that has something to do may always take to answer anything, whatever the others take."""
+_MUCH_LONGER = 4.0
+"""So many times as long as replicas of this backend usually take: a longer silence is not theirs."""
+_QUICKLY, _SLOWLY = 0.5, 0.99
+"""Of an answer that takes longer, half the difference is added to what is usual; any other shortens that a little. So
+almost all of them take less."""
+_ASIDE_S = 1.0
+"""How long one that is silent gets nothing, at least; then one call, to see, and nothing for as long again."""
 _FRESH_S = 0.1
 """How long a replica's word on its load is believed. It only speaks when called, so an idle one would look busy."""
 
@@ -44,12 +53,14 @@ class Target:
 
     __slots__ = (
         "address",
+        "aside_at",
         "blocked_until",
         "channel",
         "dead",
         "elsewhere",
         "elsewhere_at",
         "gone",
+        "heard_at",
         "holds",
         "in_flight",
         "limit",
@@ -58,6 +69,7 @@ class Target:
         "replica_set",
         "replica_tag",
         "slow_for",
+        "try_at",
         "unreachable_until",
     )
 
@@ -74,6 +86,9 @@ class Target:
         self.slow_for = 0  # its calls are long: it gets one at a time, until it has answered so many
         self.blocked_until = 0.0  # it refused, or could not be reached: not before this time
         self.unreachable_until = 0.0  # the same of the latter alone, which no answer of its ends: it may be its last
+        self.heard_at = 0.0  # it answered last, or got something to do when it had nothing
+        self.aside_at = -1.0  # the same when it was found silent: others come first until it is heard again
+        self.try_at = 0.0  # or until then: it gets a call, to see
         self.gone = False  # no longer in the snapshot: finish what is in flight, then close
         self.dead = False  # it left the snapshot because it died: what is in flight will not be answered
         self.pool: list[Target] | None = None  # the one of the replica set's lists that it is in
@@ -102,10 +117,12 @@ class ReplicaSet:
         self.retry_scheduled = False  # the caller's timer will look at `waiting` again
         self.copies_watched = False  # the same for `copies`
         self._copy_bytes = 0
-        # Every target that may get a call is in one of two lists, so that choosing one takes the same time for any
+        # Every target that may get a call is in one of three lists, so that choosing one takes the same time for any
         # number of them. Those that time alone makes better are noted as well.
         self._idle: list[Target] = []  # has nothing to do, as far as is known, and its calls are short
         self._roomy: list[Target] = []  # has something to do, and room for more
+        self._aside: list[Target] = []  # the same, but is silent: for the time when there is no other
+        self._usual_s = 0.0  # what replicas take to answer something
         self._resting: dict[Target, float] = {}  # until when it is blocked, or believed to be at the calls of others
         self._rested_at = math.inf  # when the first of them is to be looked at
         self.apply(entry)
@@ -232,6 +249,8 @@ class ReplicaSet:
         """Choose a replica and count one more call there."""
         target = self.choose(now)
         if target is not None:
+            if not target.in_flight:
+                target.heard_at = now
             target.in_flight += 1
             target.blocked_until = 0.0
             self._file(target)
@@ -278,7 +297,7 @@ class ReplicaSet:
 
     def mend(self) -> None:
         """After an exception that struck in any of these methods: make anew what it may have torn."""
-        self._idle, self._roomy, self._resting, self._rested_at = [], [], {}, math.inf
+        self._idle, self._roomy, self._aside, self._resting, self._rested_at = [], [], [], {}, math.inf
         for target in self.targets.values():
             target.in_flight = len(target.holds)
             target.pool = None
@@ -300,6 +319,12 @@ class ReplicaSet:
         target.blocked_until = target.unreachable_until
         if target.slow_for:
             target.slow_for -= 1
+        longer_s = now - target.heard_at - self._usual_s
+        target.heard_at = now
+        if longer_s > 0.0:
+            self._usual_s += longer_s * _QUICKLY
+        else:
+            self._usual_s *= _SLOWLY
         self._file(target)
 
     def handed_back(self, target: Target, load: int, now: float) -> None:
@@ -328,6 +353,7 @@ class ReplicaSet:
 
     def _count_out(self, target: Target, load: int, now: float) -> None:
         target.in_flight -= 1
+        target.heard_at = now
         if load > target.in_flight:
             target.elsewhere, target.elsewhere_at = load - target.in_flight, now
         else:
@@ -342,6 +368,9 @@ class ReplicaSet:
     def choose(self, now: float) -> Target | None:
         """An idle replica if there is one, any; else the less busy of two with room, picked at random.
 
+        Those come last that have answered nothing for much longer than replicas of this backend usually take: they may
+        be stopped, or stuck.
+
         Lu et al., "Join-Idle-Queue: A novel load balancing algorithm for dynamically scalable web services" (2011);
         Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing" (2001).
         """
@@ -353,12 +382,38 @@ class ReplicaSet:
             return idle[0] if count == 1 else idle[int(_random() * count)]
         roomy = self._roomy
         count = len(roomy)
-        if count <= 1:
-            return roomy[0] if count else None
-        first = int(_random() * count)
-        second = int(_random() * (count - 1))
-        one, other = roomy[first], roomy[second + (second >= first)]
-        return other if other.busyness(now) < one.busyness(now) else one
+        while count > 1:
+            patience_s = _MUCH_LONGER * self._usual_s
+            heard_since = now - (patience_s if patience_s > _SILENT_S else _SILENT_S)
+            first = int(_random() * count)
+            second = int(_random() * (count - 1))
+            one, other = roomy[first], roomy[second + (second >= first)]
+            if one.heard_at < heard_since and self._is_silent(one):
+                silent = one
+            elif other.heard_at < heard_since and self._is_silent(other):
+                silent = other
+            else:
+                return other if other.busyness(now) < one.busyness(now) else one
+            if self._worth_a_try(silent, now):
+                return silent
+            count = len(roomy)
+        if count:
+            return roomy[0]
+        return min(self._aside, key=lambda target: target.busyness(now), default=None)
+
+    def _is_silent(self, target: Target) -> bool:
+        """Of one that was not heard for long: whether it has something to answer, and any of them ever did."""
+        return target.in_flight > 0 and self._usual_s > 0.0
+
+    def _worth_a_try(self, target: Target, now: float) -> bool:
+        """Whether to give a silent target a call, to see; if not, it is put aside."""
+        silent_s = now - target.heard_at
+        worth = target.heard_at < target.try_at <= now
+        target.try_at = now + max(_ASIDE_S, silent_s)
+        if not worth:
+            target.aside_at = target.heard_at
+            self._file(target)
+        return worth
 
     def _file(self, target: Target) -> None:
         """Put a target into the list where it belongs, now that something about it has changed."""
@@ -369,6 +424,9 @@ class ReplicaSet:
         elif target.blocked_until:
             pool = None
             self._rest(target, target.blocked_until)
+        elif busy and target.aside_at == target.heard_at:
+            pool = self._aside
+            self._rest(target, target.try_at)
         elif busy or target.slow_for:  # others may be at a long call there, though nothing has been heard of it since
             pool = self._roomy
         elif target.elsewhere:
@@ -404,6 +462,8 @@ class ReplicaSet:
                 target.blocked_until = target.unreachable_until = 0.0
             if target.elsewhere_at + _FRESH_S <= now:
                 target.elsewhere = 0
+            if target.try_at <= now:
+                target.aside_at = -1.0
             self._file(target)
 
 
