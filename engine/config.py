@@ -78,6 +78,9 @@ class BackendConfig:
         stuck_after_s: Seconds for which an async callable may keep its event loop from turning before its replica
             is replaced; ``math.inf`` means any. None means 60, but any on an adapter that runs it in the engine's
             own process. A sync callable keeps no loop from turning.
+        max_queue_wait_s: Seconds that a call may be expected to wait with its caller, judged by how fast its queue is
+            emptied; beyond it, calls fail at once with `errors.Overloaded`. None: they wait. A call with a deadline is
+            refused in any case if it cannot be expected to make it.
 
     Raises:
         errors.InvalidArgument: A field has the wrong type or value, at construction or when it is set; or there is no
@@ -99,6 +102,7 @@ class BackendConfig:
     max_unavailable: int | str = 0
     max_call_s: float | None = None
     stuck_after_s: float | None = None
+    max_queue_wait_s: float | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         _known_fields(type(self), "config", {name: value})
@@ -159,7 +163,7 @@ _COUNTS = {
     "max_batch_size": (1, True),
 }
 """Fields of `BackendConfig` that are integers: the least value, and whether they may be None."""
-_ENDLESS = frozenset({"cancel_grace_s"})
+_ENDLESS = frozenset({"cancel_grace_s", "max_queue_wait_s"})
 """Fields of `BackendConfig` that may be None instead of seconds."""
 
 _SHARES = ("max_surge", "max_unavailable")

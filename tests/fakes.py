@@ -31,10 +31,13 @@ def backend_entry(
     expecting: bool = True,
     failures: int = 0,
     dead: Sequence[str] = (),
+    max_queue_wait_s: float | None = None,
 ) -> BackendEntry:
     """A backend whose replicas live at ``fake:ID``."""
     entries = tuple(ReplicaEntry(replica, f"fake:{replica}") for replica in replicas)
-    return BackendEntry(tag, entries, limit, max_queued, expecting, failures, tuple(dead))
+    return BackendEntry(
+        tag, entries, limit, max_queued, expecting, failures, tuple(dead), max_queue_wait_s=max_queue_wait_s
+    )
 
 
 def snapshot(

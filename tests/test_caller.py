@@ -297,7 +297,7 @@ def test_calls_that_wait_for_no_replica_learn_of_it(world: World) -> None:
     for slot in (waiting, late):
         assert isinstance(slot.error, NoReplica)
         assert slot.settled == 1
-        assert "the last 3 in a row died or did not start" in str(slot.error)
+        assert "the last 3 tries to start one failed" in str(slot.error)
     assert world.counted()["queued"] == 0
     assert not held.settled
     world.show(backend_entry("b", ["r2"]))

@@ -614,6 +614,23 @@ async def test_a_call_is_given_up_while_its_answer_waits_to_be_sent() -> None:
 # -- its own routes, draining, other scopes ------------------------------------------------------------------------
 
 
+async def test_a_flood_of_refusals_is_logged_once_a_second(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, app = make(lambda call: call.slot.fail(errors.Overloaded("full")))
+    async with http(app) as browser:
+        for _ in range(5):
+            assert (await browser.get("/echo")).status_code == 503
+        assert [line.split(" (request")[0] for line in caplog.messages] == [
+            "GET /echo -> 503: endpoint 'echo': Overloaded: full"
+        ]
+        monkeypatch.setattr("engine.http.ingress._REFUSALS_EVERY_S", 0.0)
+        assert (await browser.get("/echo")).status_code == 503
+        assert "Overloaded: full; 4 more were refused since the last such line (request" in caplog.messages[-1]
+        assert (await browser.get("/echo")).status_code == 503
+        assert "full (request" in caplog.messages[-1]
+
+
 async def test_own_routes() -> None:
     client, app = make(echo)
     async with http(app) as browser:

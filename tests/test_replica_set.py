@@ -326,6 +326,68 @@ def test_what_slow_replicas_could_hold_does_not_count_as_queued(max_queued: int)
         place(known)
 
 
+# -- calls that would wait too long ----------------------------------------------------------------------------------
+
+
+def served_every(known: ReplicaSet, interval_s: float, calls: int) -> float:
+    """Let a replica answer one call after the other while others wait; returns when it answered the last."""
+    assert [place(known, str(number)) for number in range(calls)] == ["r1"] + [None] * (calls - 1)
+    now = NOW
+    for _ in range(calls):
+        now += interval_s
+        known.answered(known.targets["r1"], 0, now)
+        placed(known, now)
+    return now
+
+
+def test_a_call_that_would_wait_too_long_is_refused() -> None:
+    known = make("r1", limit=1, max_queue_wait_s=1.0)
+    now = served_every(known, 0.25, 20)
+    accepted = [place(known, now=now) for _ in range(6)]
+    assert accepted == ["r1"] + [None] * 5, "the fifth that waits will do so for one second"
+    with pytest.raises(Overloaded, match=r"wait for about 1\.2 s \(max_queue_wait_s=1\)"):
+        place(known, now=now)
+
+
+def test_what_is_not_known_yet_keeps_nobody_out() -> None:
+    known = make("r1", limit=1, max_queue_wait_s=0.001)
+    assert [place(known) for _ in range(100)] == ["r1"] + [None] * 99
+
+
+def test_a_call_that_cannot_make_its_deadline_is_refused() -> None:
+    known = make("r1", limit=1)
+    now = served_every(known, 0.25, 20)
+    assert place(known, now=now) == "r1"
+    for _ in range(3):
+        assert place(known, now=now) is None
+    late, timely, patient = FakeSlot("late"), FakeSlot("timely"), FakeSlot("patient")
+    for slot, deadline in ((late, now + 0.9), (timely, now + 1.1), (patient, None)):
+        slot.call = Call(0, PYTHON, "", deadline, "", b"", b"")
+    with pytest.raises(Overloaded, match=r"about 0\.75 s \(its deadline is in 0\.9 s\)"):
+        known.place(late, now)
+    assert known.place(timely, now) is None
+    assert known.place(patient, now) is None
+
+
+def test_how_fast_calls_were_served_is_forgotten_after_a_pause() -> None:
+    """Else slow calls of yesterday could keep quick ones out for ever, since none that waits would tell."""
+    known = make("r1", limit=1, max_queue_wait_s=1.0)
+    now = served_every(known, 10.0, 3) + 1.0
+    assert [place(known, now=now) for _ in range(50)] == ["r1"] + [None] * 49
+
+
+def test_slow_calls_are_forgotten_while_quick_ones_are_served() -> None:
+    known = make("r1", limit=1, max_queue_wait_s=1.0)
+    now = served_every(known, 10.0, 3)
+    place(known, now=now)
+    for _ in range(100):
+        place(known, now=now)  # the only one that waits is never refused
+        now += 0.01
+        known.answered(known.targets["r1"], 0, now)
+        placed(known, now)
+    assert [place(known, now=now) for _ in range(10)] == [None] * 10
+
+
 # -- replicas that are left alone ------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ from .endings import endings
 from .interrupts import interrupts
 from .kills import kills, poison
 from .outcome import Outcome
+from .overload import overload
 from .stops import stops
 from .versions import versions
 
@@ -18,6 +19,7 @@ SCENARIOS: Final[dict[str, tuple[Callable[[str, float], Iterator[Outcome]], floa
     "poison": (poison, 20.0),
     "stops": (stops, 10.0),
     "versions": (versions, 10.0),
+    "overload": (overload, 30.0),
     "interrupts": (interrupts, 60.0),
     "endings": (endings, 60.0),
     "calls": (calls, 300.0),

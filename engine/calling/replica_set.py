@@ -15,6 +15,7 @@ from operator import attrgetter
 from ..errors import NoReplica, Overloaded
 from ..seam.channel import Channel
 from ..seam.snapshot import BackendEntry
+from .pace import Pace
 from .slot import Slot
 
 __all__ = ["RETRY_S", "UNREACHABLE_S", "ReplicaSet", "Target"]
@@ -117,6 +118,7 @@ class ReplicaSet:
         self.retry_scheduled = False  # the caller's timer will look at `waiting` again
         self.copies_watched = False  # the same for `copies`
         self._copy_bytes = 0
+        self._pace = Pace()
         # Every target that may get a call is in one of three lists, so that choosing one takes the same time for any
         # number of them. Those that time alone makes better are noted as well.
         self._idle: list[Target] = []  # has nothing to do, as far as is known, and its calls are short
@@ -134,6 +136,7 @@ class ReplicaSet:
         """Take a newer picture of the backend; returns the targets that left it."""
         self.limit = entry.max_concurrent_queries
         self.max_queued = entry.max_queued_requests
+        self.max_queue_wait_s = entry.max_queue_wait_s
         self.expecting = entry.expecting
         self.failures = entry.failures
         self.last_error = entry.last_error
@@ -174,7 +177,8 @@ class ReplicaSet:
             target = self.take(now)
             if target is not None:
                 return target
-        refusal = self.refusal()
+            self._pace.come(now)
+        refusal = self.refusal() or self._too_late(slot, now)
         if refusal is not None:
             raise refusal
         _put_in_order(self.waiting, slot)  # at its end, unless the call comes from a backend that is gone
@@ -207,6 +211,27 @@ class ReplicaSet:
             f"backend {self.tag!r}: all of its {len(self.targets)} replicas are full and "
             f"{queued} calls of this caller wait already (max_queued_requests={self.max_queued}); "
             "retry later or raise num_replicas"
+        )
+
+    def _too_late(self, slot: Slot, now: float) -> Overloaded | None:
+        """What a call is told that would wait too long, judged by how fast others have left the queue."""
+        interval_s = self._pace.interval_s
+        if not interval_s or not self.waiting:
+            return None
+        wait_s = len(self.waiting) * interval_s
+        if self.max_queue_wait_s is not None and wait_s > self.max_queue_wait_s:
+            bound = f"max_queue_wait_s={self.max_queue_wait_s:g}"
+        else:
+            deadline = slot.call.deadline
+            if deadline is None:
+                return None
+            in_flight = sum(target.in_flight for target in self.targets.values())
+            if wait_s + in_flight * interval_s <= deadline - now:
+                return None
+            bound = f"its deadline is in {max(0.0, deadline - now):.3g} s"
+        return Overloaded(
+            f"backend {self.tag!r}: {len(self.waiting)} calls of this caller wait already, so that this one would wait "
+            f"for about {wait_s:.2g} s ({bound}); retry later or raise num_replicas"
         )
 
     def absence(self) -> NoReplica | None:
@@ -244,6 +269,8 @@ class ReplicaSet:
             del queue[0]
             if queue is self.copies:
                 self._copy_bytes -= _size(slot)
+            else:
+                self._pace.leave(slot.since, now)
 
     def take(self, now: float) -> Target | None:
         """Choose a replica and count one more call there."""

@@ -129,6 +129,7 @@ class BackendReplicas:
             failures=self._restarts.failures,
             dead=tuple(self._dead),
             last_error=self._why if self._restarts.failures else "",
+            max_queue_wait_s=self.config.max_queue_wait_s,
         )
 
     def _replica_entry(self, worker: Worker) -> ReplicaEntry:

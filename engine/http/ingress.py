@@ -12,6 +12,7 @@ not needed to serve a request, so it is not imported.
 from __future__ import annotations
 
 import asyncio
+import math
 import pickle
 import time
 from functools import partial
@@ -21,7 +22,7 @@ from urllib.parse import parse_qs
 from ..calling.answers import StreamSlot
 from ..calling.slot import Submitter
 from ..config import LONGEST_S
-from ..errors import DeadlineExceeded, EngineError, InvalidArgument
+from ..errors import DeadlineExceeded, EngineError, InvalidArgument, Overloaded
 from ..seam.http_request import trim_scope
 from ..seam.ingress_server import StreamBroken
 from ..seam.log import Log
@@ -40,6 +41,7 @@ __all__ = ["Ingress", "IngressClient"]
 
 
 _CREDIT_BATCH = INITIAL_CREDIT // 2
+_REFUSALS_EVERY_S = 1.0
 _LATE: Final = {"type": "engine.late"}
 """Stands for the rest of a body that does not come in time."""
 
@@ -88,6 +90,7 @@ class Ingress:
         self._routes: RouteTable | None = None
         self._in_flight = 0
         self._draining = False
+        self._refusals: dict[str, tuple[float, int]] = {}  # by endpoint: the last logged at, and how many since
         self._refused_websockets: set[str] = set()  # endpoints
 
     def __repr__(self) -> str:
@@ -283,9 +286,22 @@ class Ingress:
             return
         head, body = failure_head(error, debug=self._debug)
         status, headers = decode_head(head)
-        if status >= 500:
-            exchange.log_failure(status, endpoint_name, f"{type(error).__name__}: {error}")
+        if status >= 500 and (why := self._worth_a_line(error, endpoint_name)):
+            exchange.log_failure(status, endpoint_name, why)
         await exchange.answer(status, headers, body)
+
+    def _worth_a_line(self, error: EngineError, endpoint_name: str) -> str:
+        """What the log is to say; nothing of most that are refused in a flood, which logging would make worse."""
+        why = f"{type(error).__name__}: {error}"
+        if not isinstance(error, Overloaded):
+            return why
+        now = time.monotonic()
+        said_at, unsaid = self._refusals.get(endpoint_name, (-math.inf, 0))
+        if now - said_at < _REFUSALS_EVERY_S:
+            self._refusals[endpoint_name] = said_at, unsaid + 1
+            return ""
+        self._refusals[endpoint_name] = now, 0
+        return f"{why}; {unsaid} more were refused since the last such line" if unsaid else why
 
     async def _stream(
         self, first: Item, caller: Submitter, slot: StreamSlot, endpoint_name: str, exchange: Exchange

@@ -39,6 +39,7 @@ class BackendEntry:
         dead: Tags of replicas that ended unasked, the last ones. No answer will come from there, though a caller's
             connection may not show it for long: that of a machine which lost its power just falls silent.
         last_error: Why the last of these failures failed, in a line; empty if there are none.
+        max_queue_wait_s: Calls that would wait longer with a caller are refused; None for no such bound.
     """
 
     tag: str
@@ -49,6 +50,7 @@ class BackendEntry:
     failures: int = 0
     dead: tuple[str, ...] = ()
     last_error: str = ""
+    max_queue_wait_s: float | None = None
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import time
 from collections import Counter
 
 import httpx
@@ -97,6 +98,29 @@ def test_overload(serve, engine, gate):
     gate.open()
     assert engine.get(refs, timeout=20) == [0, 1, 2], "those that were accepted are served"
     assert handle.call("again") == "again"
+
+
+def test_calls_that_would_wait_too_long_are_refused_at_once(serve, engine, gate):
+    """As judged by how fast others were served: one after the other, each in a tenth of a second."""
+
+    def backend(request):
+        if request.data < 5:
+            time.sleep(0.1)
+        else:
+            gate.pass_through()
+        return request.data
+
+    served = serve(backend, route=None, config={"max_concurrent_queries": 1})
+    refs = [served.handle.remote(number) for number in range(100)]
+    gate.wait_for_arrivals(1)
+    with pytest.raises(errors.Overloaded, match="its deadline is in"):
+        served.call("too late", timeout_s=3)
+    waits = served.handle.remote(100)
+    engine.update_backend_config(served.tag, {"max_queue_wait_s": 1})
+    with pytest.raises(errors.Overloaded, match="max_queue_wait_s=1"):
+        served.call("would wait")
+    gate.open()
+    assert engine.get([*refs, waits], timeout=40) == list(range(101))
 
 
 def test_no_queue_limit(serve, engine, gate):
