@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import pickle
+import re
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import Any
@@ -17,7 +18,16 @@ from engine.control.backend_plan import BackendPlan, pack_definition
 from engine.control.backend_replicas import BackendReplicas
 from engine.control.restarts import Restarts
 from engine.control.workers import Worker, Workers
-from engine.seam.control_messages import Answered, Drain, Ready, Reconfigure, Reconfigured, StartFailed, Unhealthy
+from engine.seam.control_messages import (
+    Answered,
+    Drain,
+    LogLine,
+    Ready,
+    Reconfigure,
+    Reconfigured,
+    StartFailed,
+    Unhealthy,
+)
 from engine.seam.resources import Resources
 from engine.seam.serialization import pack_exception
 from engine.seam.worker import WorkerExit, WorkerSpec
@@ -95,6 +105,15 @@ def test_the_log_has_the_traceback_of_what_keeps_a_replica_from_starting(caplog:
 
 
 # -- replacing those that died ---------------------------------------------------------------------------------------
+
+
+class Caught(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
 
 
 class SlowAfter(Restarts):
@@ -188,6 +207,22 @@ async def test_those_that_die_together_are_replaced_side_by_side(world: Dying) -
     for number in (5, 6, 8, 9):
         world.become_ready(f"b#{number}")
     await until(lambda: len(world.in_service) == 4)
+
+
+@dying(1)
+async def test_how_one_ended_is_told(world: Dying) -> None:
+    """In the log and in the statistics: the exit, and what it wrote to its standard error before."""
+    for stream, text in (("stderr", "Traceback"), ("stdout", "not this"), ("stderr", "MemoryError")):
+        world.workers.worker_said("b#1", LogLine(logging.WARNING, stream, text))
+    caught = Caught()
+    logging.getLogger("engine.controller").addHandler(caught)
+    try:
+        world.workers.worker_exited(WorkerExit("b#1", "exited with code 3"))
+    finally:
+        logging.getLogger("engine.controller").removeHandler(caught)
+    told = r"replica\.b\.1 exited with code 3 after \d+\.\d s"
+    assert re.fullmatch(rf"{told}; its last words:\nTraceback\nMemoryError", world.backend.describe()["last_error"])
+    assert re.fullmatch(rf"{told}; replacing it; its last words:\nTraceback\nMemoryError", caught.texts[0])
 
 
 @dying(4)

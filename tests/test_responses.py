@@ -554,7 +554,10 @@ def test_debug_shows_the_traceback() -> None:
         status, _, body = failed(error, debug=True)
     assert status == 500
     assert body.startswith(b"Traceback") and b"ValueError: secret" in body
-    assert failed(errors.Overloaded(), debug=True)[0] == 503
+    status, headers, body = failed(errors.NoReplica("the last one because of OSError: no model"), debug=True)
+    assert status == 503
+    assert body.startswith(b"Nothing can serve this request") and body.endswith(b"OSError: no model")
+    assert headers[b"content-length"] == b"%d" % len(body)
 
 
 def test_http_exceptions() -> None:

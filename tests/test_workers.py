@@ -150,7 +150,7 @@ async def test_a_death_before_it_is_ready_carries_the_last_lines(world: World) -
         await world.workers.start(SPEC, LONG_S)
     assert str(caught.value) == (
         "replica.w.1 ended before it was ready: it was killed by SIGSEGV; its last words:\n"
-        "line 4\nline 5\nline 6\nline 7\nline 8"
+        "line 0\nline 1\nline 2\nline 3\nline 4\nline 5\nline 6\nline 7\nline 8"
     )
     assert not world.exits  # whoever started it knows
 

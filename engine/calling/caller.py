@@ -354,7 +354,8 @@ class Caller:
                     self._closed
                     or ReplicaDied(
                         f"replica {target.replica_tag} died while it held this call ({reason}); {fate}, "
-                        "and the call may have run: repeat it only if that is safe"
+                        "and the call may have run: repeat it only if that is safe. How it ended is told by the log "
+                        "(engine.controller) and by last_error in engine.statistics()"
                     )
                 )
             del dead[0]

@@ -595,17 +595,18 @@ class BackendReplicas:
 
     def _died(self, worker: Worker) -> None:
         """A replica died that had been ready: another one takes its place."""
-        self._count_loss(worker, f"{worker.exit_reason} after {time.monotonic() - worker.ready_at:.1f} s")
+        lived_s = time.monotonic() - worker.ready_at
+        self._count_loss(worker, f"{worker.exit_reason} after {lived_s:.1f} s", worker.last_words.told())
 
-    def _count_loss(self, worker: Worker, reason: str) -> None:
+    def _count_loss(self, worker: Worker, reason: str, last_words: str = "") -> None:
         """A replica is lost: note when another one may start in its place."""
-        self._note_loss(worker, reason)
+        self._note_loss(worker, reason, last_words)
         num_replicas = self.config.num_replicas
         self._waits.append(self._restarts.died(self._failed_at, answered=worker.answered, replicas=num_replicas))
 
-    def _note_loss(self, worker: Worker, reason: str) -> None:
-        self._note(f"{worker.spec.name} {reason}")
-        _logger.warning("%s; replacing it", self._last_error)
+    def _note_loss(self, worker: Worker, reason: str, last_words: str = "") -> None:
+        self._note(f"{worker.spec.name} {reason}{last_words}")
+        _logger.warning("%s %s; replacing it%s", worker.spec.name, reason, last_words)
 
     async def replace_one(self, worker: Worker, reason: str, *, at_once: bool = False) -> None:
         """Have another replica take the place of one; does nothing if that is not in service, or not any more.

@@ -526,7 +526,8 @@ class Controller:
                     self._refill(backend)
                 return
         if self._ingresses.forget(worker):
-            _logger.warning("%s %s; replacing it", worker.spec.name, worker.exit_reason)
+            told = worker.last_words.told()
+            _logger.warning("%s %s; replacing it%s", worker.spec.name, worker.exit_reason, told)
             if not self._restoring:
                 self._spawn(self._refill_ingresses())
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import enum
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -31,12 +30,12 @@ from ..seam.detached import KeepsState
 from ..seam.log import Log
 from ..seam.serialization import unpack_exception
 from ..seam.worker import WorkerExit, WorkerSpec
+from .last_words import LastWords
 from .pulse import PulseWatch
 
 __all__ = ["Life", "Worker", "Workers"]
 
 _logger = Log("engine.controller")
-_KEPT_LINES = 5
 _EXIT_MARGIN_S = 0.5
 """What a worker gets on top of its drain time to leave by itself, before it is killed."""
 
@@ -68,7 +67,8 @@ class Worker:
         error: Why it did not become ready.
         since: When it came to this stage of its life, in monotonic seconds.
         pid: Its process, once it has told.
-        exit_reason: How it ended.
+        exit_reason: How it ended, as a phrase for people.
+        last_words: The last lines of its standard error, as far as the adapter passes them on.
         fault: For what it was ended, as a phrase for people; empty if it was not, or not for a fault of its own.
         answered: It said that it has answered a call.
         drained: It said that it holds no call any more.
@@ -91,7 +91,7 @@ class Worker:
         self.pid: int | None = None
         self.answered = False
         self.drained = False
-        self.last_lines: deque[str] = deque(maxlen=_KEPT_LINES)
+        self.last_words = LastWords()
         self.replies: dict[int, asyncio.Future[Reconfigured]] = {}
 
     def __repr__(self) -> str:
@@ -173,7 +173,8 @@ class Workers:
                     f"{spec.name} found no place within start_timeout_s={timeout_s:g}: {unplaced}"
                 ) from None
             raise BackendStartError(
-                f"{spec.name} was not ready within start_timeout_s={timeout_s:g}; it was killed{_tail(worker)}"
+                f"{spec.name} was not ready within start_timeout_s={timeout_s:g}; it was killed"
+                f"{worker.last_words.told()}"
             ) from None
         except BaseException:
             await self.kill(worker)
@@ -182,7 +183,9 @@ class Workers:
             await self.kill(worker)
             raise worker.error
         if worker.life is Life.GONE:
-            raise BackendStartError(f"{spec.name} {worker.exit_reason} as soon as it was ready{_tail(worker)}")
+            raise BackendStartError(
+                f"{spec.name} {worker.exit_reason} as soon as it was ready{worker.last_words.told()}"
+            )
         return worker
 
     async def adopt(self, spec: WorkerSpec, version: int = 1) -> Worker:
@@ -313,7 +316,7 @@ class Workers:
         worker.exit_reason = reason = f"{worker.fault} and was killed" if worker.fault else exit.reason
         if before is Life.STARTING and worker.error is None:
             worker.error = BackendStartError(
-                f"{worker.spec.name} ended before it was ready: it {reason}{_tail(worker)}"
+                f"{worker.spec.name} ended before it was ready: it {reason}{worker.last_words.told()}"
             )
         worker.ready.set()
         worker.gone.set()
@@ -329,13 +332,9 @@ class Workers:
 
     def _log(self, worker: Worker, line: LogLine) -> None:
         if line.logger == "stderr":
-            worker.last_lines.append(line.text)
+            worker.last_words.add(line.text)
         Log(f"engine.{worker.spec.name}").log(line.level, "%s", line.text, extra={"worker_logger": line.logger})
 
 
 def _closed_error() -> EngineClosed:
     return EngineClosed("the engine was shut down")
-
-
-def _tail(worker: Worker) -> str:
-    return "; its last words:\n" + "\n".join(worker.last_lines) if worker.last_lines else ""

@@ -20,7 +20,7 @@ from ..errors import (
     ReplicaDied,
     RetryLater,
 )
-from ..seam.error_text import traceback_of
+from ..seam.error_text import message_of, traceback_of
 from ..seam.jsonable import to_json
 from .heads import JSON, TEXT, encode_head
 
@@ -64,7 +64,8 @@ def tell_failure(error: BaseException, *, of_the_request: bool, debug: bool = Fa
     Args:
         error: An `engine.errors.EngineError`, a starlette or FastAPI ``HTTPException``, or whatever user code raised.
         of_the_request: The engine itself found fault with the request, so that user code has no part in it.
-        debug: Put the traceback into the body where it would be "Internal Server Error".
+        debug: Put the traceback into the body where it would be "Internal Server Error", and what the engine says of a
+            failure of its own below the sentence that clients are told.
     """
     try:
         if _is_http_exception(error):
@@ -72,6 +73,7 @@ def tell_failure(error: BaseException, *, of_the_request: bool, debug: bool = Fa
         for kind, status, sentence in (*_PASSED_ON, *_OF_THE_REQUEST) if of_the_request else _PASSED_ON:
             if isinstance(error, kind):
                 later = ((b"retry-after", _RETRY_AFTER_S),) if status == 503 and kind is not EngineClosed else ()
+                sentence += f"\n\n{message_of(error)}" if debug else ""
                 return Told(*_text(status, sentence, later), None)
         return Told(*_other(error, debug=debug), error)
     except BaseException as worse:  # a detail that has no form in JSON, a header that HTTP cannot carry, or anything

@@ -67,6 +67,14 @@ def test_a_death_fails_the_call_in_flight_and_is_mended(serve, backend, death):
     assert other.call() == other_pid
 
 
+def test_how_a_replica_ended_is_shown(serve, engine):
+    served = serve(Mortal, route=None)
+    with pytest.raises(errors.ReplicaDied, match=r"last_error in engine\.statistics"):
+        served.call(exits)
+    assert served.call()
+    assert "exited with code 3" in engine.statistics()["backends"][served.tag]["last_error"]
+
+
 def test_a_death_while_idle_is_not_noticed_by_callers(serve):
     served = serve(Mortal, route=None)
     pid = served.call()
