@@ -273,8 +273,11 @@ def test_its_slot_is_taken_until_it_has_ended(serve, engine, adapter, journal, g
     assert journal.lines() == ["begins", "another"]
 
 
-def test_a_backend_may_be_left_running(serve, engine, journal, gate):
+def test_a_backend_may_be_left_running(serve, adapter, engine, journal, gate):
     def backend(request):
+        if request.data == "long":
+            journal.add("long")
+            time.sleep(3600)
         if request.data:
             try:
                 journal.add("begins")
@@ -292,6 +295,10 @@ def test_a_backend_may_be_left_running(serve, engine, journal, gate):
     gate.open()
     assert engine.get(ref, timeout=20) == pid
     assert journal.lines() == ["begins", "ends"]
+    if adapter.processes:
+        engine.update_backend_config(served.tag, {"cancel_running": True})
+        give_up(lambda: served.ahandle.call("long"), lambda: len(journal.lines()) == 3)
+        assert served.call(timeout_s=20) == pid
 
 
 class Obstinate:
