@@ -16,17 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import FakeServiceLoop, outcome, python_call
+from fakes import FakeServiceLoop, http_call, outcome, python_call
 
-from engine import Engine
+from engine import Engine, accept_batch
 from engine.config import BackendConfig
 from engine.errors import CallCancelled
-from engine.seam.messages import Cancel
+from engine.seam.messages import Cancel, End, Failure
 from engine.serving.blocking_replica import BlockingReplica
-from engine.serving.interruption import Interrupter
+from engine.serving.interruption import Interrupter, _Strike
 from engine.serving.user_callable import UserCallable
 from engine.testing.fakes import FakeChannel
 from engine.testing.instruments import PATIENCE_S, Footprint, eventually
+from engine.testing.strikes import struck
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGURG"), reason="this system has no SIGURG")
 
@@ -167,6 +168,72 @@ class TakingTurns(FakeServiceLoop):
 
     def step_in(self) -> None:
         self.turn.acquire()
+
+
+@pytest.mark.parametrize("kind", ["call", "batch", "stream"])
+def test_wherever_the_signal_comes_it_strikes_user_code_alone(kind: str) -> None:
+    """At each place where Python runs signal handlers, one after the other, while a call is received, run, answered."""
+    hit = 0
+
+    class Backend:
+        def call(self) -> int:
+            return len([number for number in range(3)])
+
+        @accept_batch
+        def batch(self, items: list[Any]) -> Any:
+            yield from items
+
+        def stream(self, request: Any) -> Iterator[str]:
+            yield "one"
+            yield "two"
+
+    loop = FakeServiceLoop()
+    loop.channels = 1
+    replica = BlockingReplica("b", UserCallable("b", Backend, (), {}), BackendConfig(), lambda body: None, debug=False)
+    replica.interrupter.take_process()
+    replica.attach(loop)
+
+    def ask(number: int) -> FakeChannel:
+        caller = FakeChannel("caller", replica)
+        arguments = [number] if kind == "batch" else []
+        asked = http_call(number, method=kind) if kind == "stream" else python_call(number, *arguments, method=kind)
+        caller.answer(asked)
+        return caller
+
+    def check(caller: FakeChannel, *, whole: bool) -> None:
+        nonlocal hit
+        *items, last = caller.sent
+        failed = last.failed if isinstance(last, End) else isinstance(last, Failure)
+        assert not (whole and failed), last
+        assert failed or len(items) == (2 if kind == "stream" else 0)
+        hit += failed
+        assert loop.steps == ["out", "in"] * (len(loop.steps) // 2)
+        assert replica.interrupter.open is None
+        assert "held=0" in repr(replica)
+
+    def strike() -> None:
+        job = next(iter(replica._jobs.values()), None)
+        if job is not None:
+            work = replica._batch if replica._batch is not None and job in replica._batch else job
+            replica.interrupter._strike = _Strike(work, "struck")
+        signal.raise_signal(signal.SIGURG)
+
+    try:
+        caller = ask(0)  # imports, and what is made once
+        replica.run_next()
+        check(caller, whole=True)
+        for place in range(5000):
+            caller = ask(place)
+            where = struck(replica.run_next, place, strike)
+            check(caller, whole=False)
+            caller = ask(place)
+            replica.run_next()
+            check(caller, whole=True)
+            if not where:
+                break
+        assert 5 < hit < place < 4999
+    finally:
+        replica.close()
 
 
 def test_cancellations_at_any_moment_hurt_nobody_else() -> None:

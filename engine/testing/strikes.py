@@ -2,7 +2,7 @@
 
 Python runs signal handlers on the main thread, and there only when a function begins, when a call returns and when a
 loop turns (3.10 also where a condition jumps). `struck` runs a function and raises at one of these places, in its code
-or in any that it calls.
+or in any that it calls; or does there what a handler would.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _WEAK = ("/weakref.py", "/_weakrefset.py")
 
 
 class _Strike:
-    def __init__(self, place: int, error: BaseException, spare: tuple[str, ...]) -> None:
+    def __init__(self, place: int, error: BaseException | Callable[[], object], spare: tuple[str, ...]) -> None:
         self._left = place
         self._error = error
         self._spare = spare
@@ -65,6 +65,9 @@ class _Strike:
             self._left = -1
             self.where = f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
             sys.settrace(None)
+            if not isinstance(self._error, BaseException):
+                self._error()
+                return
             raise self._error
         self._left -= 1
 
@@ -79,13 +82,20 @@ def _opcodes(code: CodeType) -> bytes:
     return found
 
 
-def struck(function: Callable[[], object], place: int, error: BaseException, *, spare: tuple[str, ...] = ()) -> str:
+def struck(
+    function: Callable[[], object],
+    place: int,
+    error: BaseException | Callable[[], object],
+    *,
+    spare: tuple[str, ...] = (),
+) -> str:
     """Run a function and raise an exception at one of the places where a signal handler could.
 
     Args:
         function: Run on this thread.
         place: The number of the place: 0 is the beginning of the function.
-        error: What is raised there. Whatever becomes of it in the function, it does not come out of here.
+        error: What is raised there. Whatever becomes of it in the function, it does not come out of here. Or what is
+            called there, to raise or not.
         spare: Ends of the names of files in whose functions it does not strike, besides those of weak references:
             these run when some object dies, and nobody hears what they raise.
 
