@@ -650,7 +650,7 @@ class Engine:
                 (Ctrl-C) while this waits has the same effect.
 
         Raises:
-            errors.WouldBlock: Called in the engine's own thread: by a handler of logging, or a callback.
+            errors.WouldBlock: Called in the engine's own thread, in which some callbacks run.
             errors.EngineError: A worker cannot be ended, or the adapter does not stop: half a minute later it is left.
         """
         check_not_own_thread("shutdown()")

@@ -13,6 +13,8 @@ from harness import run_python
 
 import engine
 from engine import Engine, errors
+from engine.seam.scribe import scribe
+from engine.testing.instruments import PATIENCE_S
 from engine_local import LocalAdapter
 
 NO_HTTP = {"location": None}
@@ -92,6 +94,7 @@ def test_an_interpreter_of_another_version(tmp_path: Path, caplog: pytest.LogCap
         with pytest.raises(errors.BackendStartError):
             engine.create_backend("where", where)
     mine = "{}.{}".format(*sys.version_info[:2])
+    scribe().flush(PATIENCE_S)
     assert f"is Python 3.1, and cannot run what Python {mine} has pickled" in caplog.text
 
 

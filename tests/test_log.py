@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import logging
+import re
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
+import engine.control.runner
+import engine.seam.scribe
 from engine import Engine, errors
 from engine.seam.log import Log
-from engine.testing.instruments import eventually
+from engine.seam.may_block import awaited_thread
+from engine.seam.scribe import scribe
+from engine.testing.instruments import PATIENCE_S, Footprint, eventually
 
 HTTP = {"location": None}
 
@@ -79,25 +85,154 @@ def test_a_handler_that_raises_stops_no_engine(
     assert capsys.readouterr().err.count("--- Logging error ---") == len(handler.outcomes)
 
 
-def test_a_handler_that_calls_the_engine_back_is_told_not_to(handle_with: Any) -> None:
-    """It would wait for the thread that it runs in."""
+def test_a_handler_may_call_the_engine_back(handle_with: Any) -> None:
+    """It runs in none of the engine's threads."""
     calls: list[Callable[[], Any]] = []
-    handler = handle_with(lambda record: [_raised_by(call) for call in calls])
+
+    def call_back(record: logging.LogRecord) -> list[BaseException | None]:
+        now, calls[:] = calls[:], []
+        return [_raised_by(call) for call in now]
+
+    handler = handle_with(call_back)
     with Engine(backend="local", http_options=HTTP) as engine:
         engine.create_backend("talkative", talkative)
         engine.create_endpoint("talkative", backend="talkative")
         handle = engine.get_handle("talkative")
         ref = handle.remote()
-        calls += [engine.statistics, lambda: engine.http_url, engine.shutdown, handle.call, ref.result]
-        calls.append(lambda: engine.create_backend("other", talkative))
+        calls += [lambda: engine.create_backend("other", talkative), engine.statistics, lambda: engine.http_url]
+        calls += [handle.call, ref.result, engine.shutdown]
         handle.call()
-        (outcomes,) = eventually(lambda: [outcome for outcome in handler.outcomes if outcome][:1])
-        calls.clear()
-        for name, error in zip(("statistics", "url", "shutdown", "call", "result", "create"), outcomes, strict=True):
-            if name not in ("url", "result"):  # those need not wait, perhaps
-                assert isinstance(error, errors.WouldBlock), (name, error)
-                assert "QueueHandler" in str(error)
-        assert handle.call() == "ok"  # this thread may block, and the engine goes on
+        assert eventually(lambda: [outcome for outcome in handler.outcomes if outcome][:1]) == [[None] * 6]
+        with pytest.raises(errors.EngineClosed):
+            handle.call()
+
+
+def verbose(request: Any) -> str:
+    for number in range(request.data):
+        sys.stderr.write(f"line {number}\n")
+        logging.getLogger("mine").warning("record %d", number)
+    return "ok"
+
+
+class Hanging:
+    """A handler that hangs until it is released, and notes what it gets."""
+
+    def __init__(self) -> None:
+        self.released = threading.Event()
+        self.texts: list[str] = []
+        self.threads: set[str] = set()
+
+    def __call__(self, record: logging.LogRecord) -> None:
+        assert self.released.wait(PATIENCE_S)
+        self.texts.append(record.getMessage())
+        self.threads.add(str(record.threadName))
+
+
+@pytest.fixture
+def hanging(handle_with: Any) -> Iterator[Hanging]:
+    hanging = Hanging()
+    handle_with(hanging)
+    yield hanging
+    hanging.released.set()
+
+
+def dropped(texts: list[str]) -> int:
+    found = [re.fullmatch(r"(\d+) log records were dropped here: .*", text) for text in texts]
+    return sum(int(match[1]) for match in found if match)
+
+
+def test_a_handler_that_hangs_holds_up_nothing(
+    hanging: Hanging, monkeypatch: pytest.MonkeyPatch, leaves_nothing: Footprint
+) -> None:
+    monkeypatch.setattr(engine.seam.scribe, "_MOST_RECORDS", 100)
+    lines = 1000
+    with Engine(backend="local", http_options=HTTP) as one:
+        one.create_backend("mortal", die)
+        one.create_endpoint("mortal", backend="mortal")
+        one.create_backend("verbose", verbose)
+        one.create_endpoint("verbose", backend="verbose")
+        handle = one.get_handle("verbose")
+        assert handle.call(lines) == "ok"
+        with pytest.raises(errors.ReplicaDied):
+            one.get_handle("mortal").call()
+        eventually(lambda: one.statistics()["backends"]["mortal"]["replicas"] == {"mortal#2": "ready"})
+        one.update_backend_config("verbose", {"num_replicas": 2})
+        one.delete_endpoint("mortal")
+        one.delete_backend("mortal")
+        assert handle.call(0) == "ok"
+        assert hanging.texts == []
+        hanging.released.set()
+        eventually(lambda: dropped(hanging.texts))
+    told = [text for text in hanging.texts if text.startswith(("line", "record"))]
+    assert len(told) < 100
+    assert any("replacing it" in text for text in hanging.texts), "lines leave room for what the engine says"
+    assert dropped(hanging.texts) + len(told) == 2 * lines
+    assert all(thread.startswith("engine-") for thread in hanging.threads)
+
+
+def test_a_handler_that_hangs_for_ever_does_not_keep_the_engine(
+    hanging: Hanging, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine.control.runner, "_LAST_WORDS_S", 0.1)
+    with Engine(backend="local", http_options=HTTP) as one:
+        one.create_backend("talkative", talkative)
+        one.create_endpoint("talkative", backend="talkative")
+        assert one.get_handle("talkative").call() == "ok"
+    assert hanging.texts == []
+    hanging.released.set()
+    eventually(lambda: hanging.texts == ["hear, hear"])
+
+
+def test_what_a_replica_prints_does_not_wait_for_the_engine(caplog: pytest.LogCaptureFixture) -> None:
+    """Its process may be busy with something that does not let go of Python's lock, or be stopped."""
+    lines = 20_000
+    stuck, free = threading.Event(), threading.Event()
+    with Engine(backend="local", http_options=HTTP) as one:
+        one.create_backend("verbose", verbose)
+        one.create_endpoint("verbose", backend="verbose")
+        handle = one.get_handle("verbose")
+        one._runner._loop.call_soon_threadsafe(lambda: (stuck.set(), free.wait(PATIENCE_S)))  # type: ignore
+        assert stuck.wait(PATIENCE_S)
+        try:
+            assert handle.call(lines) == "ok"
+            assert not free.is_set()
+        finally:
+            free.set()
+        eventually(lambda: handle.call(1) and caplog.text.count("were dropped here") >= 2)
+    assert "line 0" in caplog.text
+    assert "record 0" in caplog.text
+
+
+def test_records_keep_what_they_had_when_they_were_made(caplog: pytest.LogCaptureFixture) -> None:
+    class Special(logging.Logger):
+        def makeRecord(self, *args: Any, **options: Any) -> logging.LogRecord:
+            record = super().makeRecord(*args, **options)
+            record.special = True
+            return record
+
+    logging.setLoggerClass(Special)
+    try:
+        log = Log("engine.special")
+    finally:
+        logging.setLoggerClass(logging.Logger)
+
+    def awaited() -> None:
+        with awaited_thread():
+            try:
+                raise ValueError("mine")
+            except ValueError:
+                log.exception("made %s", "here")
+            log.log(logging.DEBUG, "nobody wants this")
+
+    thread = threading.Thread(target=awaited, name="somebody")
+    thread.start()
+    thread.join()
+    scribe().flush(PATIENCE_S)
+    (record,) = caplog.records
+    assert (record.funcName, record.threadName, record.getMessage()) == ("awaited", "somebody", "made here")
+    assert record.special  # type: ignore[attr-defined]
+    assert record.exc_info
+    assert "ValueError: mine" in caplog.text
 
 
 def _raised_by(call: Callable[[], Any]) -> BaseException | None:

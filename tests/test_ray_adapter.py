@@ -23,6 +23,7 @@ from ray_drivers import Driver, actors, keys, program_of
 from ray_hosts import Hosts
 
 from engine import Engine, errors, get_replica_context
+from engine.seam.scribe import scribe
 from engine.testing.instruments import PATIENCE_S, Footprint, eventually, is_running
 
 pytestmark = [
@@ -399,6 +400,7 @@ def test_options_that_the_engine_decides_on_are_mentioned_once(engine: Engine, c
         for tag in ("named", "named2"):
             engine.create_backend(tag, Kit, ray_actor_options={"max_restarts": 3})
             engine.delete_backend(tag, force=True)
+    scribe().flush(PATIENCE_S)
     mentioned = [record for record in caplog.records if "the engine itself decides on max_restarts" in record.message]
     assert len(mentioned) == 1
 
@@ -632,6 +634,7 @@ def test_a_replica_that_dies_is_replaced(
     eventually(lambda: replicas(engine, "mortal") and replicas(engine, "mortal") != before)
     assert mortal.options(method_name="pid").call() != pid
     eventually(lambda: not is_running(pid))
+    scribe().flush(PATIENCE_S)
     assert [record for record in caplog.records if reason in record.getMessage()], caplog.text
 
 

@@ -10,7 +10,8 @@ import sys
 import pytest
 
 from engine import Engine, errors
-from engine.testing.instruments import eventually
+from engine.seam.scribe import scribe
+from engine.testing.instruments import PATIENCE_S, eventually
 from engine_local import LocalAdapter
 
 HTTP = {"host": "127.0.0.1", "port": 0}
@@ -148,6 +149,7 @@ def test_options_for_clusters_are_ignored_with_a_word(engine, caplog):
     with caplog.at_level(logging.INFO, logger="engine"):
         options = {"resources": {"special": 1}, "scheduling_strategy": "SPREAD"}
         assert call(engine, lambda request: "ok", ray_actor_options=options) == "ok"
+    scribe().flush(PATIENCE_S)
     words = [record for record in caplog.records if "scheduling_strategy" in record.getMessage()]
     assert len(words) == 1
     assert "resources" in words[0].getMessage()
@@ -284,4 +286,5 @@ def test_the_level_of_the_engines_process_holds(engine, caplog):
     with Engine(backend="local", http_options=HTTP) as quiet:
         call(quiet, backend)
         eventually(lambda: "loud enough" in caplog.text)
+    scribe().flush(PATIENCE_S)
     assert "too quiet" not in caplog.text

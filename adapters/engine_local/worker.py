@@ -26,6 +26,7 @@ from engine_wire.logs import LogToEngine
 
 from .connector import LocalConnector
 from .leaving import disinherit, finish_interpreter
+from .printing import take_streams
 from .process import name_process
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def run_worker(order: Spawn, descriptors: list[int]) -> NoReturn:
     """
     control, stdout, stderr, *others = descriptors
     _redirect(stdout, stderr)
+    take_streams()
     payload = order.payload if order.payload is not None else _read_all(others.pop())
     host = ChildHost(order.worker_id, control, others, order.address, LocalConnector(order.control_address))
     host.log_name = "engine.local"

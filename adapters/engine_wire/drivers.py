@@ -16,6 +16,8 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from engine.seam.may_block import awaited_thread
+
 from .channel import SocketChannel
 
 if TYPE_CHECKING:
@@ -204,11 +206,12 @@ class Poller:
         return kernel
 
     def _run(self, kernel: _Kernel) -> None:
-        while not (self._closed or kernel.abandoned):
-            for descriptor, events in kernel.wait():
-                channel, interest = self._interest.get(descriptor, (None, 0))
-                if channel is not None and not self._closed:
-                    self._serve(channel, events & interest)
+        with awaited_thread():
+            while not (self._closed or kernel.abandoned):
+                for descriptor, events in kernel.wait():
+                    channel, interest = self._interest.get(descriptor, (None, 0))
+                    if channel is not None and not self._closed:
+                        self._serve(channel, events & interest)
         if kernel.abandoned:
             kernel.close()
 

@@ -29,6 +29,6 @@ class LogToEngine(logging.Handler):
             if self._host.is_copy:
                 sys.stderr.write(f"{record.name}: {text}\n")
             else:
-                self._host.tell(LogLine(record.levelno, record.name, text))
+                self._host.say(LogLine(record.levelno, record.name, text))
         except Exception:
             self.handleError(record)

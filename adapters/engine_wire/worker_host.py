@@ -9,6 +9,7 @@ A process that user code forks off the worker is not the worker: it lets go of t
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import threading
@@ -17,13 +18,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from engine.seam.channel import Channel, ChannelClosed, ChannelListener
-from engine.seam.control_messages import Ready, StartFailed
+from engine.seam.control_messages import LogLine, Ready, StartFailed
 from engine.seam.messages import Control, Message
 from engine.seam.service import Service
 
 from .channel import SocketChannel
+from .outlet import Outlet
 
 __all__ = ["WireWorkerHost"]
+
+_DROPPED = "lines of this worker were dropped here, because the engine's process did not read them"
 
 
 class WireWorkerHost:
@@ -48,6 +52,9 @@ class WireWorkerHost:
         self._lock = threading.RLock()  # guards the next two; held while a handler runs, so that order is kept
         self._handler: Callable[[Any], None] | None = None
         self._early: deque[Any] = deque()
+        self._say_lock = threading.RLock()  # guards the next two; a signal handler may log, too
+        self._outlet = Outlet()
+        self._unsaid = 0  # lines that were dropped since the last that was not
         self._channel = control(self)
 
     def start(self) -> None:
@@ -72,6 +79,19 @@ class WireWorkerHost:
             self._channel.send(Control(body))
         except ChannelClosed:
             pass  # as the control thread finds, and `control_lost` hears
+
+    def say(self, line: LogLine) -> None:
+        """As `tell`, for what user code prints and logs: it is dropped if the engine does not read it in time."""
+        if self.is_copy:
+            return
+        with self._say_lock:
+            if not self._outlet.takes(self._channel.fd):
+                self._unsaid += 1
+                return
+            unsaid, self._unsaid = self._unsaid, 0
+            if unsaid:
+                self.tell(LogLine(logging.WARNING, self.log_name, f"{unsaid} {_DROPPED}"))
+            self.tell(line)
 
     def on_control(self, handler: Callable[[Any], None]) -> None:
         """See `engine.seam.worker.WorkerHost.on_control`."""

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..seam.may_block import running_asyncio_loop
+from ..seam.may_block import awaited_thread, running_asyncio_loop
 
 if TYPE_CHECKING:
     import asyncio
@@ -131,6 +131,10 @@ class ThreadHome:
             thread.join(_JOIN_S)
 
     def _run(self) -> None:
+        with awaited_thread():
+            self._run_timers()
+
+    def _run_timers(self) -> None:
         while True:
             entry: _Entry | None = None
             wait_s: float | None = None

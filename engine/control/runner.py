@@ -6,7 +6,7 @@ to get ready: what the adapter starts takes longer than these imports, and runs 
 Whoever has something done waits for it without a deadline of the runner's: what the controller does has deadlines of
 its own, and ends with the thread at the latest. If whoever waits is interrupted, what it waited for is given up, and
 the controller takes it back or, where that is impossible, sees it through. The thread itself survives whatever the
-application's code does in it: exceptions, pickles, handlers of logging.
+application's code does in it: exceptions, pickles, factories of log records. Handlers of logging run in another one.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ T = TypeVar("T")
 _SHUTDOWN_MARGIN_S = 30.0
 """What a shutdown may take beyond the time that calls in flight get, to start or to end what does not want to."""
 _NOT_STARTED = "the engine was shut down before it had started"
+_LAST_WORDS_S = 2.0
+"""For handlers of logging to be done with what the engine had to say. Afterwards they go on by themselves."""
 _LAST_S = 5.0
 """For the thread to end, once the controller has; and for a shutdown in a hurry."""
 
@@ -176,6 +178,9 @@ class Runner:
                     except RuntimeError:
                         pass  # it has ended by itself
             self._thread.join(_LAST_S)
+            from ..seam.scribe import scribe
+
+            scribe().flush(_LAST_WORDS_S)
 
     def _await_start(self, timeout_s: float) -> None:
         """Wait for the start, and end one that takes too long: the import of a module that is to be preloaded, say."""

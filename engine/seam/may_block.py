@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     import asyncio
 
 __all__ = [
+    "awaited_thread",
     "check_may_block",
     "check_not_own_thread",
+    "is_awaited_thread",
     "mark_busy_thread",
     "mark_loop_thread",
     "mark_own_thread",
@@ -33,6 +35,7 @@ _NOTEBOOKS = ("ipykernel", "marimo")
 _warned = False  # see `warn_if_on_loop`
 _calm_threads: set[int] = set()  # see `may_block_loop`
 _own_threads: set[int] = set()  # threads that run the controller of an engine
+_awaited_threads: set[int] = set()  # these, and others of the engine's that do something for everybody
 
 
 def mark_loop_thread() -> None:
@@ -48,11 +51,28 @@ def unmark_loop_thread() -> None:
 def mark_own_thread() -> None:
     """Declare that this thread runs the controller of an engine."""
     _own_threads.add(threading.get_ident())
+    _awaited_threads.add(threading.get_ident())
 
 
 def unmark_own_thread() -> None:
     """Take `mark_own_thread` back."""
     _own_threads.discard(threading.get_ident())
+    _awaited_threads.discard(threading.get_ident())
+
+
+@contextmanager
+def awaited_thread() -> Iterator[None]:
+    """This thread does something for everybody, so that nothing of the application's should hold it up needlessly."""
+    _awaited_threads.add(threading.get_ident())
+    try:
+        yield
+    finally:
+        _awaited_threads.discard(threading.get_ident())
+
+
+def is_awaited_thread() -> bool:
+    """Whether this is such a thread, or runs the controller of an engine."""
+    return threading.get_ident() in _awaited_threads
 
 
 def mark_busy_thread() -> bool:
@@ -97,8 +117,8 @@ def check_not_own_thread(what: str) -> None:
     """
     if threading.get_ident() in _own_threads:
         raise WouldBlock(
-            f"{what} would block the engine's own thread, in which handlers and filters of logging and callbacks run: "
-            "do it in another one (logging.handlers.QueueHandler, for one, hands log records over)"
+            f"{what} would block the engine's own thread, in which callbacks run and factories of log records: do it "
+            "in another one"
         )
 
 

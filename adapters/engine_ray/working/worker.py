@@ -86,8 +86,8 @@ def _settle(order: Order, host: RayHost) -> list[LineWriter]:
     if cwd is not None:
         with contextlib.suppress(OSError):  # this node has no such directory
             os.chdir(cwd)
-    out = LineWriter(sys.stdout, lambda line: host.tell(LogLine(logging.INFO, "stdout", line)))
-    err = LineWriter(sys.stderr, lambda line: host.tell(LogLine(logging.WARNING, "stderr", line)))
+    out = LineWriter(sys.stdout, lambda line: host.say(LogLine(logging.INFO, "stdout", line)))
+    err = LineWriter(sys.stderr, lambda line: host.say(LogLine(logging.WARNING, "stderr", line)))
     sys.stdout, sys.stderr = out, err
     root = logging.getLogger()
     root.handlers[:] = [LogToEngine(host)]

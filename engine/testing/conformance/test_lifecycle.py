@@ -18,7 +18,8 @@ from starlette.background import BackgroundTask
 from starlette.responses import PlainTextResponse
 
 from engine import errors, get_replica_context
-from engine.testing.instruments import eventually, is_running
+from engine.seam.scribe import scribe
+from engine.testing.instruments import PATIENCE_S, eventually, is_running
 
 variable = contextvars.ContextVar("variable", default="unset")
 
@@ -273,6 +274,7 @@ def test_a_replica_takes_its_processes_along(serve, engine, adapter, caplog, how
     pids = served.call()
     assert all(map(is_running, pids))
     leave(served, engine, force=how == "by force")
+    scribe().flush(PATIENCE_S)
     assert "is killed" not in caplog.text, "it did not leave by itself"
     eventually(lambda: not any(map(is_running, pids)))
 
@@ -312,6 +314,7 @@ def test_a_close_that_fails_is_logged(serve, engine, journal, caplog, backend, e
     leave(served, engine)
     assert journal.lines() == ["close"]
     eventually(lambda: "stuck" in caplog.text)
+    scribe().flush(PATIENCE_S)
     assert f"close() of backend {served.tag!r} failed" in caplog.text
     assert "is killed" not in caplog.text
 
@@ -346,6 +349,7 @@ def test_a_replica_that_does_not_leave_is_killed(serve, engine, adapter, gate, c
     for thread in threads:
         thread.join()
     assert time.monotonic() - before < 10, "less than the gate would have kept them"
+    scribe().flush(PATIENCE_S)
     assert caplog.text.count("is killed; its close(), exit functions or threads keep it") == len(stay)
 
 

@@ -12,8 +12,9 @@ import httpx
 import pytest
 
 from engine import accept_batch, errors, get_replica_context
+from engine.seam.scribe import scribe
 from engine.testing.conformance.load import Load
-from engine.testing.instruments import eventually
+from engine.testing.instruments import PATIENCE_S, eventually
 
 
 class Counting:
@@ -284,6 +285,7 @@ def test_http_clients_that_leave_free_their_slots(serve, client, gate, caplog):
         assert gate.arrivals() == number + 1
         assert served.http_text(timeout=10) == "ok", "the place of a client that left is free, although its gate is not"
     assert not gate.is_open()
+    scribe().flush(PATIENCE_S)
     assert "CancelledError" not in caplog.text, "a client that leaves is no failure of the backend"
 
 

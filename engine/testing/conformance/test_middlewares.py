@@ -10,7 +10,8 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.responses import PlainTextResponse
 
-from engine.testing.instruments import eventually
+from engine.seam.scribe import scribe
+from engine.testing.instruments import PATIENCE_S, eventually
 
 
 class Tag:
@@ -118,6 +119,7 @@ def test_one_that_raises(serve, caplog):
         request_id = response.headers["x-request-id"]
         eventually(lambda request_id=request_id: f"failed in a middleware (request {request_id})" in caplog.text)
     assert request_id == "mine-7"
+    scribe().flush(PATIENCE_S)
     assert "the secret of the door" in caplog.text
     assert served.http().status_code == 200
 

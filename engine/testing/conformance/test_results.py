@@ -22,7 +22,8 @@ from starlette.responses import (
 )
 
 from engine import errors
-from engine.testing.instruments import eventually, open_files
+from engine.seam.scribe import scribe
+from engine.testing.instruments import PATIENCE_S, eventually, open_files
 
 
 @dataclasses.dataclass
@@ -251,4 +252,5 @@ def test_a_response_that_is_not_as_long_as_it_says_is_explained_in_the_log(serve
         eventually(lambda why=why: why in caplog.text)
         failed = f"backend {served.tag!r} failed, request {response.headers['x-request-id']}"
         eventually(lambda failed=failed: failed in caplog.text)
+    scribe().flush(PATIENCE_S)
     assert "middleware" not in caplog.text

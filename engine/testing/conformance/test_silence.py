@@ -11,6 +11,7 @@ import pytest
 
 from engine import errors
 from engine.control import pulse
+from engine.seam.scribe import scribe
 from engine.testing.instruments import PATIENCE_S, eventually, is_running
 
 pytestmark = pytest.mark.usefixtures("seen")
@@ -54,6 +55,7 @@ def test_a_stopped_replica_is_replaced_and_its_calls_end(serve, engine, caplog, 
     assert pid not in ends
     eventually(lambda: not is_running(pid))
     assert served.call() != pid
+    scribe().flush(PATIENCE_S)
     assert f"replica.{served.tag}.1 has not answered for" in caplog.text
     assert "(its process is stopped) and was killed" in caplog.text
 
