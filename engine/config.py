@@ -81,6 +81,11 @@ class BackendConfig:
         max_queue_wait_s: Seconds that a call may be expected to wait with its caller, judged by how fast its queue is
             emptied; beyond it, calls fail at once with `errors.Overloaded`. None: they wait. A call with a deadline is
             refused in any case if it cannot be expected to make it.
+        max_calls_per_replica: Calls a replica begins before another one takes its place. None means any number.
+        max_rss_mb: Memory (resident, in 10^6 bytes) a replica's process may have before another one takes its place.
+            None means any. Not looked at where replicas run in the application's own process.
+        max_age_s: Seconds after which another replica takes the place of one, or up to a tenth earlier, so that not all
+            are replaced at once. None means never.
 
     Raises:
         errors.InvalidArgument: A field has the wrong type or value, at construction or when it is set; or there is no
@@ -103,6 +108,9 @@ class BackendConfig:
     max_call_s: float | None = None
     stuck_after_s: float | None = None
     max_queue_wait_s: float | None = None
+    max_calls_per_replica: int | None = None
+    max_rss_mb: float | None = None
+    max_age_s: float | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         _known_fields(type(self), "config", {name: value})
@@ -115,6 +123,8 @@ class BackendConfig:
             _check_share("config", name, value)
         elif name in _LIMITS:
             _check_limit("config", name, value, endless=_LIMITS[name])
+        elif name == "max_rss_mb":
+            _check_megabytes("config", name, value)
         elif name != "user_config":
             _check_seconds("config", name, value, optional=name in _ENDLESS)
         super().__setattr__(name, value)
@@ -135,7 +145,8 @@ class BackendConfig:
         """What a replica must know of it beside ``user_config``; the rest is for the controller and callers."""
         batches = self.max_batch_size, self.batch_wait_timeout
         times = self.max_call_s, self.stuck_after_s
-        return self.max_concurrent_queries, *batches, self.cancel_running, self.cancel_grace_s, *times
+        wear = self.max_calls_per_replica, self.max_rss_mb
+        return self.max_concurrent_queries, *batches, self.cancel_running, self.cancel_grace_s, *times, *wear
 
     def concurrency(self, *, on_loop: bool) -> int:
         """``max_concurrent_queries`` with its default filled in for a sync or an async callable."""
@@ -161,6 +172,7 @@ _COUNTS = {
     "max_concurrent_queries": (1, True),
     "max_queued_requests": (0, True),
     "max_batch_size": (1, True),
+    "max_calls_per_replica": (1, True),
 }
 """Fields of `BackendConfig` that are integers: the least value, and whether they may be None."""
 _ENDLESS = frozenset({"cancel_grace_s", "max_queue_wait_s"})
@@ -169,7 +181,7 @@ _ENDLESS = frozenset({"cancel_grace_s", "max_queue_wait_s"})
 _SHARES = ("max_surge", "max_unavailable")
 """Fields of `BackendConfig` that are a number of replicas or a percentage of them."""
 
-_LIMITS = {"max_call_s": False, "stuck_after_s": True}
+_LIMITS = {"max_call_s": False, "stuck_after_s": True, "max_age_s": False}
 """Fields of `BackendConfig` that are positive seconds or None: whether ``math.inf`` is one of them, too."""
 
 _STUCK_AFTER_S = 60.0
@@ -293,6 +305,13 @@ def _check_share(where: str, name: str, value: object) -> None:
         raise InvalidArgument(
             f'{where}: {name} must be a number of replicas of at least 0 or a percentage such as "25%", not {value!r}'
         )
+
+
+def _check_megabytes(where: str, name: str, value: object) -> None:
+    if value is not None and (
+        isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf
+    ):
+        raise InvalidArgument(f"{where}: {name} must be a number of megabytes above 0 or None, not {value!r}")
 
 
 def _check_seconds(where: str, name: str, value: object, *, optional: bool = False) -> None:

@@ -77,3 +77,14 @@ def test_the_way(before: BackendConfig, after: BackendConfig, steps: list[tuple[
 )
 def test_shares_become_numbers(count: int, surge: int | str, unavailable: int | str, most: int, least: int) -> None:
     assert Room.between(config(count), config(count, surge, unavailable)) == Room(count, most, least)
+
+
+@pytest.mark.parametrize(
+    ("surge", "unavailable", "most", "least", "at_a_time"),
+    [("100%", 0, 5, 4, 1), (0, 1, 4, 3, 1), (0, 2, 4, 2, 2), (3, 2, 6, 2, 2), (1, 3, 5, 1, 3)],
+)
+def test_few_of_one_version_are_exchanged_at_a_time(
+    surge: int | str, unavailable: int, most: int, least: int, at_a_time: int
+) -> None:
+    room = Room.for_few(config(4, surge, unavailable))
+    assert (room, room.at_a_time) == (Room(4, most, least), at_a_time)

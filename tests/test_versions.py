@@ -12,6 +12,7 @@ import pytest
 from fakes import until
 
 from engine.config import BackendConfig
+from engine.control.ages import Age, Ages, lifetime_s
 from engine.control.backend_plan import BackendPlan, pack_definition
 from engine.control.backend_replicas import BackendReplicas
 from engine.control.workers import Worker, Workers
@@ -228,6 +229,106 @@ async def test_what_an_exchange_left_behind_is_exchanged_in_the_background(fleet
     await renewing
     assert fleet.versions == [7, 7]
     assert not backend.outdated
+
+
+# -- recycling -------------------------------------------------------------------------------------------------------
+
+
+@in_fleet(3)
+async def test_worn_replicas_are_exchanged_one_by_one_and_others_come_first(fleet: Fleet) -> None:
+    """Each ends before the next one is exchanged; who says it again meanwhile is heard once."""
+    backend = fleet.backend
+    fleet.leave_at_once = False
+    fleet.log.clear()
+    marked = [backend.mark_worn(worker, "is old") for worker in [*backend.running[:2], *backend.running[:2]]]
+    assert marked == [True, True, False, False]
+    renewing = asyncio.ensure_future(backend.renew())
+    await until(lambda: fleet.log == ["+b#4", "b#2 b#3 b#4", "-b#1"])
+    await backend.renew()  # somebody is at it
+    async with backend.lock:  # while one takes its time to end, changes go on
+        assert len(fleet.log) == 3
+    fleet._end("b#1")
+    await until(lambda: fleet.log[3:] == ["+b#5", "b#3 b#4 b#5", "-b#2"])
+    fleet._end("b#2")
+    await renewing
+    assert not backend.due
+    assert backend.plan.version == 1
+
+
+@in_fleet(2, max_surge=0, max_unavailable=1)
+async def test_where_there_is_no_room_a_worn_one_ends_first(fleet: Fleet) -> None:
+    fleet.log.clear()
+    for worker in fleet.backend.running:
+        fleet.backend.mark_worn(worker, "is old")
+    await fleet.backend.renew()
+    assert fleet.log == ["b#2", "-b#1", "+b#3", "b#2 b#3", "b#3", "-b#2", "+b#4", "b#3 b#4"]
+
+
+@in_fleet(2)
+async def test_a_worn_one_goes_on_until_another_one_starts(fleet: Fleet) -> None:
+    first, second = fleet.backend.running
+    fleet.broken = {"b#3", "b#4"}
+    fleet.backend.mark_worn(first, "is old")
+    await fleet.backend.renew()
+    assert fleet.serving == ["b#2", "b#5"]
+    fleet.backend.mark_worn(second, "is old")
+    fleet.workers.worker_exited(WorkerExit("b#2", "was killed"))  # what replaces it then is no business of `renew`
+    await fleet.backend.renew()
+    assert fleet.serving == ["b#5"]
+
+
+@in_fleet(1)
+async def test_a_worn_one_that_hangs_is_ended_at_once(fleet: Fleet) -> None:
+    worker = fleet.backend.running[0]
+    fleet.backend.mark_worn(worker, "is old")
+    async with fleet.backend.lock:
+        ending = asyncio.ensure_future(fleet.backend.replace_one(worker, "hangs", at_once=True))
+        await until(worker.gone.is_set)
+    await ending
+    assert fleet.serving == ["b#2"]
+
+
+@in_fleet(2)
+async def test_replicas_that_wear_out_during_an_update_do_not_hold_it_up(fleet: Fleet) -> None:
+    backend = fleet.backend
+    publish = fleet._publish
+
+    def wear() -> int:
+        for worker in backend.running:
+            backend.mark_worn(worker, "is old")
+        return publish()
+
+    backend._publish = wear
+    await fleet.replace(2, max_surge=1)
+    assert backend.plan.version == 2
+    assert backend.due
+
+
+def test_each_replica_may_become_nearly_as_old_as_it_may() -> None:
+    lifetimes = [lifetime_s(f"b#{number}", 100.0) for number in range(20)]
+    assert 90.0 <= min(lifetimes) < 93.0 < 97.0 < max(lifetimes) <= 100.0
+
+
+@in_fleet(3)
+async def test_one_timer_finds_who_is_too_old(fleet: Fleet) -> None:
+    workers = fleet.backend.running
+    for worker, ready_at in zip(workers, (0.0, 50.0, 1000.0), strict=True):
+        worker.ready_at = ready_at
+    told: list[str] = []
+    ages = Ages(
+        lambda: [Age(worker, 100.0) for worker in workers],
+        lambda worker, why: told.append(f"{worker.spec.worker_id} {why}"),
+        clock=lambda: 120.0,
+    )
+    loop = asyncio.get_running_loop()
+    before = loop.time()
+    ages.look()
+    assert told == ["b#1 is 120.0 s old (max_age_s=100)"]
+    assert ages._timer is not None
+    left_s = ages._timer.when() - before
+    assert left_s == pytest.approx(50.0 + lifetime_s("b#2", 100.0) - 120.0, abs=1.0)
+    ages.close()
+    assert ages._timer is None
 
 
 async def _told() -> None:

@@ -6,7 +6,6 @@ Runs on the controller's loop. Callers learn of nothing here before the controll
 from __future__ import annotations
 
 import asyncio
-import itertools
 import math
 import time
 from collections import deque
@@ -100,6 +99,7 @@ class BackendReplicas:
         self._least: int | None = None  # replicas that are to be in service while others are exchanged
         self._dismissals: set[asyncio.Task[None]] = set()  # the loop itself holds tasks weakly
         self._replaced: set[Worker] = set()  # in service until another one is there
+        self._renewing = False
         self.plan = plan
         self.lock = asyncio.Lock()
         self.running: list[Worker] = []
@@ -245,24 +245,34 @@ class BackendReplicas:
     @property
     def due(self) -> bool:
         """Whether there are replicas in service that others are to take the places of."""
-        return any(self._is_due(worker, self.plan) for worker in self.running)
-
-    def _is_due(self, worker: Worker, plan: BackendPlan) -> bool:
-        return worker.version != plan.version or worker in self._replaced
+        return self.outdated or not self._replaced.isdisjoint(self.running)
 
     async def renew(self) -> None:
         """Exchange the replicas that are due; if others do not start, they go on until some do."""
-        for failed in itertools.count():
-            if failed:
-                await asyncio.sleep(backoff_s(failed))
-            async with self.lock:
-                if self.deleted or not self.due or await self._settle():
-                    return
-
-    async def _settle(self) -> bool:
-        """Exchange the replicas that are due; returns whether that is done. Why one did not start is logged."""
+        if self._renewing:
+            return
+        self._renewing = True
+        failed = 0
         try:
-            await self._roll(self.plan, self._announce, [])
+            while self.due and not self.deleted:
+                if failed:
+                    await asyncio.sleep(backoff_s(failed))
+                if self._dismissals:
+                    await asyncio.wait(self._dismissals)
+                # A few at a time, so that nobody waits long for the lock: they may wear out as fast as that goes.
+                async with self.lock:
+                    worn = [worker for worker in self.running if worker in self._replaced]
+                    failed = 0 if await self._settle(worn[: Room.for_few(self.config).at_a_time]) else failed + 1
+        finally:
+            self._renewing = False
+
+    async def _settle(self, worn: Collection[Worker] = ()) -> bool:
+        """Exchange these replicas, and those of another version; returns whether that is done.
+
+        Why a replica did not start is logged.
+        """
+        try:
+            await self._roll(self.plan, self._announce, [], worn=worn)
         except EngineClosed:
             return False
         except Exception as error:
@@ -272,13 +282,21 @@ class BackendReplicas:
             return False
         return True
 
-    async def _roll(self, plan: BackendPlan, publish: Callable[[], Any], departures: list[asyncio.Task[None]]) -> None:
-        """Exchange the replicas that do not run this version, or are due anyway, for some that do; then it rules.
+    async def _roll(
+        self,
+        plan: BackendPlan,
+        publish: Callable[[], Any],
+        departures: list[asyncio.Task[None]],
+        *,
+        worn: Collection[Worker] = (),
+    ) -> None:
+        """Exchange the replicas that do not run this version for some that do; then it rules.
 
         Args:
             plan: What is to rule.
             publish: Keeps each step and lets callers know.
             departures: Gets the ends of those that were taken out of service. They finish what they hold meanwhile.
+            worn: Replicas that are to be exchanged, too.
 
         Raises:
             BaseException: Why a replica did not start, or why the store does not keep a step. The steps before stay.
@@ -287,22 +305,29 @@ class BackendReplicas:
         room = Room.between(self.config, plan.config) if versions else Room.for_few(plan.config)
         arrived: set[Worker] = set()
         begun = 0
+
+        def apart(running: Sequence[Worker]) -> tuple[list[Worker], list[Worker]]:
+            """Those that are to be exchanged and those that stay; of each the oldest first."""
+            old = [worker for worker in running if worker.version != plan.version or worker in worn]
+            return old, [worker for worker in running if worker not in old]
+
         self._arriving, self._least = plan, room.least
         try:
-            while self.plan is not plan or self.due or self.missing > 0:
+            while self.plan is not plan or apart(self.running)[0] or self.missing > 0:
                 if begun - len(arrived.intersection(self.running)) >= _UNSTABLE_AFTER:
                     raise BackendStartError(
                         f"backend {plan.tag!r}: replicas of the new version end soon after they are ready; the last "
                         f"one: {self._last_error}"
                     )
-                old, new = self._apart(self.running, plan)
+                old, new = apart(self.running)
                 count = room.to_start(len(old), len(new), sum(one.life is not Life.GONE for one in self._leaving))
                 started = await self._start(plan, count)
                 begun += count
                 arrived.update(started)
-                old, new = self._apart([*self.running, *started], plan)  # some may have died meanwhile
+                old, new = apart([*self.running, *started])  # some may have died meanwhile
                 going = old[: room.to_let_go(len(old), len(new))]
                 staying = old[len(going) :]
+                rules = not staying and len(new) >= plan.config.num_replicas
                 # Those that died were replaced meanwhile, and so may have been some for which others had been started.
                 surplus = [one for one in reversed(new) if one not in arrived][: max(0, len(new) - room.wanted)]
                 going += surplus
@@ -310,30 +335,22 @@ class BackendReplicas:
                 if not count and not going:
                     await asyncio.wait(self._dismissals, return_when=asyncio.FIRST_COMPLETED)
                     continue
-                await self._step(plan, staying, started, publish)
+                await self._step(plan if rules else self.plan, staying, started, publish)
                 departures += self._let_go(going)
                 self._replaced.difference_update(going)
         finally:
             self._arriving = self._least = None
 
-    def _apart(self, running: Sequence[Worker], plan: BackendPlan) -> tuple[list[Worker], list[Worker]]:
-        """Those that are due and those that stay; of each the oldest first."""
-        alive = [worker for worker in running if worker.life is not Life.GONE]
-        due = [worker for worker in alive if self._is_due(worker, plan)]
-        return due, [worker for worker in alive if worker not in due]
-
     async def _step(
         self, plan: BackendPlan, running: list[Worker], started: list[Worker], publish: Callable[[], Any]
     ) -> None:
-        """Let these replicas be in service, and this plan rule if all of them run it.
+        """Let this plan rule and these replicas be in service.
 
         Raises:
             BaseException: Why the store does not keep that. Then those that were started for it are gone.
         """
         before = self.plan, self.running
-        self.running = running
-        if len(running) >= plan.config.num_replicas and not any(self._is_due(one, plan) for one in running):
-            self.plan = plan
+        self.plan, self.running = plan, running
         try:
             publish()
         except BaseException:
@@ -529,6 +546,7 @@ class BackendReplicas:
         """Take replicas out of service, come what may, and end them without making anybody wait for that."""
         if leaving:
             self.running = [worker for worker in self.running if worker not in leaving]
+            self._replaced.difference_update(leaving)
             self._announce()
             self._let_go(leaving, at_once=at_once)
 
@@ -617,7 +635,7 @@ class BackendReplicas:
             at_once: It is of no use any more, and is ended before there is another. Otherwise it serves until then,
                 finishes what it holds, and goes on if the other one does not start.
         """
-        if worker not in self.running or worker in self._replaced:
+        if worker not in self.running or (worker in self._replaced and not at_once):
             return
         if at_once:
             self._dead.append(worker.spec.worker_id)
@@ -628,8 +646,21 @@ class BackendReplicas:
         self._note_loss(worker, reason)
         self._replaced.add(worker)
         async with self.lock:
-            if worker in self._replaced and not self.deleted and not await self._settle():
+            if worker in self._replaced and not self.deleted and not await self._settle([worker]):
                 self._replaced.discard(worker)  # until it asks again
+
+    def mark_worn(self, worker: Worker, reason: str) -> bool:
+        """Have `renew` exchange a replica in service that has done its share; returns whether it is not to be anyway.
+
+        Args:
+            worker: The replica.
+            reason: Why, for the log: follows its name.
+        """
+        if worker in self._replaced:
+            return False
+        _logger.info("%s %s; another one takes its place", worker.spec.name, reason)
+        self._replaced.add(worker)
+        return True
 
     def _note(self, what: str) -> None:
         self._last_error = what

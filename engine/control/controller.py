@@ -24,6 +24,7 @@ from ..seam.error_text import all_there_are
 from ..seam.log import Log
 from ..seam.snapshot import EndpointEntry
 from ..seam.worker import WorkerExit
+from .ages import Age, Ages
 from .backend_plan import BackendPlan
 from .backend_replicas import BackendReplicas
 from .checkpoint import Checkpoint, Picture
@@ -68,6 +69,7 @@ class Controller:
         self._leaving: dict[str, BackendReplicas] = {}  # deleted, by tag, with replicas that have yet to end
         self._endpoints = EndpointTable({})
         self._workers = Workers(adapter, self._replace_worker, self._replace_unhealthy)
+        self._ages = Ages(self._aging, self._recycle)
         self._publisher = Publisher(client, silent=store_of(adapter) is not None)
         self._ingresses = IngressFleet(engine_id, adapter, self._workers, http)
         self._checkpoint = Checkpoint(store_of(adapter))
@@ -141,6 +143,7 @@ class Controller:
         clock = asyncio.get_running_loop().time
         began = clock()
         self._keeper.close()
+        self._ages.close()
         for task in self._background:
             task.cancel()
         await self._workers.close()
@@ -427,7 +430,10 @@ class Controller:
 
     def _let_rule(self) -> int:
         backends = {tag: backend.entry() for tag, backend in self._backends.items()}
-        return self._publisher.publish(self._endpoints.entries(), backends)
+        version = self._publisher.publish(self._endpoints.entries(), backends)
+        if not self._closing:
+            self._ages.look()
+        return version
 
     def _picture(self) -> Picture:
         backends = {tag: backend.known() for tag, backend in self._backends.items() if backend.live}
@@ -535,7 +541,25 @@ class Controller:
         """A worker asks to be replaced."""
         for backend in self._backends.values():
             if worker in backend.running and not self._closing:
-                self._spawn(backend.replace_one(worker, told.reason, at_once=told.hung))
+                if told.worn:
+                    self._recycle(worker, told.reason)
+                else:
+                    self._spawn(backend.replace_one(worker, told.reason, at_once=told.hung))
+
+    def _aging(self) -> list[Age]:
+        """The replicas that may become too old."""
+        return [
+            Age(worker, backend.config.max_age_s)
+            for backend in self._backends.values()
+            if backend.config.max_age_s is not None
+            for worker in backend.running
+        ]
+
+    def _recycle(self, worker: Worker, reason: str) -> None:
+        """A replica has done its share."""
+        for backend in self._backends.values():
+            if worker in backend.running and not self._closing and backend.mark_worn(worker, reason):
+                self._spawn(backend.renew())
 
     def _refill(self, backend: BackendReplicas) -> None:
         if self._closing:

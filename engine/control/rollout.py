@@ -48,6 +48,11 @@ class Room:
             max(config.num_replicas - unavailable, 0),
         )
 
+    @property
+    def at_a_time(self) -> int:
+        """How many there is room to exchange at a time."""
+        return max(self.most - self.wanted, self.wanted - self.least)
+
     def to_start(self, old: int, new: int, leaving: int) -> int:
         """How many new replicas to start now.
 

@@ -112,10 +112,12 @@ class Unhealthy(NamedTuple):
     Attributes:
         reason: Follows the worker's name, e.g. "has been in one call for 12 s".
         hung: I am of no use any more. Otherwise I go on until the other one is there.
+        worn: I am as good as ever, but have done my share: others that say so may go first.
     """
 
     reason: str
     hung: bool
+    worn: bool = False
 
 
 class Subscribe(NamedTuple):

@@ -12,6 +12,7 @@ are taken one at a time, in the order in which they came.
 from __future__ import annotations
 
 import contextlib
+import math
 import pickle
 import threading
 import time
@@ -40,6 +41,7 @@ from ..seam.serialization import dumps, loads, loads_leniently, pack_exception, 
 from ..seam.service import ServiceLoop
 from .user_callable import Method, NoSuchMethod, UserCallable
 from .watchdog import Watchdog
+from .wear import worn_by_calls, worn_by_memory
 
 if TYPE_CHECKING:
     import asyncio
@@ -116,6 +118,7 @@ class Replica:
         self.loads: Callable[[bytes], Any] = loads
         self._held = 0
         self._answered = False  # as the controller was told
+        self._calls = 0  # that user code was given
         self._jobs: dict[tuple[Channel, int], Job] = {}
         self._chores: deque[tuple[int, Reconfigure]] = deque()
         self._config_lock = threading.Lock()  # guards the next two, and what `_take` sets
@@ -142,6 +145,7 @@ class Replica:
                 self._batch_size = config.max_batch_size or 1
                 self._max_call_s = config.max_call_s
                 self._watch()
+                self._most_calls = config.max_calls_per_replica or math.inf
 
     # -- the control thread ----------------------------------------------------------------------------------------
 
@@ -149,6 +153,8 @@ class Replica:
         """Take a control message (any thread)."""
         if isinstance(body, Ping):
             self._tell(Pong(body.token, self._held))
+            # Again, until it is replaced: a controller that has died meanwhile has not kept it.
+            self._say_worn(worn_by_calls(self._config, self._calls) or worn_by_memory(self._config))
         elif isinstance(body, Reconfigure):
             self._asked += 1
             if body.user_config_changed:
@@ -160,6 +166,10 @@ class Replica:
         elif isinstance(body, Drain):
             self._drain_until = time.monotonic() + body.timeout_s
             self._wake()
+
+    def _say_worn(self, why: str) -> None:
+        if why:
+            self._tell(Unhealthy(why, hung=False, worn=True))
 
     def _wake(self) -> None:
         if self._service_loop is not None:
@@ -274,6 +284,10 @@ class Replica:
         """What the user's method is called with, for one call."""
         call, method = job.call, job.method
         assert method is not None
+        self._calls += 1
+        if self._calls >= self._most_calls:
+            self._most_calls = math.inf  # that is said once
+            self._say_worn(worn_by_calls(self._config, self._calls))
         if call.kind == HTTP:
             job.request = build_http_request(call.head, call.payload)
             return (job.request,), {}

@@ -1,0 +1,3 @@
+"""See `engine.testing.conformance.test_recycling`."""
+
+from engine.testing.conformance.test_recycling import *
