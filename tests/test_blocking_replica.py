@@ -29,6 +29,7 @@ from engine.serving import replica as replica_module
 from engine.serving.blocking_replica import BlockingReplica
 from engine.serving.user_callable import UserCallable
 from engine.testing.fakes import FakeChannel
+from engine.testing.instruments import eventually
 
 PAST = -1.0
 
@@ -342,6 +343,26 @@ def test_a_call_that_nobody_waits_for_is_answered_without_being_run(worlds: Any,
     else:
         (answer,) = world.caller.sent
         assert isinstance(outcome(answer), DeadlineExceeded)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_call_whose_deadline_passes_while_it_waits_is_not_run(worlds: Any, batched: bool) -> None:
+    calls: list[Any] = []
+
+    def in_batches(requests: list[Any]) -> list[Any]:
+        calls.extend(request.data for request in requests)
+        return [None for _ in requests]
+
+    world = worlds(accept_batch(in_batches) if batched else counting(calls))
+    deadline = time.monotonic() + 0.05
+    world.caller.answer(python_call(1, "a", deadline=deadline))
+    world.caller.answer(python_call(2, "b"))
+    assert not world.caller.sent or time.monotonic() > deadline
+    eventually(lambda: time.monotonic() > deadline)
+    world.run()
+    assert calls == ["b"]
+    assert isinstance(outcome(world.caller.sent[0]), DeadlineExceeded)
+    assert repr(world.replica).endswith("held=0/8>")
 
 
 def test_cancelling_what_is_not_there_does_nothing(worlds: Any) -> None:

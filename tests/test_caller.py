@@ -1027,6 +1027,31 @@ def test_a_call_given_up_before_it_is_sent(world: World) -> None:
     assert world.counted() == IDLE
 
 
+def test_a_call_that_is_late_already_goes_nowhere(world: World) -> None:
+    world.show(backend_entry("b", ["r1"]), endpoints={"e": {"b": 1.0}}, shadows=(("b", 1.0),))
+    slot = FakeSlot("late")
+    submit(world.caller, a_call("late")._replace(deadline=time.monotonic() - 1), slot)
+    assert slot.settled == 0, "whoever waits looks at the clock as well"
+    assert world.counted() == IDLE
+    assert not world.adapter.channels
+    world.caller.cancel(slot)
+
+
+def test_a_call_that_got_late_while_queued_is_not_sent(world: World) -> None:
+    first, late, last = world.submit("first"), FakeSlot("late"), FakeSlot("last")
+    deadline = time.monotonic() + 0.05
+    submit(world.caller, a_call("late")._replace(deadline=deadline), late)
+    submit(world.caller, a_call("last"), last)
+    eventually(lambda: time.monotonic() > deadline)
+    world.reply("r1")
+    assert first.settled == 1
+    assert world.names("r1") == ["first", "last"]
+    assert late.settled == 0
+    world.caller.cancel(late)
+    world.reply("r1")
+    assert world.counted() == IDLE
+
+
 def test_a_ref_expires_once_and_its_replica_is_told(world: World) -> None:
     ref = Ref(world.caller, "e")
     submit(world.caller, a_call("a"), ref)

@@ -257,11 +257,25 @@ async def test_calls_given_up_do_not_come_with_the_batch() -> None:
         python_call(2, 2),
         Cancel(2),
         python_call(3, 3, deadline=late),
-        python_call(4, 4),
-        answers=4,
+        *(python_call(number, number) for number in (4, 5, 6)),
+        answers=6,
     )
     assert {answer.id for answer in answers if isinstance(answer, Failure)} == {2, 3}
-    assert [outcome(answer) for answer in answers if isinstance(answer, Reply)] == [(2, 2), (2, 8)]
+    assert [outcome(answer) for answer in answers if isinstance(answer, Reply)] == [(4, 2), (4, 8), (4, 10), (4, 12)]
+
+
+@on_loop
+async def test_a_call_that_a_batch_waits_for_no_longer_is_answered_at_once() -> None:
+    world = World(double_all, max_batch_size=2, batch_wait_timeout=1000.0)
+    (answer,) = await world.ask(python_call(1, 1), Cancel(1))
+    assert isinstance(outcome(answer), DeadlineExceeded)
+    assert world.held.startswith("0/")
+    (answer,) = await world.ask(python_call(2, 2, deadline=time.monotonic() - 1))
+    assert isinstance(outcome(answer), DeadlineExceeded)
+    assert world.held.startswith("0/")
+    assert not world.replica._timers, "nobody waits for a batch of nothing"
+    answers = await world.ask(python_call(3, 3), python_call(4, 4), answers=2)
+    assert [outcome(answer) for answer in answers] == [(2, 6), (2, 8)]
 
 
 @on_loop

@@ -9,6 +9,7 @@ import pickle
 import socket
 import sys
 import threading
+import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from datetime import date
@@ -443,7 +444,7 @@ def test_the_courier_need_not_know_what_is_in_the_arguments() -> None:
 
 
 def test_an_errand_survives_being_packed() -> None:
-    errand = Errand("source", 3, "e", "method", b"head", b"payload", None, 1.5, 1.25)
+    errand = Errand("source", 3, "e", "method", b"head", b"payload", None, 1.5, 1.25, 17.0, "node")
     assert Errand(*pickle.loads(errand.packed())) == errand
 
 
@@ -1182,6 +1183,35 @@ def test_the_courier_leaves_when_the_engine_is_gone_and_every_call_was_answered(
 
     asyncio.run(main())
     assert left == [0]
+
+
+@pytest.mark.usefixtures("leaves_nothing")
+def test_a_call_that_waited_for_the_courier_has_no_more_time_than_before(
+    controller: FakeChannel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A deadline counts as it is on the node with the same clock; elsewhere, what was left when the call was made."""
+    monkeypatch.setattr(courier, "_LAST_ANSWERS_S", 0.0)
+    monkeypatch.setattr(courier, "_leave_process", lambda code: None)
+    monkeypatch.setattr(RayConnector, "node_id", lambda self: "here")
+
+    def errand(number: int, node_id: str) -> bytes:
+        late = time.monotonic() - 1
+        return Errand("s", number, "e", "m", b"", packed(((), {})), None, 100.0, 100.0, late, node_id).packed()
+
+    async def main() -> None:
+        own = courier.Courier("e", CONTROLLER, b"secret", [])
+        with pytest.raises(CarriedError, match="did not answer within timeout_s=100"):
+            await own.carry(errand(0, "here"))
+        elsewhere = asyncio.ensure_future(own.carry(errand(1, "elsewhere")))
+        with pytest.raises(CarriedError, match="DeadlineExceeded"):
+            await own.carry(errand(2, "here"), [asyncio.get_running_loop().create_future()])
+        assert not elsewhere.done()
+        controller.break_off("the engine's process died")
+        with pytest.raises(CarriedError, match="the engine is gone"):
+            await elsewhere
+        await asyncio.wait_for(own._leaving, PATIENCE_S)
+
+    asyncio.run(main())
 
 
 @pytest.mark.usefixtures("leaves_nothing")

@@ -56,6 +56,22 @@ def others(known: ReplicaSet, key: str, count: int, now: float = NOW) -> None:
     known.answered(target, target.in_flight - 1 + count, now)
 
 
+def test_what_is_late_leaves_the_queue_unplaced() -> None:
+    known = make("r1")
+    assert place(known, "first") == "r1"
+    slots = []
+    for name, deadline in [("late", NOW - 1), ("now", NOW), ("in time", NOW + 1), ("ever", None)]:
+        slot = FakeSlot(name)
+        slot.call = Call(0, PYTHON, "m", deadline, "", b"", b"")
+        assert known.place(slot, NOW - 2) is None
+        slots.append(slot)
+    hold(known, "r1", 0)
+    assert placed(known) == [("in time", "r1")]
+    assert [slot.name for slot in known.waiting if isinstance(slot, FakeSlot)] == ["ever"]
+    assert [slot.queue is None for slot in slots] == [True, True, True, False]
+    assert known.targets["r1"].in_flight == 1
+
+
 # -- choosing --------------------------------------------------------------------------------------------------------
 
 

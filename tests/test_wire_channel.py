@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -242,6 +243,17 @@ def test_a_watched_channel_delivers_by_itself(setting: Setting) -> None:
     eventually(lambda: len(listener.heard) == 3)
     assert listener.heard == messages
     assert "armed" in repr(channel)
+
+
+@WATCHING
+def test_a_deadline_arrives_as_it_was_sent(setting: Setting) -> None:
+    """Both ends have one clock, so that the time on the way counts."""
+    listener = FakeListener()
+    channel, peer = setting.open(listener)
+    setting.on_home(channel.watch)
+    sent = call(1)._replace(deadline=time.monotonic() + 1000)
+    peer.say(sent)
+    assert eventually(lambda: listener.heard) == [sent]
 
 
 @DRIVABLE

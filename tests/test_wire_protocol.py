@@ -123,6 +123,26 @@ def test_deadlines_travel_as_time_remaining(monkeypatch: pytest.MonkeyPatch) -> 
     assert call.deadline == 5000.0  # passed, but still a deadline
 
 
+def test_the_time_on_the_way_counts_on_one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = {"now": 100.0}
+    monkeypatch.setattr(protocol.time, "monotonic", lambda: clock["now"])
+    call = Call(1, PYTHON, "name", 130.0, "id", b"head", b"payload")
+    data = encode(call)
+    clock["now"] = 200.0
+    (arrived,) = decoded(Decoder(greeting=False, same_machine=True), data)
+    assert arrived == call
+    (arrived,) = decoded(Decoder(greeting=False), data)
+    assert arrived == call._replace(deadline=230.0)
+    monkeypatch.setattr(protocol, "_time_namespace", lambda: 7)  # of another container, with a clock of its own
+    (arrived,) = decoded(Decoder(greeting=False, same_machine=True), data)
+    assert arrived == call._replace(deadline=230.0)
+    clock["now"] = 50.0
+    monkeypatch.undo()
+    monkeypatch.setattr(protocol.time, "monotonic", lambda: clock["now"])
+    (arrived,) = decoded(Decoder(greeting=False, same_machine=True), data)
+    assert arrived == call._replace(deadline=80.0), "it is never longer than what was left"
+
+
 def test_a_deadline_far_away() -> None:
     (call,) = decoded(Decoder(greeting=False), encode(Call(1, PYTHON, "m", math.inf, "", b"", b"")))
     assert isinstance(call, Call)

@@ -105,7 +105,7 @@ class SocketChannel:
         self.fd = sock.fileno()
         self.listener = listener
         self._driver = driver
-        self._decoder = Decoder(greeting=greet)
+        self._decoder = Decoder(greeting=greet, same_machine=sock.family == socket.AF_UNIX)
         self._role: dict[str, threading.Lock] = {}  # the reader role, if somebody has it: `_take` and `_leave`
         self._taking_over = threading.Lock()
         self._write_lock = threading.Lock()  # guards changes of _opening, _unsent and _closed, and the order of frames

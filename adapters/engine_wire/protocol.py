@@ -1,7 +1,9 @@
 """The wire format: messages to bytes and back, without any I/O.
 
 A frame is a 13-byte header (length of the body, type, call id) and a body. Both ends open with a greeting that carries
-the protocol's version. Deadlines travel as seconds remaining, because clocks of different machines do not agree.
+the protocol's version. Deadlines travel as seconds remaining, because clocks of different machines do not agree. Those
+seconds begin when the call is read, however long it was on its way; so the deadline itself goes along, for a peer that
+has the same clock.
 
 Frames from the peer are checked for type and length before anything of them is used; only the bodies of `Control`
 are unpickled here, and those come from channels whose ends have proved who they are.
@@ -9,6 +11,8 @@ are unpickled here, and those come from channels whose ends have proved who they
 
 from __future__ import annotations
 
+import functools
+import os
 import pickle
 import struct
 import time
@@ -31,6 +35,10 @@ _header = struct.Struct("<IBQ")
 _call_head = struct.Struct("<IBQBdHHI")
 _call_fields = struct.Struct("<BdHHI")
 assert _call_fields.size == 17
+_moment = struct.Struct("<dI")
+"""Behind the fields of a call that has a deadline: that, by the sender's clock, and `_time_namespace`."""
+_MOMENT_BYTES = 12
+assert _moment.size == _MOMENT_BYTES
 _reply_head = struct.Struct("<IBQII")
 _reply_fields = struct.Struct("<II")
 _failure_head = struct.Struct("<IBQIBI")
@@ -64,15 +72,27 @@ def encode(message: Message) -> bytes:
     if isinstance(message, Call):
         call_id, kind, method, deadline, request_id, head, payload = message
         name, tag = method.encode(), request_id.encode()
-        size = 17 + len(name) + len(tag) + len(head) + len(payload)
+        size = (17 if deadline is None else 17 + _MOMENT_BYTES) + len(name) + len(tag) + len(head) + len(payload)
         if size > MAX_FRAME_BYTES:
             raise _too_large(size)
         if len(name) > _LONGEST_NAME or len(tag) > _LONGEST_NAME:
             raise InvalidArgument(f"the method's name or the request id has more than {_LONGEST_NAME} bytes")
-        left = _NO_DEADLINE if deadline is None else max(0.0, deadline - time.monotonic())
+        if deadline is None:
+            prefix = _call_head.pack(size, _CALL, call_id, kind, _NO_DEADLINE, len(name), len(tag), len(head))
+            return b"".join((prefix, name, tag, head, payload))
+        left = max(0.0, deadline - time.monotonic())
         prefix = _call_head.pack(size, _CALL, call_id, kind, left, len(name), len(tag), len(head))
-        return b"".join((prefix, name, tag, head, payload))
+        return b"".join((prefix, _moment.pack(deadline, _time_namespace()), name, tag, head, payload))
     return _encode_other(message)
+
+
+@functools.cache
+def _time_namespace() -> int:
+    """Tells processes of one machine apart whose clocks do not agree; 0 where there is no such thing."""
+    try:
+        return os.stat("/proc/self/ns/time").st_ino & 0xFFFFFFFF
+    except OSError:
+        return 0
 
 
 def _encode_other(message: Message) -> bytes:
@@ -120,6 +140,10 @@ class Decoder:
     A frame that is larger than one read is collected in a buffer of its exact size (`large`): `spare` is the part of it
     still to fill, for reads straight into it.
 
+    Args:
+        greeting: Whether the peer greets first.
+        same_machine: Whether the peer is on this machine, so that its clock is this one.
+
     Attributes:
         arrived: Bytes as they came, still to be cut; None if there are none.
         messages: Complete ones that nobody has taken yet.
@@ -128,8 +152,9 @@ class Decoder:
         filled: How much of it is there, in bytes.
     """
 
-    def __init__(self, *, greeting: bool) -> None:
+    def __init__(self, *, greeting: bool, same_machine: bool = False) -> None:
         self.greeting_due = greeting
+        self._same_machine = same_machine
         self._tail = b""
         self.arrived: bytes | None = None
         self.messages: list[Message] = []
@@ -156,7 +181,7 @@ class Decoder:
         if not (self._tail or self.messages or self.greeting_due) and len(data) >= 13:
             size, kind, call_id = _header.unpack_from(data)
             if size + 13 == len(data) and 0 < kind <= _CONTROL:  # one whole frame, as almost always
-                message = _decode(kind, call_id, data, 13, len(data))
+                message = _decode(kind, call_id, data, 13, len(data), self._same_machine)
                 # No signal handler runs between these two: there is no call.
                 self.messages, self.arrived = [message], None
                 return
@@ -177,7 +202,7 @@ class Decoder:
                 break
             position = start + size
             if kind:
-                messages.append(_decode(kind, call_id, data, start, position))
+                messages.append(_decode(kind, call_id, data, start, position, self._same_machine))
             else:
                 greeting_due = False
         tail, large = _rest(data, position)
@@ -213,7 +238,7 @@ def _rest(data: bytes, position: int) -> tuple[bytes, bytearray | None]:
     return data[position:] if rest else b"", None
 
 
-def _decode(kind: int, call_id: int, data: bytes, start: int, end: int) -> Message:
+def _decode(kind: int, call_id: int, data: bytes, start: int, end: int, same_machine: bool) -> Message:
     try:
         if kind == _REPLY:
             load, head_size = _reply_fields.unpack_from(data, start)
@@ -222,21 +247,28 @@ def _decode(kind: int, call_id: int, data: bytes, start: int, end: int) -> Messa
                 raise ValueError("fields longer than the frame")
             return _new(Reply, (call_id, load, data[start + 8 : middle], data[middle:end]))
         if kind == _CALL:
-            return _decode_call(call_id, data, start, end)
+            return _decode_call(call_id, data, start, end, same_machine)
         return _decode_other(kind, call_id, data, start, end)
     except Exception as error:  # the body of a control message may raise anything
         raise ProtocolError(f"a malformed frame of type {kind}: {error}") from error
 
 
-def _decode_call(call_id: int, data: bytes, start: int, end: int) -> Call:
+def _decode_call(call_id: int, data: bytes, start: int, end: int, same_machine: bool) -> Call:
     kind, remaining, method_size, request_id_size, head_size = _call_fields.unpack_from(data, start)
     method_at = start + 17
+    deadline = None
+    if remaining >= 0:
+        deadline = time.monotonic() + remaining
+        if same_machine:
+            moment, time_namespace = _moment.unpack_from(data, method_at)
+            if moment < deadline and time_namespace == _time_namespace():
+                deadline = moment  # the call was on its way for so long
+        method_at += _MOMENT_BYTES
     request_id_at = method_at + method_size
     head_at = request_id_at + request_id_size
     payload_at = head_at + head_size
     if payload_at > end:
         raise ValueError("fields longer than the frame")
-    deadline = None if remaining < 0 else time.monotonic() + remaining
     return _new(
         Call,
         (

@@ -255,12 +255,17 @@ class ReplicaSet:
         return waiting
 
     def next_placements(self, now: float, placed: list[Slot]) -> None:
-        """Take from the queue what can be placed now, in order, and add it to ``placed``."""
+        """Take from the queue what can be placed now, in order, and add it to ``placed``; drop what is late there."""
         while queue := self.waiting or self._timely_copies(now):
+            slot = queue[0]
+            deadline = slot.call.deadline
+            if deadline is not None and now >= deadline and queue is self.waiting:
+                slot.queue = None  # whoever waits for it looks at the clock, too, and tells its user
+                del queue[0]
+                continue
             target = self.take(now)
             if target is None:
                 return
-            slot = queue[0]
             # No signal handler runs between these: there is no call.
             slot.queue = None
             slot.target = target

@@ -5,7 +5,8 @@ a replica and is answered by exactly one `Reply` or `Failure`, or by any number 
 `Cancel` and `Credit` travel the way the call did. `Control` belongs to the channels between the controller and its
 workers and callers; calls never share a channel with it.
 
-Deadlines are absolute seconds of this process's ``time.monotonic()``; a transport carries them as time remaining.
+Deadlines are absolute seconds of this process's ``time.monotonic()``; to where other clocks
+are, a transport carries them as time remaining.
 """
 
 from __future__ import annotations

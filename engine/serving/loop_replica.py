@@ -150,6 +150,16 @@ class LoopReplica(Replica):
             loop = asyncio.get_running_loop()
             self._timers[name] = loop.call_later(self._config.batch_wait_timeout, self._start_batch, name)
 
+    def _cancel(self, job: Job) -> None:
+        super()._cancel(job)
+        name = job.call.method
+        batch = self._batches.get(name, [])
+        if job in batch:
+            batch.remove(job)
+            if not batch:
+                self._start_batch(name)
+            self._drop(job)
+
     def _start_batch(self, name: str) -> None:
         timer = self._timers.pop(name, None)
         if timer is not None:

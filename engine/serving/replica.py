@@ -257,6 +257,9 @@ class Replica:
             self._held += 1
             job = Job(channel, call)
             self._jobs[channel, call.id] = job
+            if call.deadline is not None and job.expired:  # on its way here: it is neither queued nor batched
+                self._drop(job)
+                return
             try:
                 job.method = self._user.method(call.method)
             except BaseException as error:

@@ -40,6 +40,8 @@ class Errand(NamedTuple):
         number: Of all that this source made, from 0 on.
         timeout_s: How many seconds it may take, or None.
         left_s: How many of them are left.
+        deadline: When they are over, by the clock of whoever made it.
+        node_id: Ray's id of the node with that clock.
 
     The others are those of `engine.seam.messages.Call`, and its shard key.
     """
@@ -53,6 +55,8 @@ class Errand(NamedTuple):
     shard_key: str | None
     timeout_s: float | None
     left_s: float | None
+    deadline: float | None = None
+    node_id: str = ""
 
     def packed(self) -> bytes:
         """As bytes, for `pickle.loads`."""

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from engine.calling.answers import answer_to
-from engine.calling.budget import deadline_error
+from engine.calling.budget import deadline_error, seconds_until
 from engine.calling.client import Client
 from engine.errors import EngineClosed, EngineError, NotSerializable
 from engine.seam.control_messages import Subscribe
@@ -61,6 +61,7 @@ class Courier:
         self._turns = Turns()
         self._over = asyncio.Event()  # set when the engine is gone
         connector = _OwnConnector(control_address, secret, lambda: loop.call_soon_threadsafe(self._over.set))
+        self._connector = connector
         # As an ingress is, it is waited for when routes change: a call made after that must follow them.
         try:
             request = Subscribe(ingress=True, worker_id="courier")
@@ -84,11 +85,11 @@ class Courier:
         self._held += 1
         self._idle.clear()
         try:
-            source, number, endpoint, method, head, payload, shard_key, timeout_s, left_s = pickle.loads(errand)
-            deadline = None if left_s is None else time.monotonic() + left_s
+            source, number, endpoint, method, head, payload, shard_key, timeout_s, *times = pickle.loads(errand)
+            deadline = self._deadline(*times)
             await self._turns.take(source, number)
             if lifted:
-                payload = _filled(payload, await self._wait_for(lifted, endpoint, timeout_s, left_s))
+                payload = _filled(payload, await self._wait_for(lifted, endpoint, timeout_s, deadline))
             call = Call(0, PYTHON, method, deadline, "", head, payload)
             caller = self._client.loop_caller()
             answer = await answer_to(caller, endpoint, call, timeout_s, shard_key=shard_key)
@@ -102,14 +103,21 @@ class Courier:
             return carried(answer.payload)
         raise CarriedError(answer.payload)  # a failure: only HTTP calls are answered by streams
 
+    def _deadline(self, left_s: float | None, deadline: float | None, node_id: str) -> float | None:
+        """When a call is over by the clock of this process: it may have waited for long in the actor's queue."""
+        if left_s is None:
+            return None
+        longest = time.monotonic() + left_s
+        return longest if deadline is None or node_id != self._connector.node_id() else min(longest, deadline)
+
     async def _wait_for(
-        self, refs: Sequence[Any], endpoint: str, timeout_s: float | None, left_s: float | None
+        self, refs: Sequence[Any], endpoint: str, timeout_s: float | None, deadline: float | None
     ) -> list[Any]:
         """The results of refs, unless the call's time or the engine ends before."""
         results = asyncio.ensure_future(_results_of(refs))
         over = asyncio.ensure_future(self._over.wait())
         try:
-            await asyncio.wait({results, over}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({results, over}, timeout=seconds_until(deadline), return_when=asyncio.FIRST_COMPLETED)
             if results.done():
                 return results.result()
         finally:

@@ -93,6 +93,7 @@ class RayRefs:
         """See `engine.seam.connector.PlatformRefs.start`."""
         check_connected()
         courier = self._courier or self._find_courier()
+        deadline = call.deadline
         errand = Errand(
             self._source,
             next(self._numbers),
@@ -102,7 +103,9 @@ class RayRefs:
             call.payload,
             shard_key,
             timeout_s,
-            None if call.deadline is None else max(0.0, call.deadline - time.monotonic()),
+            None if deadline is None else max(0.0, deadline - time.monotonic()),
+            deadline,
+            "" if deadline is None else self._connector.node_id(),
         ).packed()
         return courier.carry.remote(errand, lifted) if lifted else courier.carry.remote(errand)
 

@@ -267,6 +267,70 @@ def test_what_goes_on_after_the_answer_has_no_deadline(serve, gate, journal):
     assert eventually(journal.lines) == ["None None"]
 
 
+# -- queues ------------------------------------------------------------------------------------------------------------
+
+
+def by_call(served):
+    served.call("late", timeout_s=0.02)
+
+
+def by_ref(served):
+    served.engine.get(served.handle.options(timeout_s=0.02).remote("late"))
+
+
+def by_call_on_a_loop(served):
+    asyncio.run(served.ahandle.options(timeout_s=0.02).call("late"))
+
+
+def by_ref_on_a_loop(served):
+    async def call():
+        await (await served.ahandle.options(timeout_s=0.02).remote("late"))
+
+    asyncio.run(call())
+
+
+def over_http(served):
+    if served.http("POST", content=b"late", headers=limited(0.02)).status_code == 504:
+        raise errors.DeadlineExceeded
+
+
+@pytest.mark.parametrize("kind", ["sync", "async", "batched"])
+def test_what_is_late_leaves_every_queue_at_once(serve, engine, kind, gate, journal):
+    """The queue has one place: were it not free again, the next call would be refused."""
+
+    def came(request):
+        journal.add(getattr(request, "data", "late, over HTTP"))
+
+    def sync(request):
+        came(request)
+        gate.pass_through()
+
+    async def asynchronous(request):
+        came(request)
+        await gate.apass_through()
+
+    @accept_batch
+    async def batched(requests):
+        for request in requests:
+            came(request)
+        await gate.apass_through()
+        return [None] * len(requests)
+
+    backend = {"sync": sync, "async": asynchronous, "batched": batched}[kind]
+    served = serve(backend, methods=["POST"], config={"max_concurrent_queries": 1, "max_queued_requests": 1})
+    first = served.handle.remote("first")
+    gate.wait_for_arrivals(1)
+    for way in (by_call, by_ref, by_call_on_a_loop, by_ref_on_a_loop, over_http):
+        with pytest.raises(errors.DeadlineExceeded):
+            way(served)
+    assert engine.statistics()["backends"][served.tag]["queued"] == 0
+    assert not gate.is_open(), "each was told at its deadline, rather than when its turn came"
+    gate.open()
+    engine.get(first)
+    served.call("next")
+    assert journal.lines() == ["first", "next"]
+
+
 # -- over HTTP ---------------------------------------------------------------------------------------------------------
 
 
