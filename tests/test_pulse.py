@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
 import signal
 import subprocess
@@ -12,7 +13,10 @@ from typing import Any
 
 import pytest
 
+from engine import Engine
+from engine.control import pulse as pulse_module
 from engine.control.pulse import FROZEN_S, PERIOD_S, STOPPED_S, Pulse, PulseWatch
+from engine.errors import ReplicaDied
 from engine.seam.adapter import Vitals
 from engine.testing.fakes import FakeAdapter
 from engine.testing.instruments import PATIENCE_S, eventually, is_running
@@ -92,6 +96,13 @@ def test_it_is_looked_at_less_and_less_often() -> None:
 # -- asking ----------------------------------------------------------------------------------------------------------
 
 
+class Untimed(PulseWatch):
+    """Comes by when the test says so."""
+
+    def _wait(self) -> None:
+        pass
+
+
 class World(FakeAdapter):
     """An adapter whose workers answer or not, a clock, and what was ended."""
 
@@ -101,7 +112,7 @@ class World(FakeAdapter):
         self.seen: Vitals | Exception | None = IDLE
         self.looks = 0
         self.ended: list[tuple[str, str]] = []
-        self.watch = PulseWatch(self, lambda *end: self.ended.append(end), lambda worker_id: worker_id, self.clock)
+        self.watch = Untimed(self, lambda *end: self.ended.append(end), lambda worker_id: worker_id, self.clock)
 
     def clock(self) -> float:
         return self.now
@@ -135,11 +146,6 @@ def in_world(test: Callable[[World], Coroutine[Any, Any, None]]) -> Callable[[],
 
     run.__name__ = test.__name__
     return run
-
-
-@pytest.fixture(autouse=True)
-def no_timer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PulseWatch, "_wait", lambda self: None)
 
 
 @in_world
@@ -256,6 +262,28 @@ def test_how_ps_writes_times(monkeypatch: pytest.MonkeyPatch) -> None:
         told = subprocess.CompletedProcess((), 0, stdout=f"Ss+  {text}\n")
         monkeypatch.setattr(vitals_module.subprocess, "run", lambda *args, told=told, **kwargs: told)
         assert vitals_module._asked_of_ps(1) == Vitals(False, seconds)
+
+
+def test_a_replica_that_does_nothing_but_keep_the_lock_is_replaced_in_the_end(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, value in (("PERIOD_S", 0.02), ("STOPPED_S", 0.1), ("FROZEN_S", 0.4)):
+        monkeypatch.setattr(pulse_module, name, value)
+
+    def backend(request: Any) -> int:
+        if request.data:
+            ctypes.PyDLL(None).poll(None, 0, -1)  # it neither comes back nor lets go of the lock
+        return os.getpid()
+
+    with Engine(backend="local", http_options={"location": None}) as engine:
+        engine.create_backend("b", backend)
+        engine.create_endpoint("e", backend="b")
+        handle = engine.get_handle("e")
+        pid = handle.call(False)
+        with pytest.raises(ReplicaDied):
+            handle.call(True)
+        assert handle.call(False) != pid
+    assert "replica.b.1 has not answered for 0 s (its process does nothing) and was killed" in caplog.text
 
 
 PROGRAM = """

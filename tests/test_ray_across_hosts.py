@@ -138,6 +138,30 @@ def test_calls_across_nodes(cluster: Cluster, start: Callable[[Host], Process]) 
     application("shutdown")
 
 
+STOPPED_S = 5.0
+"""After which a stopped replica is found: `engine.control.pulse`."""
+
+
+def test_a_replica_that_is_stopped_on_another_node_is_replaced(
+    cluster: Cluster, start: Callable[[Host], Process]
+) -> None:
+    """No connection of it breaks, and the controller cannot see its process: a task on that node can."""
+    application = start(cluster.one)
+    application("begin", cluster.address, location=None)
+    application("serve", "far", resources={"host2": 1})
+    pid = application("call", "far", method="pid")
+    stopped = time.monotonic()
+    cluster.two.run("kill", "-STOP", str(pid))
+    with suppress(Failed):  # it had heard of the call
+        assert application("call", "far", method="pid") != pid
+    took_s = time.monotonic() - stopped
+    _log.info("a call that a stopped replica held came back after %.1f s", took_s)
+    assert took_s < STOPPED_S + BUSY_S
+    assert application("call", "far", method="pid") != pid
+    eventually(lambda: str(pid) not in engine_processes(cluster.two))
+    application("shutdown")
+
+
 # -- HTTP on every node ------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from concurrent.futures import ThreadPoolExecutor
 
@@ -58,6 +59,24 @@ def test_a_stopped_replica_is_replaced_and_its_calls_end(serve, engine, caplog, 
     scribe().flush(PATIENCE_S)
     assert f"replica.{served.tag}.1 has not answered for" in caplog.text
     assert "(its process is stopped) and was killed" in caplog.text
+
+
+def test_native_code_that_keeps_the_lock_is_left_alone(serve, caplog, quick, monkeypatch):
+    """The replica is as silent as one that is stopped, but works."""
+    monkeypatch.setattr(pulse, "FROZEN_S", 0.3)
+
+    def backend(request):
+        if request.data:
+            re.match(r"(a+)+$", "a" * request.data + "b")  # twice as long for one more letter
+        return os.getpid()
+
+    served = serve(backend, route=None)
+    pid = served.call(0)
+    letters = 22
+    while "native code that keeps Python's lock is likely the cause" not in caplog.text:
+        assert served.call(letters) == pid
+        letters += 1
+    assert served.call(0) == pid
 
 
 def test_a_stopped_ingress_is_replaced_at_its_address(own_engine, quick):
