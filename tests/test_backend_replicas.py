@@ -134,6 +134,7 @@ class Dying:
 
     def __init__(self, count: int = 4) -> None:
         self.adapter = FakeAdapter(on_kill=lambda worker_id: self.soon_gone(worker_id, "was killed"))
+        self.adapter.on_tell = self._told
         self.workers = Workers(self.adapter, self._lost)
         self.backend = replicas_of(self.adapter, self.workers, count=count)
         self.backend._announce = self._announced
@@ -148,6 +149,10 @@ class Dying:
         if self.backend.lost(worker):
             self._announced()
             self.refill()
+
+    def _told(self, worker_id: str, body: object) -> None:
+        if isinstance(body, Drain):
+            self.soon_gone(worker_id, "left")
 
     def refill(self) -> None:
         self._refills.append(asyncio.ensure_future(self.backend.refill()))
@@ -330,6 +335,51 @@ async def test_fewer_are_wanted_when_one_becomes_ready(world: Dying) -> None:
     world.become_ready("b#3")
     await until(lambda: world.adapter.killed == ["b#3"])
     assert world.in_service == ["b#2"]
+
+
+@dying(1)
+async def test_a_new_version_heals_what_does_not_start(world: Dying) -> None:
+    world.backend._restarts = SlowAfter(3)
+    world.adapter.refuses = ValueError("no model")
+    world.die("b#1")
+    await until(lambda: world.backend.state == "unhealthy")
+    world.adapter.refuses = None
+    world.adapter.on_start = world.ready_at_once
+    await world.backend.replace(world.backend.plan)
+    assert world.backend.state == "ready"
+    assert [worker.version for worker in world.backend.running] == [2]
+    assert world.backend.entry().last_error == ""
+    await until(lambda: not world.backend._dismissals)  # the former version is not tried any more
+    assert not world.backend._fills
+
+
+@dying(2)
+async def test_one_that_dies_while_a_new_version_starts_is_replaced(world: Dying) -> None:
+    replacing = asyncio.ensure_future(world.backend.replace(world.backend.plan))
+    await until(lambda: world.started[2:] == ["b#3", "b#4"])
+    world.die("b#1")
+    await until(lambda: world.started[4:] == ["b#5"])
+    world.become_ready("b#5")
+    await until(lambda: world.in_service == ["b#2", "b#5"])
+    world.become_ready("b#3")
+    world.become_ready("b#4")
+    await replacing
+    assert world.in_service == ["b#3", "b#4"]
+    assert [worker.version for worker in world.backend.running] == [2, 2]
+
+
+@dying(3)
+async def test_no_more_stay_than_are_wanted(world: Dying) -> None:
+    """One that is exchanged, and one that died, had others started for them at the same time."""
+    world.die("b#2")
+    await until(lambda: world.started[3:] == ["b#4"])
+    exchanging = asyncio.ensure_future(world.backend.replace_one(world.backend.running[0], "is old"))
+    await until(lambda: world.started[4:] == ["b#5", "b#6"])
+    for number in (4, 5, 6):
+        world.become_ready(f"b#{number}")
+    await exchanging
+    assert world.in_service == ["b#3", "b#5", "b#6"]
+    await until(lambda: len(world.workers) == 3)
 
 
 @dying(1)
