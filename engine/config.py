@@ -203,6 +203,8 @@ class HTTPOptions:
         request_timeout_s: Deadline of every HTTP request in seconds (then 504), or None. A client may shorten it by the
             header ``x-request-timeout-ms``.
         debug: Tell clients the traceback of a failed backend.
+        stall_timeout_s: Seconds for which a client may owe the next part of its request (then 408), or take nothing of
+            its answer (then the connection is broken off); or None.
         status_details: Whether ``/-/routes`` and ``/-/readyz`` tell clients the names of endpoints and backends, and
             how they are. None: only where ``host`` is a loopback address, and not where `Engine.asgi` is mounted.
         server_options: Settings of the server by name (hypercorn's: ``certfile``, ``keyfile``, ``backlog``, ...);
@@ -220,6 +222,7 @@ class HTTPOptions:
     max_body_bytes: int = 100 * 1024 * 1024
     request_timeout_s: float | None = None
     debug: bool = False
+    stall_timeout_s: float | None = 60.0
     status_details: bool | None = None
     server_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -235,6 +238,7 @@ class HTTPOptions:
         if self.request_timeout_s is not None:
             _check_seconds("http_options", "request_timeout_s", self.request_timeout_s)
         _check_switch("http_options", "debug", self.debug)
+        _check_limit("http_options", "stall_timeout_s", self.stall_timeout_s, endless=False)
         if self.status_details is not None:
             _check_switch("http_options", "status_details", self.status_details)
         if isinstance(self.middlewares, (str, bytes)) or not isinstance(self.middlewares, Sequence):

@@ -616,6 +616,7 @@ class Engine:
             self._client,
             max_body_bytes=http.max_body_bytes,
             request_timeout_s=http.request_timeout_s,
+            stall_timeout_s=http.stall_timeout_s,
             debug=http.debug,
             tells_details=bool(http.status_details),  # who can reach it is for the other application to say
         )

@@ -242,6 +242,7 @@ def test_http_takes(field: str, value: Any) -> None:
         ("request_timeout_s", -1, "a number of seconds of at least 0 (and at most a year)"),
         ("request_timeout_s", "1", "a number of seconds of at least 0 (and at most a year)"),
         ("debug", 1, "True or False"),
+        ("stall_timeout_s", 0, "a number of seconds above 0 (and at most a year), or None"),
         ("status_details", "no", "True or False"),
         ("middlewares", "cors", "a list"),
         ("middlewares", None, "a list"),

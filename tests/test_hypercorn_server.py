@@ -137,13 +137,19 @@ class Running:
 
 
 @contextlib.asynccontextmanager
-async def serving(app: App | None = None, **settings: Any) -> AsyncIterator[Running]:
+async def serving(
+    app: App | None = None, stall_timeout_s: float | None = None, **settings: Any
+) -> AsyncIterator[Running]:
     app = app or App()
     sock = socket.create_server(("127.0.0.1", 0))
     stop, started = asyncio.Event(), asyncio.Event()
     task = asyncio.ensure_future(
         HypercornServer().serve(
-            app, [sock], HTTPOptions(server_options=settings), started=started.set, stopping=stop.wait
+            app,
+            [sock],
+            HTTPOptions(stall_timeout_s=stall_timeout_s, server_options=settings),
+            started=started.set,
+            stopping=stop.wait,
         )
     )
     waiting = asyncio.ensure_future(started.wait())
@@ -302,6 +308,23 @@ async def test_headers_without_end_are_refused() -> None:
     async with serving() as server:
         data = b"GET / HTTP/1.1\r\nhost: x\r\nlong: " + b"x" * 100_000
         assert (await exchange(server, data)).startswith(b"HTTP/1.1 431")
+
+
+@pytest.mark.parametrize("framing", ["", "transfer-encoding: chunked\r\n"], ids=["plain", "full"])
+async def test_complete_heads_are_limited_as_well(framing: str) -> None:
+    async with serving() as server:
+        head = f"POST /a HTTP/1.1\r\nhost: x\r\n{framing}long: {'x' * 20_000}\r\n\r\n"
+        assert (await exchange(server, head.encode())).startswith(b"HTTP/1.1 431")
+        assert server.app.scopes == []
+
+
+@pytest.mark.parametrize("http_version", ["1.1", "1.0"], ids=["plain", "full"])
+async def test_a_client_that_takes_nothing_is_let_go(http_version: str) -> None:
+    async with serving(stall_timeout_s=0.1) as server:
+        _, writer = await server.connect()
+        writer.write(f"GET /endless HTTP/{http_version}\r\nhost: x\r\n\r\n".encode())
+        assert await asyncio.wait_for(server.app.left.get(), PATIENCE_S) == "/endless"
+        writer.close()
 
 
 async def test_expect_continue() -> None:
@@ -544,6 +567,22 @@ async def test_a_stream_over_http_2_waits_for_its_clients_window(opened: int) ->
         await client.take(1_000_000, window=True)
         await client.leave("abort")
         assert await asyncio.wait_for(server.app.left.get(), PATIENCE_S) == "/endless"
+
+
+async def test_a_stream_of_which_the_client_takes_nothing_is_reset() -> None:
+    """Its connection is busy meanwhile, and goes on."""
+    async with serving(stall_timeout_s=0.2) as server:
+        client = await Http2.ask(server, "prior knowledge")
+        await client.take(65_535, window=False)
+        client.connection.increment_flow_control_window(1_000_000)  # of the connection
+        stream_id = 1
+        while server.app.left.empty():
+            stream_id += 2
+            client.get(stream_id, "/a")
+            await client.take(len(b"hello"), window=False, stream_id=stream_id)
+        client.get(stream_id + 2, "/a")
+        await client.take(len(b"hello"), window=False, stream_id=stream_id + 2)
+        client.writer.close()
 
 
 @pytest.mark.parametrize("window", [True, False])

@@ -126,6 +126,7 @@ class Connection(asyncio.Protocol):
         """Make writers wait: the client takes less than it is given."""
         if self._writable is None:
             self._writable = self.loop.create_future()
+            self._check_taken(self._writable, None)
 
     def resume_writing(self) -> None:
         """Let writers go on."""
@@ -221,6 +222,19 @@ class Connection(asyncio.Protocol):
             self._transport.abort()
         else:
             self._timer = self.loop.call_later(_LOOK_AFTER_S, self._check_gone, left, looks)
+
+    def _check_taken(self, writable: asyncio.Future[None], size: int | None) -> None:
+        # A slow client takes a buffer at a time: it is only let go if it takes nothing at all.
+        timeout_s = self.context.stall_timeout_s
+        if timeout_s is None or self._writable is not writable or self.closing:
+            return
+        left = self._transport.get_write_buffer_size()
+        if left == size:
+            log.debug("%r took nothing for %g s", self, timeout_s)
+            self._end()
+            self._transport.abort()
+        else:
+            self.loop.call_later(timeout_s, self._check_taken, writable, left)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)

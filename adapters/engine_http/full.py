@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sized
 from typing import TYPE_CHECKING, Any
 
 import h2.errors
@@ -229,6 +229,8 @@ class _Tasks:
     def __init__(self, connection: Connection, app: ASGIApp) -> None:
         self._connection = connection
         self._app = app
+        self.loop = connection.loop
+        self.stall_timeout_s = connection.context.stall_timeout_s
 
     async def spawn_app(
         self, app: Any, config: Config, scope: Any, send: Callable[[Any], Awaitable[None]]
@@ -268,6 +270,11 @@ class _H1(H11Protocol):
     _framed_twice = False
 
     async def _create_stream(self, request: h11.Request) -> None:
+        size = len(request.target) + sum(len(name) + len(value) + 4 for name, value in request.headers)
+        if size > self.config.h11_max_incomplete_size:  # which h11 only asks of heads that are not complete
+            await self._send_error_response(431)
+            await self.send(Closed())
+            return
         names = {name for name, _ in request.headers}
         if b"transfer-encoding" in names and b"content-length" in names:
             self._framed_twice = True
@@ -323,9 +330,16 @@ class _H2(H2Protocol):
                 except h2.exceptions.ProtocolError:
                     pass  # the client was faster
                 await self._flush()
-        await super().stream_send(event)
-        if isinstance(event, (Body, Data)):
+        if not isinstance(event, (Body, Data)):
+            await super().stream_send(event)
+            return
+        buffer = self.stream_buffers.get(event.stream_id)
+        watch = _WindowWatch(self, event.stream_id, buffer.buffer if buffer is not None else b"")
+        try:
+            await super().stream_send(event)
             await self._has_room(event.stream_id)
+        finally:
+            watch.stop()
 
     async def _has_room(self, stream_id: int) -> None:
         # The sending task takes from a buffer until there is nothing to take, because it or the window is empty, and
@@ -334,6 +348,14 @@ class _H2(H2Protocol):
         while buffer is not None and len(buffer.buffer) >= BUFFER_HIGH_WATER and not buffer._complete:
             await buffer._paused.wait()
             await buffer._paused.clear()
+
+    async def let_go(self, stream_id: int) -> None:
+        """Reset a stream of which the client takes nothing."""
+        try:
+            self.connection.reset_stream(stream_id, h2.errors.ErrorCodes.CANCEL)
+        except h2.exceptions.ProtocolError:
+            pass  # the client was faster
+        await self._handle_events([h2.events.StreamReset(stream_id=stream_id)])
 
     async def _handle_events(self, events: list[h2.events.Event]) -> None:
         for event in events:
@@ -353,3 +375,36 @@ class _H2(H2Protocol):
             await buffer.close()
             self.priority.unblock(stream_id)
             await self.has_data.set()
+
+
+class _WindowWatch:
+    """Looks after one wait for a client that opens no window: its connection may be busy with other streams.
+
+    Args:
+        protocol: Of the connection.
+        stream_id: Of the stream on which an application sends.
+        buffer: What is still to be sent there; nothing is added meanwhile.
+    """
+
+    def __init__(self, protocol: _H2, stream_id: int, buffer: Sized) -> None:
+        self._protocol = protocol
+        self._stream_id = stream_id
+        self._buffer = buffer
+        self._timer: asyncio.TimerHandle | None = None
+        tasks: Any = protocol.task_group
+        if tasks.stall_timeout_s is not None:
+            self._timer = tasks.loop.call_later(tasks.stall_timeout_s, self._look, None)
+
+    def stop(self) -> None:
+        """The wait is over (idempotent)."""
+        timer, self._timer = self._timer, None
+        if timer is not None:
+            timer.cancel()
+
+    def _look(self, size: int | None) -> None:
+        left = len(self._buffer)
+        tasks: Any = self._protocol.task_group
+        if left == size:
+            tasks.spawn(self._protocol.let_go, self._stream_id)
+        else:
+            self._timer = tasks.loop.call_later(tasks.stall_timeout_s, self._look, left)

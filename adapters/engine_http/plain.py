@@ -93,7 +93,8 @@ class PlainLane:
             if len(data) > self._connection.context.config.h11_max_incomplete_size or not 65 <= data[0] <= 90:
                 self._connection.take_full_lane(data)
             return
-        matched = _HEAD.fullmatch(data, 0, end)
+        limit = self._connection.context.config.h11_max_incomplete_size
+        matched = _HEAD.fullmatch(data, 0, end) if end <= limit else None
         cycle = Cycle.of(matched, self) if matched is not None else None
         if cycle is None:
             self._connection.take_full_lane(data)

@@ -78,7 +78,7 @@ class HypercornServer:
         config = build_config(options)
         tls = tls_context(config)
         loop = asyncio.get_running_loop()
-        connections = Connections(ServerContext(app, config, loop))
+        connections = Connections(ServerContext(app, config, loop, options.stall_timeout_s))
         accepting: list[Accepting] = []
         try:
             accepting.extend(

@@ -26,16 +26,20 @@ class ServerContext:
         app: The application.
         config: Hypercorn's configuration.
         loop: The loop that every connection is served on.
+        stall_timeout_s: Seconds for which a client may take nothing of an answer, or None.
 
     Attributes:
         logs_access: Whether each answer is to be written to the access log.
         stopping: Whether each connection is to be closed after its request.
     """
 
-    def __init__(self, app: ASGIApp, config: Config, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, app: ASGIApp, config: Config, loop: asyncio.AbstractEventLoop, stall_timeout_s: float | None = None
+    ) -> None:
         self.app = app
         self.config = config
         self.loop = loop
+        self.stall_timeout_s = stall_timeout_s
         self.logs_access = config.log.access_logger is not None
         self.stopping = False
         self._common_second = 0

@@ -15,8 +15,7 @@ import asyncio
 import math
 import pickle
 import time
-from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import parse_qs
 
 from ..calling.answers import StreamSlot
@@ -30,6 +29,7 @@ from ..seam.messages import HTTP, INITIAL_CREDIT, Call, End, Failure, Item, Repl
 from .exchange import TEXT_TYPE, Exchange, printable, request_id_of
 from .failures import failure_head
 from .heads import decode_head
+from .patience import BodyTooLarge, ClientLeft, ClientStalled, Patience, read_body
 from .readiness import readiness
 from .routes import RESERVED, Match, NotFound, RouteTable, WrongMethod
 from .watch import Watch
@@ -42,8 +42,6 @@ __all__ = ["Ingress", "IngressClient"]
 
 _CREDIT_BATCH = INITIAL_CREDIT // 2
 _REFUSALS_EVERY_S = 1.0
-_LATE: Final = {"type": "engine.late"}
-"""Stands for the rest of a body that does not come in time."""
 
 _logger = Log("engine.http")
 
@@ -67,6 +65,7 @@ class Ingress:
         max_body_bytes: Larger request bodies are answered with 413.
         request_timeout_s: Seconds from the request's arrival to the first part of its answer (then 504), or None. A
             client may shorten it.
+        stall_timeout_s: Seconds for which a client may owe the next part of its request (then 408), or None.
         debug: Tell clients the traceback of a failed backend.
         tells_details: Tell clients the names of endpoints and backends, and how they are.
     """
@@ -77,12 +76,14 @@ class Ingress:
         *,
         max_body_bytes: int = 100 * 1024 * 1024,
         request_timeout_s: float | None = None,
+        stall_timeout_s: float | None = None,
         debug: bool = False,
         tells_details: bool = False,
     ) -> None:
         self._client = client
         self._max_body_bytes = max_body_bytes
         self._request_timeout_s = request_timeout_s
+        self._stall_timeout_s = stall_timeout_s
         self._debug = debug
         self._tells_details = tells_details
         # Only the loop's thread touches these.
@@ -176,31 +177,25 @@ class Ingress:
                 return
             timeout_s = given_s if timeout_s is None else min(given_s, timeout_s)
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        receive_body = receive
-        if deadline is not None and _may_have_body(scope, content_length):
-            receive_body = partial(_received_by, deadline, receive)
-
-        message = await receive_body()
-        body: bytes = message.get("body", b"")
-        if message.get("more_body", False):
-            parts = [body]
-            size = len(body)
-            while message.get("more_body", False):
-                if size > self._max_body_bytes:
-                    break
-                message = await receive_body()
-                parts.append(message.get("body", b""))
-                size += len(parts[-1])
-            body = b"".join(parts)
-        if message["type"] == "http.disconnect":
+        patience: Patience | None = None
+        if _may_have_body(scope, content_length):
+            patience = Patience(self._stall_timeout_s, deadline)
+        try:
+            body = await read_body(receive, self._max_body_bytes, patience)
+        except ClientLeft:
             return
-        if message is _LATE:
-            late = DeadlineExceeded("the request's time was over before its body was there")
-            await self._refused(late, found.endpoint_name, exchange)
-            return
-        if len(body) > self._max_body_bytes:
+        except BodyTooLarge:
             await self._too_large(exchange)
             return
+        except ClientStalled:
+            await exchange.say(408, "The rest of the request did not come.")
+            return
+        except DeadlineExceeded as late:
+            await self._refused(late, found.endpoint_name, exchange)
+            return
+        finally:
+            if patience is not None:
+                patience.stop()
 
         trimmed = trim_scope(scope)
         if found.path_params:
@@ -422,14 +417,6 @@ def _may_have_body(scope: Any, content_length: int) -> bool:
     if content_length or not str(scope.get("http_version", "")).startswith("1"):
         return True
     return any(name == b"transfer-encoding" for name, _ in scope["headers"])
-
-
-async def _received_by(deadline: float, receive: Any) -> Any:
-    """The next message of a server, or `_LATE`."""
-    try:
-        return await asyncio.wait_for(receive(), max(0.0, deadline - time.monotonic()))
-    except asyncio.TimeoutError:  # another one than TimeoutError before Python 3.11
-        return _LATE
 
 
 def _below(path: str, root_path: str) -> str:

@@ -110,6 +110,7 @@ class _Worker:
             client,
             max_body_bytes=options.max_body_bytes,
             request_timeout_s=options.request_timeout_s,
+            stall_timeout_s=options.stall_timeout_s,
             debug=options.debug,
             tells_details=options.tells_details,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -281,3 +282,17 @@ def test_requests_side_by_side_get_their_own_answers(serve):
     for thread in threads:
         thread.join()
     assert answers == {number: str(number) for number in range(100)}
+
+
+@pytest.mark.parametrize("framing", ["content-length: 10\r\n\r\nabc", "transfer-encoding: chunked\r\n\r\n3\r\nabc\r\n"])
+def test_the_rest_of_a_request_is_not_waited_for_without_end(own_engine, framing):
+    engine = own_engine(stall_timeout_s=0.1)
+    engine.create_backend("length", lambda request: str(len(request.data)))
+    engine.create_endpoint("length", backend="length", route="/length", methods=["POST"])
+    host, port = engine.http_url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        connection.sendall(f"POST /length HTTP/1.1\r\nhost: x\r\n{framing}".encode())
+        answer = b""
+        while part := connection.recv(65536):  # until it is closed
+            answer += part
+    assert answer.startswith(b"HTTP/1.1 408")

@@ -1,0 +1,93 @@
+"""How long clients are waited for, and what becomes of bodies that do not come."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from engine.errors import DeadlineExceeded
+from engine.http.patience import BodyTooLarge, ClientLeft, ClientStalled, Patience, read_body
+
+pytestmark = pytest.mark.anyio
+
+LONG_S = 3600.0
+SOON_S = 0.02
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+def client(*parts: bytes, then: str = "") -> Callable[[], Awaitable[dict[str, Any]]]:
+    """What a client sends: these parts, and then it has ended its request, "left", or falls "silent"."""
+    messages: list[dict[str, Any]] = [{"type": "http.request", "body": part, "more_body": True} for part in parts]
+    if not then:
+        messages[-1]["more_body"] = False
+    if then == "left":
+        messages.append({"type": "http.disconnect"})
+
+    async def receive() -> dict[str, Any]:
+        await asyncio.sleep(0)
+        if not messages:
+            await asyncio.Event().wait()
+        return messages.pop(0)
+
+    return receive
+
+
+async def test_a_body_comes_in_parts() -> None:
+    for patience in (None, Patience(LONG_S), Patience(None), Patience(LONG_S, time.monotonic() + LONG_S)):
+        assert await read_body(client(b"ab", b"", b"c"), 3, patience) == b"abc"
+        assert await read_body(client(b"abc"), 3, patience) == b"abc"
+        with pytest.raises(BodyTooLarge):
+            await read_body(client(b"ab", b"cd", b"e", then="silent"), 3, patience)
+        with pytest.raises(ClientLeft):
+            await read_body(client(b"ab", then="left"), 3, patience)
+
+
+@pytest.mark.parametrize("parts", [(), (b"a", b"b")])
+async def test_a_client_that_falls_silent_is_not_waited_for(parts: tuple[bytes, ...]) -> None:
+    with pytest.raises(ClientStalled, match=r"for 0\.02 s"):
+        await read_body(client(*parts, then="silent"), 10, Patience(SOON_S, time.monotonic() + LONG_S))
+    await asyncio.sleep(0)  # it was cancelled for that alone
+
+
+async def test_a_deadline_ends_the_wait() -> None:
+    with pytest.raises(DeadlineExceeded):
+        await read_body(client(b"a", then="silent"), 10, Patience(LONG_S, time.monotonic() + SOON_S))
+    with pytest.raises(DeadlineExceeded):
+        await read_body(client(b"a", then="silent"), 10, Patience(LONG_S, time.monotonic() - LONG_S))
+
+
+async def test_only_waits_count() -> None:
+    patience = Patience(SOON_S)
+    with patience:
+        pass
+    await asyncio.sleep(5 * SOON_S)
+    with patience:
+        await asyncio.sleep(0)
+    with pytest.raises(ClientStalled):
+        with patience:
+            await asyncio.Event().wait()
+
+
+async def test_who_is_cancelled_by_others_is_cancelled() -> None:
+    task = asyncio.ensure_future(read_body(client(b"a", then="silent"), 10, Patience(LONG_S)))
+    await asyncio.sleep(SOON_S)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_what_is_over_ends_nobody() -> None:
+    patience = Patience(SOON_S)
+    with patience:
+        await asyncio.sleep(0)
+    patience.stop()
+    patience.stop()
+    await asyncio.sleep(5 * SOON_S)
