@@ -86,6 +86,10 @@ class BackendConfig:
             None means any. Not looked at where replicas run in the application's own process.
         max_age_s: Seconds after which another replica takes the place of one, or up to a tenth earlier, so that not all
             are replaced at once. None means never.
+        health_check_period_s: Seconds between two calls of the backend's ``check_health``, if it has one, give or take
+            a tenth. None means that it is called only before a replica takes calls.
+        health_check_timeout_s: Seconds such a call may take; else it counts as failed.
+        health_check_threshold: Failures in a row after which a replica is replaced.
 
     Raises:
         errors.InvalidArgument: A field has the wrong type or value, at construction or when it is set; or there is no
@@ -111,6 +115,9 @@ class BackendConfig:
     max_calls_per_replica: int | None = None
     max_rss_mb: float | None = None
     max_age_s: float | None = None
+    health_check_period_s: float | None = 10.0
+    health_check_timeout_s: float = 30.0
+    health_check_threshold: int = 3
 
     def __setattr__(self, name: str, value: Any) -> None:
         _known_fields(type(self), "config", {name: value})
@@ -146,7 +153,9 @@ class BackendConfig:
         batches = self.max_batch_size, self.batch_wait_timeout
         times = self.max_call_s, self.stuck_after_s
         wear = self.max_calls_per_replica, self.max_rss_mb
-        return self.max_concurrent_queries, *batches, self.cancel_running, self.cancel_grace_s, *times, *wear
+        checks = self.health_check_period_s, self.health_check_timeout_s, self.health_check_threshold
+        cancelling = self.cancel_running, self.cancel_grace_s
+        return self.max_concurrent_queries, *batches, *cancelling, *times, *wear, *checks
 
     def concurrency(self, *, on_loop: bool) -> int:
         """``max_concurrent_queries`` with its default filled in for a sync or an async callable."""
@@ -173,6 +182,7 @@ _COUNTS = {
     "max_queued_requests": (0, True),
     "max_batch_size": (1, True),
     "max_calls_per_replica": (1, True),
+    "health_check_threshold": (1, False),
 }
 """Fields of `BackendConfig` that are integers: the least value, and whether they may be None."""
 _ENDLESS = frozenset({"cancel_grace_s", "max_queue_wait_s"})
@@ -181,7 +191,7 @@ _ENDLESS = frozenset({"cancel_grace_s", "max_queue_wait_s"})
 _SHARES = ("max_surge", "max_unavailable")
 """Fields of `BackendConfig` that are a number of replicas or a percentage of them."""
 
-_LIMITS = {"max_call_s": False, "stuck_after_s": True, "max_age_s": False}
+_LIMITS = {"max_call_s": False, "stuck_after_s": True, "max_age_s": False, "health_check_period_s": False}
 """Fields of `BackendConfig` that are positive seconds or None: whether ``math.inf`` is one of them, too."""
 
 _STUCK_AFTER_S = 60.0

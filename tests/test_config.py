@@ -48,6 +48,8 @@ NAN, INFINITY = float("nan"), float("inf")
         ("max_call_s", 0.5),
         ("stuck_after_s", None),
         ("stuck_after_s", INFINITY),
+        ("health_check_period_s", None),
+        ("health_check_threshold", 1),
     ],
 )
 def test_a_backend_takes(field: str, value: Any) -> None:
@@ -85,6 +87,8 @@ def test_a_backend_takes(field: str, value: Any) -> None:
         ("max_age_s", 0, "a number of seconds above 0 (and at most a year), or None"),
         ("max_call_s", 0, "a number of seconds above 0 (and at most a year), or None"),
         ("max_call_s", INFINITY, "a number of seconds above 0 (and at most a year), or None"),
+        ("health_check_period_s", 0, "a number of seconds above 0 (and at most a year), or None"),
+        ("health_check_threshold", 0, "an integer of at least 1"),
         ("stuck_after_s", 0, "a number of seconds above 0 (and at most a year), math.inf or None"),
         ("stuck_after_s", NAN, "a number of seconds above 0 (and at most a year), math.inf or None"),
         ("stuck_after_s", True, "a number of seconds above 0 (and at most a year), math.inf or None"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import itertools
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,12 +17,13 @@ from fakes import FakeServiceLoop, http_call, outcome, python_call, until
 from engine import accept_batch
 from engine.config import BackendConfig
 from engine.errors import DeadlineExceeded
-from engine.seam.control_messages import Unhealthy
+from engine.seam.control_messages import Drain, Unhealthy
 from engine.seam.messages import Credit, End, Failure, FailureKind, Item, Reply
 from engine.serving import blocking_replica, call_limit
 from engine.serving import watchdog as watchdog_module
 from engine.serving.blocking_replica import BlockingReplica
 from engine.serving.call_limit import CallLimit
+from engine.serving.health import Health, Look
 from engine.serving.loop_replica import LoopReplica
 from engine.serving.stacks import stack_of_thread
 from engine.serving.user_callable import UserCallable
@@ -399,6 +401,123 @@ async def test_what_a_call_returns_although_it_was_cancelled_is_its_answer(caplo
     sent = await world.ask(python_call(1))
     assert isinstance(sent[0], Reply)
     assert outcome(sent[0]) == "partly"
+
+
+# -- health ----------------------------------------------------------------------------------------------------------
+
+
+CONFIG = BackendConfig(health_check_period_s=10, health_check_timeout_s=30)
+
+
+def middling() -> float:
+    return 0.5
+
+
+def test_checks_come_a_period_after_the_last_has_ended() -> None:
+    health = Health(middling)
+    assert health.look(0.0, 0.0, CONFIG) == Look(False, False, 10.0)
+    assert health.look(4.0, 0.0, CONFIG) == Look(False, False, 6.0)
+    assert health.look(10.0, 0.0, CONFIG) == Look(True, False, 30.0)
+    health.begun(11.0)
+    assert health.ended(well=True) == 0
+    assert health.look(15.0, 0.0, CONFIG) == Look(False, False, 10.0)
+
+
+def test_checks_of_replicas_that_began_together_drift_apart() -> None:
+    assert Health(lambda: 0.0).look(0.0, 0.0, CONFIG).again_s == pytest.approx(9.0)
+    assert Health(lambda: 1.0).look(0.0, 0.0, CONFIG).again_s == pytest.approx(11.0)
+
+
+def test_a_shorter_period_rules_at_once() -> None:
+    health = Health(middling)
+    health.look(0.0, 0.0, CONFIG)
+    again_s = health.look(1.0, 0.0, CONFIG.updated({"health_check_period_s": 2})).again_s
+    assert again_s == pytest.approx(2.2)
+    assert health.look(1.0, 0.0, CONFIG.updated({"health_check_period_s": None})).again_s is None
+
+
+def test_a_check_that_cannot_begin_is_not_late() -> None:
+    """A long call is under way."""
+    health = Health(middling)
+    health.look(0.0, 0.0, CONFIG)
+    assert health.look(10.0, 0.0, CONFIG).check
+    assert health.look(1000.0, 0.0, CONFIG) == Look(False, False, 30.0)
+    health.begun(1001.0)
+    assert health.look(1030.0, 0.0, CONFIG) == Look(False, False, 1.0)
+    assert health.look(1040.0, 10.0, CONFIG) == Look(False, False, 1.0)  # it stood still for ten seconds
+    assert health.look(1041.0, 0.0, CONFIG).late
+
+
+def test_failures_are_counted_in_a_row() -> None:
+    health = Health(middling)
+    assert [health.ended(well=well) for well in (False, False, True, False)] == [1, 2, 0, 1]
+
+
+class Ill:
+    """Says so as often as it is asked."""
+
+    def check_health(self) -> None:
+        raise LookupError("lost the GPU")
+
+    def __call__(self, request: Any) -> Any:
+        return None
+
+
+def test_a_plain_replica_is_checked_between_calls() -> None:
+    world = PlainWorld(Ill, health_check_threshold=2)
+    for failures in (1, 2, 3):
+        world.look(0.0)
+        world.look(20.0)
+        assert world.replica._health.failures == failures - 1
+        world.ask()
+        assert world.replica._health.failures == failures
+        assert len(world.told) == failures - 1, "and it says so again, should nobody have acted on it"
+    assert world.told[0] == Unhealthy("is unhealthy: LookupError: lost the GPU", hung=False)
+
+
+def test_calls_that_wait_for_a_check_that_hangs_go_elsewhere(caplog: pytest.LogCaptureFixture) -> None:
+    class Hangs(Ill):
+        def check_health(self) -> None:
+            world.caller.answer(python_call(1))
+            world.look(LIMIT_S + 1)
+
+    world = PlainWorld(Hangs, max_call_s=None, health_check_timeout_s=LIMIT_S)
+    world.look(0.0)
+    world.look(20.0)
+    world.ask()
+    assert [answer.kind for answer in world.caller.sent] == [FailureKind.DRAINING]
+    assert world.told[0] == Unhealthy("has not returned from check_health within 1000 s", hung=True)
+    assert "in check_health" in caplog.text
+
+
+def test_a_replica_that_leaves_is_not_checked() -> None:
+    world = PlainWorld(Ill, max_call_s=None)
+    world.replica.control(Drain(10.0))
+    assert world.look(100.0) is None
+
+
+@on_loop
+async def test_a_check_that_keeps_the_loop_from_turning_is_told_on(caplog: pytest.LogCaptureFixture) -> None:
+    class Hangs(Ill):
+        async def __call__(self, request: Any) -> None:
+            pass
+
+        def check_health(self) -> None:
+            look(30.5)
+            assert not world.told, "a loop that turns gives it up itself"
+            look(31.5)
+
+    def look(after_s: float) -> None:
+        world.replica._look(started + after_s, 0.0)
+
+    world = LoopWorld(Hangs, stuck_after_s=math.inf)
+    started = time.monotonic()
+    look(0.0)
+    look(100.0)
+    await until(lambda: world.told)
+    assert [told.hung for told in world.told] == [True]
+    assert "since check_health began (health_check_timeout_s=30)" in world.told[0].reason
+    assert "in check_health" in caplog.text
 
 
 def test_the_stack_of_a_thread_that_has_ended() -> None:

@@ -139,7 +139,11 @@ class BlockingReplica(Replica):
     def run_next(self) -> float | None:
         """See `engine.seam.service.Service.run_next`."""
         while self._chores:
-            self._reconfigure(*self._chores.popleft())
+            number, chore = self._chores.popleft()
+            if chore is None:
+                self._check_health()
+            else:
+                self._reconfigure(number, chore)
         queue = self._queue
         while queue and queue[0].expired:
             self._drop(queue.popleft())
@@ -165,7 +169,7 @@ class BlockingReplica(Replica):
 
     # -- calls that run for too long -----------------------------------------------------------------------------------
 
-    def _is_watched(self) -> bool:
+    def _gets_on_or_not(self) -> bool:
         return self._max_call_s is not None
 
     def _running_since(self) -> float | None:
@@ -175,7 +179,7 @@ class BlockingReplica(Replica):
             return self._began
         return None if step == math.inf else step
 
-    def _look(self, now: float, late_s: float) -> float | None:
+    def _look_at_work(self, now: float, late_s: float) -> float | None:
         limit_s, since = self._max_call_s, self._running_since()
         if limit_s is None or since is None:
             return limit_s  # what begins only now is looked at before it can be late
@@ -190,11 +194,7 @@ class BlockingReplica(Replica):
 
     def _overran(self, since: float, age_s: float, limit_s: float) -> None:
         """Tell everybody, in the order that leaves nobody waiting: the log, those who called, the controller."""
-        stack = stack_of_thread(self._thread)
-        if self._loop is not None and self._loop.is_running():
-            import asyncio
-
-            stack += "".join(f"  in {task!r}:\n{stack_of_task(task)}" for task in asyncio.all_tasks(self._loop))
+        stack = self._stack()
         running = self._running()
         if self._running_since() != since:
             return  # it ended just now
@@ -203,12 +203,24 @@ class BlockingReplica(Replica):
         told = f"a call of {what}{requests} has run for {age_s:.1f} s, longer than max_call_s={limit_s:g}"
         if self._reported != since:
             self._log_where(told, stack)
-        self._reported = self._hangs = since
+        self._reported = since
+        self._say_that_it_hangs(since, f"has been in one call for {age_s:.1f} s (max_call_s={limit_s:g})")
+
+    def _say_that_it_hangs(self, since: float, reason: str) -> None:
+        self._hangs = since
         self._told_callers.clear()
         assert self._service_loop is not None
         self._service_loop.wake()  # whoever reads meanwhile calls `delayed`
         self._told_callers.wait(_LAST_WORD_S)
-        self._ask_to_be_replaced(f"has been in one call for {age_s:.1f} s (max_call_s={limit_s:g})", hung=True)
+        self._ask_to_be_replaced(reason, hung=True)
+
+    def _stack(self) -> str:
+        stack = stack_of_thread(self._thread)
+        if self._loop is not None and self._loop.is_running():
+            import asyncio
+
+            stack += "".join(f"  in {task!r}:\n{stack_of_task(task)}" for task in asyncio.all_tasks(self._loop))
+        return stack
 
     def _running(self) -> list[Job]:
         """The jobs that are being run. Any thread may ask: nothing is looked through while it may change."""
@@ -218,7 +230,7 @@ class BlockingReplica(Replica):
     def _give_up(self) -> None:
         """Answer all that is held, for what runs hangs: whoever delivers messages meanwhile does so."""
         since, self._hangs = self._hangs, None
-        if since != self._running_since():
+        if since not in (self._running_since(), self._health.began_at):
             return
         self._drain_until = self._drain_until or time.monotonic()
         running = self._running()
@@ -232,6 +244,44 @@ class BlockingReplica(Replica):
             else:
                 self._fail(job, self._too_long(f"a call of {self._name(job)}"))
         self._told_callers.set()
+
+    # -- its health ----------------------------------------------------------------------------------------------------
+
+    def first_check(self) -> None:
+        """Call ``check_health`` before there are calls, on the thread that constructed the user's object."""
+        outcome = self._user.check_health()
+        if hasattr(outcome, "__await__"):
+            self._complete(awaited(outcome))
+
+    def _ask_for_check(self) -> None:
+        self._chores.append((0, None))
+        self._wake()
+
+    def _check_health(self) -> None:
+        error = None
+        now = time.monotonic()
+        self._health.begun(now)
+        self._began, self._step_began = now, math.inf  # who waits for long goes elsewhere; it is no call, though
+        try:
+            self._run_user_code(None, self._user.check_health)
+        except BaseException as failure:
+            error = failure
+        finally:
+            self._began = None
+            self._step_began = None
+            self._told.clear()
+        self._checked(error)
+
+    def _check_hangs(self) -> None:
+        began_at = self._health.began_at
+        stack = self._stack()
+        if began_at is None or self._health.began_at != began_at:
+            return  # it returned just now
+        what = f"has not returned from check_health within {self._config.health_check_timeout_s:g} s"
+        if self._reported != began_at:
+            self._log_where(what, stack)
+        self._reported = began_at
+        self._say_that_it_hangs(began_at, what)
 
     # -- running -------------------------------------------------------------------------------------------------------
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import contextvars
 import inspect
 import math
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +55,7 @@ class LoopReplica(Replica):
     def attach(self, loop: ServiceLoop) -> None:
         """See `engine.seam.service.Service.attach`."""
         self._loop = asyncio.get_running_loop()
+        self._context = contextvars.copy_context()  # other threads, which have things begun here, have their own
         self._service_loop = loop
         mark_loop_thread()
         self._attached()
@@ -83,7 +87,7 @@ class LoopReplica(Replica):
     def _wake(self) -> None:
         if self._service_loop is not None:
             try:
-                self._loop.call_soon_threadsafe(self._on_wake)
+                self._loop.call_soon_threadsafe(self._on_wake, context=self._context)
                 self._service_loop.wake()
             except RuntimeError:
                 pass  # the loop is closed: the replica is leaving already
@@ -200,7 +204,9 @@ class LoopReplica(Replica):
 
     async def _configure(self) -> None:
         while self._chores:
-            await self._reconfigure(*self._chores.popleft())
+            number, chore = self._chores.popleft()
+            assert chore is not None  # its health is checked meanwhile
+            await self._reconfigure(number, chore)
 
     async def _reconfigure(self, number: int, chore: Reconfigure) -> None:
         error = None
@@ -271,10 +277,10 @@ class LoopReplica(Replica):
         patience_s = self._config.patience_s(on_loop=True, shares_process=self._shares_process)
         return patience_s if self._max_call_s is None else min(patience_s, self._max_call_s)
 
-    def _is_watched(self) -> bool:
+    def _gets_on_or_not(self) -> bool:
         return self._patience_s() < math.inf
 
-    def _look(self, now: float, late_s: float) -> float | None:
+    def _look_at_work(self, now: float, late_s: float) -> float | None:
         patience_s = self._patience_s()
         if patience_s == math.inf:
             self._beat_at = None
@@ -310,6 +316,59 @@ class LoopReplica(Replica):
             self._log_where(f"{f'a call of {names[0]}' if names else 'something'} {reason}", stack)
         self._reported = True
         self._ask_to_be_replaced(reason, hung=True)
+
+    # -- its health --------------------------------------------------------------------------------------------------
+
+    def _ask_for_check(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the replica has left
+            self._loop.call_soon_threadsafe(self._begin_check, context=self._context)
+
+    def _begin_check(self) -> None:
+        self._spawn(self._check_health())
+
+    async def _check_health(self) -> None:
+        self._health.begun(time.monotonic())
+        error = None
+        try:
+            outcome = self._user.check_health()
+            if inspect.isawaitable(outcome):
+                await self._in_time(outcome)
+        except BaseException as failure:
+            error = failure
+        self._checked(error)
+
+    async def _in_time(self, checking: Awaitable[Any]) -> None:
+        timeout_s = self._config.health_check_timeout_s
+        outcome: list[BaseException | None] = []
+
+        async def check() -> None:
+            try:
+                await checking
+            except BaseException as error:  # SystemExit would end the loop
+                outcome.append(error)
+            else:
+                outcome.append(None)
+
+        task = self._spawn(check())
+        try:
+            await asyncio.wait([task], timeout=timeout_s)
+        finally:
+            task.cancel()  # it is not waited for: it may not end at all
+        if not outcome:
+            raise TimeoutError(f"check_health has not returned within health_check_timeout_s={timeout_s:g}")
+        if outcome[0] is not None:
+            raise outcome[0]
+
+    def _check_hangs(self) -> None:
+        stack = stack_of_thread(self._thread)
+        if self._health.began_at is None:
+            return  # it returned just now
+        limit = f"health_check_timeout_s={self._config.health_check_timeout_s:g}"
+        what = f"has kept its event loop from turning since check_health began ({limit})"
+        if not self._reported:
+            self._log_where(what, stack)
+        self._reported = True
+        self._ask_to_be_replaced(what, hung=True)
 
     async def _between_items(self, job: Job) -> None:
         if self._limits:

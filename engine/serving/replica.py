@@ -39,6 +39,7 @@ from ..seam.log import Log
 from ..seam.messages import HTTP, INITIAL_CREDIT, Call, Cancel, Credit, End, Failure, FailureKind, Item, Message, Reply
 from ..seam.serialization import dumps, loads, loads_leniently, pack_exception, shorten_packed_exception
 from ..seam.service import ServiceLoop
+from .health import Health
 from .user_callable import Method, NoSuchMethod, UserCallable
 from .watchdog import Watchdog
 from .wear import worn_by_calls, worn_by_memory
@@ -51,6 +52,8 @@ if TYPE_CHECKING:
 __all__ = ["FAREWELL_S", "Job", "Replica", "awaited"]
 
 _logger = Log("engine.backend")
+_CHECK_MARGIN_S = 1.0
+"""A loop that turns gives a check of health up itself. If it has not by then, it does not turn."""
 FAREWELL_S = 1.0
 """How long a drained replica waits for its callers to hang up, so that no call is lost in a socket's buffer."""
 
@@ -120,13 +123,15 @@ class Replica:
         self._answered = False  # as the controller was told
         self._calls = 0  # that user code was given
         self._jobs: dict[tuple[Channel, int], Job] = {}
-        self._chores: deque[tuple[int, Reconfigure]] = deque()
+        self._chores: deque[tuple[int, Reconfigure | None]] = deque()  # None is a check of its health
         self._config_lock = threading.Lock()  # guards the next two, and what `_take` sets
         self._asked = 0  # numbers the configurations, in the order in which they came
         self._taken = 0  # the newest one taken
         self._drain_until: float | None = None
         self._drained_since: float | None = None
         self._service_loop: ServiceLoop | None = None
+        self._has_health_check = user.has_health_check
+        self._health = Health()
         self._watchdog = Watchdog(f"engine-watchdog-{replica_tag or tag}", self._look)
         self._thread: int | None = None  # the one that runs user code, from `attach` on
         self._take(0, config)
@@ -205,11 +210,55 @@ class Replica:
             self._watchdog.wake()
 
     def _is_watched(self) -> bool:
+        return self._has_health_check or self._gets_on_or_not()
+
+    def _gets_on_or_not(self) -> bool:
+        """Whether there is a time after which calls, or the loop, are taken to hang."""
         raise NotImplementedError
 
     def _look(self, now: float, late_s: float) -> float | None:
         """See `engine.serving.watchdog.Watchdog`; on its thread."""
+        again_s = self._look_at_work(now, late_s)
+        if not self._has_health_check or self._drain_until is not None:
+            return again_s
+        look = self._health.look(now, late_s, self._config, margin_s=_CHECK_MARGIN_S if self.on_loop else 0.0)
+        if look.check:
+            self._ask_for_check()
+        elif look.late:
+            self._check_hangs()
+        return min((wait for wait in (again_s, look.again_s) if wait is not None), default=None)
+
+    def _look_at_work(self, now: float, late_s: float) -> float | None:
+        """Act if what runs hangs; return in how many seconds it may."""
         raise NotImplementedError
+
+    # -- the backend's own word on its health ----------------------------------------------------------------------
+
+    def _ask_for_check(self) -> None:
+        """Have ``check_health`` called where user code runs (the watchdog's thread)."""
+        raise NotImplementedError
+
+    def _check_hangs(self) -> None:
+        """It does not return, and so nothing else runs (the watchdog's thread)."""
+        raise NotImplementedError
+
+    def _checked(self, error: BaseException | None) -> None:
+        """It returned, or raised this."""
+        failures = self._health.ended(well=error is None)
+        if error is not None:
+            threshold = self._config.health_check_threshold
+            count = f"({failures} in a row; health_check_threshold={threshold})"
+            with contextlib.suppress(BaseException):  # of the error itself, asked for its text
+                _logger.warning(
+                    "check_health() of %s failed %s: %s",
+                    self._who(),
+                    count,
+                    summary_of(error),
+                    exc_info=error if failures == 1 else None,
+                )
+            if failures >= threshold:
+                self._ask_to_be_replaced(f"is unhealthy: {summary_of(error)}", hung=False)
+        self._watchdog.wake()  # which then knows when the next one is due
 
     def _ask_to_be_replaced(self, reason: str, *, hung: bool) -> None:
         self._tell(Unhealthy(reason, hung))
@@ -220,8 +269,10 @@ class Replica:
         )
 
     def _log_where(self, what: str, stack: str) -> None:
-        where = f"replica {self._replica_tag!r}" if self._replica_tag else "a replica"
-        _logger.warning("%s of backend %r: %s. It is here:\n%s", where, self._tag, what, stack.rstrip())
+        _logger.warning("%s: %s. It is here:\n%s", self._who(), what, stack.rstrip())
+
+    def _who(self) -> str:
+        return f"{f'replica {self._replica_tag!r}' if self._replica_tag else 'a replica'} of backend {self._tag!r}"
 
     # -- the door --------------------------------------------------------------------------------------------------
 

@@ -77,7 +77,7 @@ def _live(host: WorkerHost, replica: BlockingReplica | LoopReplica) -> None:
 def _construct(
     spec: ReplicaSpec, definition: _Definition, tell: Callable[[Any], None]
 ) -> tuple[BlockingReplica, contextvars.Context]:
-    """Construct the user's object and the replica around it; ``reconfigure`` has run when this returns.
+    """Construct the user's object and the replica around it; it is configured and healthy when this returns.
 
     Returns:
         The replica, and the context variables that user code has set, for its calls to see.
@@ -99,6 +99,7 @@ def _construct(
     try:
         if spec.config.user_config is not None:
             replica.configure(spec.config.user_config)
+        replica.first_check()
     except BaseException:
         replica.close()
         raise
@@ -119,6 +120,9 @@ def _construct_on_loop(
             outcome = user.reconfigure(spec.config.user_config)
             if inspect.isawaitable(outcome):
                 await outcome
+        outcome = user.check_health()
+        if inspect.isawaitable(outcome):
+            await outcome
         return user, contextvars.copy_context()
 
     loop = new_event_loop(shares_process=spec.shares_process)

@@ -30,7 +30,7 @@ _MARK = "_engine_accept_batch"
 _LONGEST_COLLECTION_S = 1.0  # user code runs in it, and may never return
 _collecting = threading.Lock()
 LIFECYCLE = frozenset({"check_health", "close", "reconfigure", "websocket"})
-"""Methods that the engine calls, or will, and no client can."""
+"""Methods that the engine calls, or will, and no client can (``websocket`` is the one that it will)."""
 
 
 def accept_batch(function: F) -> F:
@@ -82,7 +82,7 @@ def check_servable(definition: Any) -> None:
 
     Raises:
         errors.InvalidArgument: It is neither a function, nor a class, nor an object with public methods; or the engine
-            could not call ``__init__``, ``close`` or ``reconfigure`` as its class has it.
+            could not call ``__init__``, ``close``, ``reconfigure`` or ``check_health`` as its class has it.
     """
     served = class_served(definition)
     if not callable(definition) and (served is None or not any(callable(method) for method in _methods_of(served))):
@@ -101,20 +101,22 @@ def _check_hooks(served: type, *, constructs: bool) -> None:
             f"func_or_class: __init__ {of} must be a plain def: a constructor cannot be awaited. "
             "What is to be awaited can be started there, by asyncio.create_task, or awaited by the first call"
         )
-    for name in ("close", "reconfigure"):
+    for name in ("close", "reconfigure", "check_health"):
         hook = _static(served, name)
         if _has_yield(hook):
             raise InvalidArgument(f"func_or_class: {name} {of} must not have a yield: its body would never run")
-    close = _static(served, "close")
-    if close is not None and not callable(close) and not hasattr(close, "__get__"):
-        raise InvalidArgument(f"func_or_class: close {of} must be a method, not {close!r}; give it another name")
-    if inspect.isfunction(close):
-        bound = not isinstance(inspect.getattr_static(served, "close"), staticmethod)
+    for name in ("close", "check_health"):
+        hook = _static(served, name)
+        if hook is not None and not callable(hook) and not hasattr(hook, "__get__"):
+            raise InvalidArgument(f"func_or_class: {name} {of} must be a method, not {hook!r}; give it another name")
+        if not inspect.isfunction(hook):
+            continue
+        bound = not isinstance(inspect.getattr_static(served, name), staticmethod)
         try:
-            inspect.signature(close, follow_wrapped=False).bind(*[None] * bound)
+            inspect.signature(hook, follow_wrapped=False).bind(*[None] * bound)
         except TypeError as error:
             raise InvalidArgument(
-                f"func_or_class: close {of} must need no arguments: {error}; give them defaults, or it another name"
+                f"func_or_class: {name} {of} must need no arguments: {error}; give them defaults, or it another name"
             ) from None
 
 
@@ -277,6 +279,15 @@ class UserCallable:
         if self._has_methods and inspect.getattr_static(self.subject, "close", None) is not None:
             return self.subject.close()
         return None
+
+    @property
+    def has_health_check(self) -> bool:
+        """Whether the backend has a ``check_health``."""
+        return self._has_methods and inspect.getattr_static(self.subject, "check_health", None) is not None
+
+    def check_health(self) -> Any:
+        """Call the backend's ``check_health``, if it has one; what that returned may have to be awaited."""
+        return self.subject.check_health() if self.has_health_check else None
 
     def drop(self) -> None:
         """Let go of the object, so that its ``__del__`` runs."""

@@ -38,6 +38,17 @@ def test_reconfigure_at_construction_and_on_update(serve, engine, backend):
     assert served.call() == [{"n": 1}, {"n": 2}]
 
 
+@pytest.mark.parametrize("backend", [Configured, AsyncConfigured])
+def test_reconfigure_knows_its_replica(serve, engine, backend):
+    class Backend(backend):
+        def reconfigure(self, config):
+            return super().reconfigure(get_replica_context().replica_tag)
+
+    served = serve(Backend, route=None, config={"user_config": 1})
+    engine.update_backend_config(served.tag, {"user_config": 2})
+    assert served.call() == [f"{served.tag}#1"] * 2
+
+
 def test_reconfigure_is_not_called_without_a_user_config(serve):
     assert serve(Configured, route=None).call() == []
 

@@ -1,0 +1,3 @@
+"""See `engine.testing.conformance.test_health`."""
+
+from engine.testing.conformance.test_health import *
