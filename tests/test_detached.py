@@ -543,7 +543,7 @@ async def test_a_replica_that_does_not_return_to_it_is_replaced(platform: Platfo
     one.refusal = lambda config: never if config.max_concurrent_queries == 5 else None
     with pytest.raises(ConnectionError):
         await one.controller.update_backend_config("b", {"max_concurrent_queries": 9})
-    await until(lambda: ("b#1", Drain(20.0)) in one.adapter.told)
+    await until(lambda: ("b#1", Drain(20.0, others=True)) in one.adapter.told)
     await until(lambda: one.replicas("b") == ["b#2"])
     (spec,) = [spec for spec in one.adapter.started if spec.worker_id == "b#2"]
     assert loads(spec.payload).config.max_concurrent_queries == 5
@@ -600,7 +600,8 @@ async def test_replicas_end_though_whoever_removed_them_was_interrupted(platform
             removing = asyncio.ensure_future(one.controller.update_backend_config("spare", {"num_replicas": 1}))
         else:
             removing = asyncio.ensure_future(one.controller.delete_backend("spare", force=False))
-        await until(lambda first=first: (first, Drain(0.01)) in one.adapter.told)
+        drained = Drain(0.01, others=first == "spare#2")  # a backend that is deleted has none
+        await until(lambda first=first, drained=drained: (first, drained) in one.adapter.told)
         removing.cancel()
         await asyncio.wait([removing])
     with pytest.raises(InvalidArgument, match="'spare' is still being deleted"):
@@ -616,7 +617,7 @@ async def test_what_replaced_a_backend_is_what_the_next_controller_finds(platfor
     one = await furnished(platform)
     await one.controller.create_backend(plan("b", max_queued_requests=9), replace=True)
     assert one.replicas("b") == ["b#2"]
-    await until(lambda: ("b#1", Drain(20.0)) in one.adapter.told)
+    await until(lambda: ("b#1", Drain(20.0, others=True)) in one.adapter.told)
     two = await platform.controller().started()
     assert two.replicas("b") == ["b#2"]
     assert (await two.controller.get_backend_config("b")).max_queued_requests == 9
@@ -750,7 +751,7 @@ async def test_replicas_adopted_are_replaced_changed_and_removed_like_any_other(
     await until(lambda: two.replicas("b") == ["b#2"])
     await two.controller.update_backend_config("a", {"num_replicas": 1})
     assert two.replicas("a") == ["a#1"]
-    assert ("a#2", Drain(20.0)) in two.adapter.told
+    assert ("a#2", Drain(20.0, others=True)) in two.adapter.told
     await two.controller.delete_endpoint("f")
     await two.controller.set_traffic("e", {"a": 1.0})
     await two.controller.shadow_traffic("e", "b", 0.0)

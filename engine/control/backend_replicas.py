@@ -566,7 +566,7 @@ class BackendReplicas:
     async def _see_off(self, worker: Worker, *, at_once: bool) -> None:
         if not at_once:
             await self._told()
-        await self.end([worker], at_once=at_once)
+        await self.end([worker], at_once=at_once, others=True)
 
     async def kill_all(self) -> None:
         """End every replica at once, whatever stage it is in: whoever waits for one of them hears that it is gone."""
@@ -580,19 +580,22 @@ class BackendReplicas:
         """The replicas that have been ready and are not gone: in service, or about to leave."""
         return [*self.running, *self._leaving.difference(self.running)]
 
-    async def end(self, leaving: list[Worker], *, at_once: bool = False, grace_s: float | None = None) -> None:
+    async def end(
+        self, leaving: list[Worker], *, at_once: bool = False, grace_s: float | None = None, others: bool = False
+    ) -> None:
         """End replicas that are out of service: when they have finished what they hold, or ``at_once``.
 
         Args:
             leaving: The replicas.
             at_once: Let them finish nothing.
             grace_s: Seconds that they get at most, if less than the configuration grants.
+            others: There are others, or will be, to take what they have not begun.
         """
         granted_s = self.config.graceful_shutdown_timeout_s
         timeout_s = 0.0 if at_once else granted_s if grace_s is None else min(grace_s, granted_s)
         self._leaving.update(leaving)
         try:
-            await asyncio.gather(*[self._workers.drain(worker, timeout_s) for worker in leaving])
+            await asyncio.gather(*[self._workers.drain(worker, timeout_s, others=others) for worker in leaving])
         finally:
             self._leaving.difference_update(leaving)
 

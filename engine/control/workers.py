@@ -222,14 +222,20 @@ class Workers:
             if worker.watched:
                 self._adapter.kill_worker(worker.spec.worker_id)
 
-    async def drain(self, worker: Worker, timeout_s: float) -> None:
-        """Let a worker finish what it holds and leave; kill it if it takes longer than ``timeout_s`` seconds."""
+    async def drain(self, worker: Worker, timeout_s: float, *, others: bool = False) -> None:
+        """Let a worker finish what it holds and leave; kill it if it takes longer than ``timeout_s`` seconds.
+
+        Args:
+            worker: The worker.
+            timeout_s: Seconds.
+            others: There are others, or will be, to take what it has not begun.
+        """
         if not timeout_s:
             await self.kill(worker)
         elif worker.life is not Life.GONE:
             if worker.life is not Life.DRAINING:
                 worker.move(Life.DRAINING)
-            self._adapter.tell(worker.spec.worker_id, Drain(timeout_s))
+            self._adapter.tell(worker.spec.worker_id, Drain(timeout_s, others))
             try:
                 await asyncio.wait_for(worker.gone.wait(), timeout_s + _EXIT_MARGIN_S)
             except (asyncio.TimeoutError, TimeoutError):

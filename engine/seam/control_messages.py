@@ -97,9 +97,14 @@ class Reconfigured(NamedTuple):
 
 
 class Drain(NamedTuple):
-    """Controller: take no more work, finish what you hold within ``timeout_s`` seconds and leave."""
+    """Controller: take no more work, finish what you hold within ``timeout_s`` seconds and leave.
+
+    Attributes:
+        others: There are others like you, or will be: hand back to them what you have not begun.
+    """
 
     timeout_s: float
+    others: bool = False
 
 
 class Drained(NamedTuple):

@@ -119,11 +119,13 @@ class BlockingReplica(Replica):
         """See `engine.seam.service.Service.delayed`."""
         if self._hangs is not None:
             self._give_up()
+        elif self._hands_over:
+            self._hand_over()
         elif self._began is not None:
             self._hand_back()
 
     def _hand_back(self) -> None:
-        """Let callers take elsewhere what waits for a long call; not while leaving, when all others may be gone."""
+        """Let callers take elsewhere what waits for a long call; not while leaving, when there may be no others."""
         if self._drain_until is not None:
             return
         kept: deque[Job] = deque()
@@ -136,8 +138,16 @@ class BlockingReplica(Replica):
             self._told.add(job.channel)
             self._finish(job, Failure(job.call.id, 0, FailureKind.BUSY, b"", b""))
 
+    def _hand_over(self) -> None:
+        """Let others take whatever has not begun."""
+        queue, self._queue = self._queue, deque()
+        for job in queue:
+            self._finish(job, Failure(job.call.id, 0, FailureKind.DRAINING, b"", b""))
+
     def run_next(self) -> float | None:
         """See `engine.seam.service.Service.run_next`."""
+        if self._hands_over:
+            self._hand_over()
         while self._chores:
             number, chore = self._chores.popleft()
             if chore is None:
@@ -234,9 +244,7 @@ class BlockingReplica(Replica):
             return
         self._drain_until = self._drain_until or time.monotonic()
         running = self._running()
-        queue, self._queue = self._queue, deque()
-        for job in queue:
-            self._finish(job, Failure(job.call.id, 0, FailureKind.DRAINING, b"", b""))
+        self._hand_over()
         for job in running:
             job.cancelled = True
             if job is self._streaming:
@@ -494,6 +502,8 @@ class BlockingReplica(Replica):
 
     def _give_way(self) -> float | None:
         """Hand back what waits for a stream that has become long, be its steps short; or say in how long it will be."""
+        if self._hands_over:
+            self._hand_over()
         if self._gave_way or self._began is None:
             return None
         remaining_s = self._began + _LONG_S - time.monotonic()

@@ -129,6 +129,7 @@ class Replica:
         self._taken = 0  # the newest one taken
         self._drain_until: float | None = None
         self._drained_since: float | None = None
+        self._hands_over = False  # others are to take what has not begun
         self._service_loop: ServiceLoop | None = None
         self._has_health_check = user.has_health_check
         self._health = Health()
@@ -170,6 +171,7 @@ class Replica:
             self._wake()
         elif isinstance(body, Drain):
             self._drain_until = time.monotonic() + body.timeout_s
+            self._hands_over = self._hands_over or body.others
             self._wake()
 
     def _say_worn(self, why: str) -> None:

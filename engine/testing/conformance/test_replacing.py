@@ -80,11 +80,13 @@ def test_what_is_held_is_finished_by_the_old_code(engine, serve, gate):
     served = serve(held, route=None)
     ref = served.handle.remote()
     gate.wait_for_arrivals(1)
+    waiting = [served.handle.remote() for _ in range(3)]
     with ThreadPoolExecutor(1) as pool:
         replacing = pool.submit(engine.create_backend, served.tag, new, replace=True)
         shown = partial(_replicas, engine, served.tag)
         eventually(lambda: shown().get(f"{served.tag}#2") == "ready")  # before that, calls queue up behind the first
         assert served.call() == "new"
+        assert engine.get(waiting, timeout=20) == ["new"] * 3, "the old one hands back what it has not begun"
         gate.open()
         replacing.result(60)
     assert engine.get(ref, timeout=20) == "old"
