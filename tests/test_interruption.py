@@ -177,7 +177,10 @@ def test_wherever_the_signal_comes_it_strikes_user_code_alone(kind: str) -> None
 
     class Backend:
         def call(self) -> int:
-            return len([number for number in range(3)])
+            total = 0
+            for number in range(10):
+                total += abs(number)
+            return total
 
         @accept_batch
         def batch(self, items: list[Any]) -> Any:
@@ -231,7 +234,8 @@ def test_wherever_the_signal_comes_it_strikes_user_code_alone(kind: str) -> None
             check(caller, whole=True)
             if not where:
                 break
-        assert 5 < hit < place < 4999
+        assert hit
+        assert place < 4999
     finally:
         replica.close()
 

@@ -37,21 +37,27 @@ class Streamed:
     the call's error; one after it breaks the answer off. To be iterated once, either way.
 
     Attributes:
-        ordinary: The iterator is one of plain code: a step of it awaits nothing.
+        step: How an ordinary iterator is asked for its next item; by default with `next`.
         background: What the response wants to have run once the answer is out. Known when the iteration has ended.
     """
 
     def __init__(self, source: Any, *, response: bool = False) -> None:
         self._source = source
         self._response = response
-        self.ordinary = not response and not isinstance(source, AsyncIterator)
+        self._ordinary = not response and not isinstance(source, AsyncIterator)
         self.background: Background | None = None
+        self.step: Callable[[Iterator[Any]], Any] = next
 
     def _iterate(self) -> Generator[Part, None, None]:
         source: Iterator[Any] = self._source
         try:
+            items = iter(source)
             first = True
-            for item in source:
+            while True:
+                try:
+                    item = self.step(items)
+                except StopIteration:
+                    break
                 yield _part(item, first=first)
                 first = False
             if first:
@@ -68,7 +74,7 @@ class Streamed:
         """
         if self._response:
             parts = self._of_response(scope)
-        elif self.ordinary:
+        elif self._ordinary:
             parts = self._in_thread() if on_loop else self._of_iterator()
         else:
             parts = self._of_async_iterator()

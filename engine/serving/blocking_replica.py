@@ -11,7 +11,8 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..calling.budget import Budget, running_budget
@@ -435,31 +436,39 @@ class BlockingReplica(Replica):
             self._began = self._streaming = None  # in this order: the call is not one of a single long step
             self._step_began = None
 
-    async def _outside(self, step: Awaitable[Any], work: Job | None = None) -> Any:
-        loop = self._service_loop
+    def _stream(self, job: Job, streamed: Any) -> Coroutine[Any, Any, None]:
+        streamed.step = partial(self._next_item, job)
+        return super()._stream(job, streamed)
+
+    def _next_item(self, job: Job, source: Iterator[Any]) -> Any:
         interrupter = self.interrupter
+        try:
+            interrupter.open = job
+            item = next(source)
+        finally:
+            interrupter.open = None
+        return item
+
+    async def _outside(self, step: Awaitable[Any]) -> Any:
+        loop = self._service_loop
         assert loop is not None
         self._step_began = time.monotonic()
         loop.step_out()
         try:
-            try:
-                interrupter.open = work
-                return await step
-            finally:
-                interrupter.open = None
+            return await step
         finally:
             loop.step_in()
             self._step_began = math.inf
             del step  # what it raised knows this frame: they would keep each other in memory
 
-    async def _next_part(self, job: Job, parts: AsyncGenerator[Part, None], *, plain: bool) -> Part | None:
+    async def _next_part(self, job: Job, parts: AsyncGenerator[Part, None]) -> Part | None:
         import asyncio
 
         task = job.task = asyncio.current_task()
-        if job.cancelled and not plain and task is not None:
+        if job.cancelled and task is not None:
             task.cancel()
         try:
-            return await self._outside(anext(parts, None), job if plain else None)  # type: ignore[no-any-return]
+            return await self._outside(anext(parts, None))  # type: ignore[no-any-return]
         finally:
             job.task = None
 

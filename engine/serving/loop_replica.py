@@ -225,7 +225,7 @@ class LoopReplica(Replica):
             self._step_begins()
         return step
 
-    def _next_part(self, job: Job, parts: AsyncGenerator[Part, None], *, plain: bool) -> Awaitable[Part | None]:
+    def _next_part(self, job: Job, parts: AsyncGenerator[Part, None]) -> Awaitable[Part | None]:
         if self._limits:
             self._step_begins()
         return anext(parts, None)

@@ -444,7 +444,7 @@ class Replica:
         try:
             with Budget(call.deadline) as budget:  # to the first part of the answer
                 try:
-                    while (part := await self._next_part(job, parts, plain=streamed.ordinary)) is not None:
+                    while (part := await self._next_part(job, parts)) is not None:
                         head, chunk = part
                         await self._between_items(job)
                         if job.cancelled:
@@ -481,11 +481,8 @@ class Replica:
         """A step of user code, to be awaited; other calls are refused and cancelled meanwhile."""
         raise NotImplementedError
 
-    def _next_part(self, job: Job, parts: AsyncGenerator[Part, None], *, plain: bool) -> Awaitable[Part | None]:
-        """As `_outside`: the next part of a job's stream, or None; cancelling the job interrupts it where it awaits.
-
-        If it is ``plain`` user code that is asked for it, nothing is awaited.
-        """
+    def _next_part(self, job: Job, parts: AsyncGenerator[Part, None]) -> Awaitable[Part | None]:
+        """As `_outside`: the next part of a job's stream, or None; cancelling the job interrupts it where it awaits."""
         raise NotImplementedError
 
     async def _between_items(self, job: Job) -> None:
