@@ -116,6 +116,33 @@ async def test_a_second_ready_changes_nothing(world: World) -> None:
     assert worker.exit_reason == "was killed by SIGKILL"
 
 
+@on_loop
+async def test_one_that_is_ended_for_its_silence_has_died(world: World) -> None:
+    worker = await world.ready()
+    world.workers.end_silent("w#1", "has not answered for 4 s (its process is stopped)")
+    await worker.gone.wait()
+    assert world.adapter.killed == ["w#1"]
+    assert world.exits == [worker]
+    assert worker.exit_reason == "has not answered for 4 s (its process is stopped) and was killed"
+    world.workers.end_silent("w#1", "is gone already")
+
+
+@on_loop
+async def test_whatever_a_worker_says_is_an_answer_but_for_what_it_printed(world: World) -> None:
+    """It may come back on another channel than the one on which it was asked."""
+    await world.ready()
+    pulse = world.workers._pulses._pulses["w#1"]
+    assert pulse.ask()
+    world.say(LogLine(logging.INFO, "stdout", "some time ago"))
+    assert not pulse.ask()
+    for body in (Pong(1, 0), Ready("fake:w"), Drained()):
+        world.say(body)
+        assert pulse.ask()
+    worker = world.workers.get("w#1")
+    assert worker is not None
+    await world.workers.kill(worker)
+
+
 # -- starts that fail ------------------------------------------------------------------------------------------------
 
 

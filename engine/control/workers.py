@@ -18,7 +18,6 @@ from ..seam.control_messages import (
     Drain,
     Drained,
     LogLine,
-    Pong,
     Ready,
     Reconfigure,
     Reconfigured,
@@ -284,16 +283,17 @@ class Workers:
         if worker is None:
             return
         if isinstance(body, LogLine):
-            self._log(worker, body)
-        elif isinstance(body, Ready):
+            self._log(worker, body)  # which may have been in a pipe for long
+            return
+        # Whatever it says, it is there. One that has come back on another channel was asked on the former.
+        self._pulses.answered(worker_id)
+        if isinstance(body, Ready):
             if worker.life is Life.STARTING:
                 worker.move(Life.READY)
                 worker.address = body.address
                 worker.ready_at = time.monotonic()
                 worker.ready.set()
                 self._pulses.add(worker_id)
-        elif isinstance(body, Pong):
-            self._pulses.answered(worker_id)
         elif isinstance(body, Answered):
             worker.answered = True
         elif isinstance(body, Drained):

@@ -15,6 +15,7 @@ from typing import Any
 from engine.seam.adapter import Vitals
 from engine.seam.log import Log
 from engine_wire import SocketChannel, look_at, process_behind
+from engine_wire.vitals import vitals_of
 
 from ..link.connection import check_connected
 from ..working.bodies import Hello
@@ -51,10 +52,15 @@ class Process:
         return vitals
 
     def kill_if_stopped(self) -> None:
-        """End it if it was stopped when it was looked at last. Ray asks it to end, and takes 5 s to find that vain."""
-        if self._stopped and self._here is not None:
-            with contextlib.suppress(OSError):
-                os.kill(self._here, signal.SIGKILL)
+        """End it if it is stopped: Ray asks it to end, and takes 5 s to find that vain.
+
+        On another node, the last look tells whether it is.
+        """
+        if self._here is not None:
+            vitals = vitals_of(self._here)
+            if vitals is not None and vitals.stopped:
+                with contextlib.suppress(OSError):
+                    os.kill(self._here, signal.SIGKILL)
         elif self._stopped and self._killing is None:
             self._killing = asyncio.get_running_loop().run_in_executor(None, _kill_on_node, self._node_id, self._pid)
 

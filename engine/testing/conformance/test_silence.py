@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -59,6 +60,20 @@ def test_a_stopped_replica_is_replaced_and_its_calls_end(serve, engine, caplog, 
     scribe().flush(PATIENCE_S)
     assert f"replica.{served.tag}.1 has not answered for" in caplog.text
     assert "(its process is stopped) and was killed" in caplog.text
+
+
+def test_a_replica_that_is_stopped_while_it_starts_takes_no_longer_than_any(engine):
+    class Backend:
+        def __init__(self):
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+        def __call__(self, request):
+            return "never"
+
+    started = time.monotonic()
+    with pytest.raises(errors.BackendStartError, match="start_timeout_s=1; it was killed"):
+        engine.create_backend("stopped", Backend, config={"start_timeout_s": 1})
+    assert time.monotonic() - started < 5, "its end was waited for"
 
 
 def test_native_code_that_keeps_the_lock_is_left_alone(serve, caplog, quick, monkeypatch):
