@@ -6,14 +6,16 @@ import contextvars
 import pickle
 import threading
 import time
+import weakref
 
 import pytest
 from fakes import a_call
 
-from engine import remaining_s
+from engine import Engine, remaining_s
 from engine.calling.budget import NO_LIMIT, Budget, Remainder, deadline_error, limit_of, running_budget
 from engine.calling.ref import Ref
-from engine.errors import EngineClosed
+from engine.errors import Cancelled, DeadlineExceeded, EngineClosed
+from engine.testing.instruments import PATIENCE_S, Gate, eventually
 
 LONG_S = 1000.0
 
@@ -96,3 +98,28 @@ def test_threads_without_the_context_have_no_budget():
             thread.join()
     assert told[0] is None
     assert told[1] > 0
+
+
+@pytest.mark.parametrize("how", ["late", "cancelled"])
+def test_a_call_that_waits_for_a_ref_leaves_nothing_there(how, tmp_path):
+    class Large:
+        pass
+
+    gate = Gate(tmp_path / "gate")
+    with Engine(backend="inline", http_options={"location": None}) as engine:
+        engine.create_backend("b", lambda request: gate.pass_through())
+        engine.create_endpoint("b", backend="b")
+        handle = engine.get_handle("b")
+        pending = handle.remote()
+        large = Large()
+        kept = weakref.ref(large)
+        ref = handle.options(timeout_s=0.02 if how == "late" else None).remote(pending, large=large)
+        del large
+        if how == "cancelled":
+            ref.cancel()
+        with pytest.raises(DeadlineExceeded if how == "late" else Cancelled):
+            ref.result(PATIENCE_S)
+        assert not pending.done()
+        eventually(lambda: kept() is None)
+        gate.open()
+        assert pending.result(PATIENCE_S) is None

@@ -265,6 +265,37 @@ async def test_calls_given_up_do_not_come_with_the_batch() -> None:
 
 
 @on_loop
+async def test_a_batch_is_cancelled_once_all_of_its_calls_are() -> None:
+    began: list[int] = []
+    cancelled: list[int] = []
+
+    async def waits(requests: list[Any]) -> list[Any]:
+        began.append(len(requests))
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            cancelled.append(len(requests))
+            raise
+        return []
+
+    world = World(accept_batch(waits), max_batch_size=2, batch_wait_timeout=1000.0)
+    world.caller.answer(python_call(1))
+    world.caller.answer(python_call(2))
+    await until(lambda: began)
+    world.caller.answer(Cancel(1))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert cancelled == [], "the other one still waits for it"
+    assert len(await world.ask(Cancel(2), answers=2)) == 2
+    assert (began, cancelled) == ([2], [2])
+    assert not world.replica._running
+    answers = await world.ask(python_call(1), python_call(2), Cancel(1), Cancel(2), answers=2)
+    assert [type(outcome(answer)) for answer in answers] == [DeadlineExceeded] * 2
+    assert began == [2], "given up between its start and its first step"
+    assert world.held.startswith("0/")
+
+
+@on_loop
 async def test_a_call_that_a_batch_waits_for_no_longer_is_answered_at_once() -> None:
     world = World(double_all, max_batch_size=2, batch_wait_timeout=1000.0)
     (answer,) = await world.ask(python_call(1, 1), Cancel(1))

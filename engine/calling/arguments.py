@@ -128,8 +128,12 @@ def resolved(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
     return _filled(args, kwargs, _is_own_ref, (ref.result(0) for ref in refs_in(args, kwargs)))
 
 
-def when_all_done(refs: list[Ref], action: Callable[[], object]) -> None:
-    """Do something once all refs are done, in the thread that learns of the last one."""
+def when_all_done(refs: list[Ref], action: Callable[[], object]) -> Callable[[], None]:
+    """Do something once all refs are done, in the thread that learns of the last one.
+
+    Returns:
+        What makes the refs forget it (idempotent).
+    """
     lock = threading.Lock()
     missing = len(refs)
 
@@ -141,5 +145,10 @@ def when_all_done(refs: list[Ref], action: Callable[[], object]) -> None:
         if last:
             action()
 
+    def forget() -> None:
+        for ref in refs:
+            ref.drop_done_callback(one_done)
+
     for ref in refs:
         ref.add_done_callback(one_done)
+    return forget

@@ -314,7 +314,8 @@ class Handle(_BaseHandle, Generic[T_co]):
         ref = Ref(caller, self._endpoint)
         pending = refs_in(args, kwargs)
         if pending:
-            when_all_done(pending, lambda: self._start_resolved(caller, ref, args, kwargs, deadline))
+            forget = when_all_done(pending, lambda: self._start_resolved(caller, ref, args, kwargs, deadline))
+            ref.add_done_callback(lambda _: forget())  # given up or late: the other arguments may be large
         else:
             self._start(caller, ref, args, kwargs, deadline)
         self._expire(ref, limit)

@@ -45,6 +45,7 @@ class LoopReplica(Replica):
         self.event_loop = event_loop
         self._loop: asyncio.AbstractEventLoop  # asyncio's, from `attach` on
         self._batches: dict[str, list[Job]] = {}
+        self._running: dict[Job, tuple[asyncio.Task[None], list[Job]]] = {}  # what is in batches that run
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._tasks: set[asyncio.Task[None]] = set()  # the loop itself holds tasks weakly
         self._configuring: asyncio.Task[None] | None = None  # does the chores, one after the other
@@ -156,6 +157,11 @@ class LoopReplica(Replica):
 
     def _cancel(self, job: Job) -> None:
         super()._cancel(job)
+        if job in self._running:
+            task, together = self._running[job]
+            if all(other.cancelled for other in together):
+                task.cancel()
+            return
         name = job.call.method
         batch = self._batches.get(name, [])
         if job in batch:
@@ -181,9 +187,15 @@ class LoopReplica(Replica):
     async def _run_batch(self, jobs: list[Job]) -> None:
         method = jobs[0].method
         assert method is not None
-        jobs, items = self._batch_items(jobs)
+        for job in jobs:
+            if job.cancelled:  # since it was started
+                self._drop(job)
+        jobs, items = self._batch_items([job for job in jobs if not job.cancelled])
         if not jobs:
             return
+        task = asyncio.current_task()
+        assert task is not None
+        self._running.update(dict.fromkeys(jobs, (task, jobs)))
         try:
             with Budget(last_of(job.call.deadline for job in jobs)):
                 results = method.function(items)
@@ -196,6 +208,9 @@ class LoopReplica(Replica):
             for job in jobs:
                 self._fail(job, error)
             return
+        finally:
+            for job in jobs:
+                self._running.pop(job, None)
         for job, rest in self._spread(jobs, results):
             try:
                 await rest

@@ -217,6 +217,34 @@ def test_a_batch_is_stopped_once_nobody_wants_any_of_it(serve, adapter, journal)
     assert journal.lines() == ["2", "ends"]
 
 
+def test_an_async_batch_is_cancelled_once_nobody_wants_any_of_it(serve, journal):
+    @accept_batch
+    async def batched(requests):
+        journal.add(len(requests))
+        try:
+            await asyncio.Event().wait()
+        finally:
+            journal.add("ends")
+
+    config = {"max_batch_size": 2, "batch_wait_timeout": 20.0, "max_concurrent_queries": 2}
+    served = serve(batched, route=None, config=config)
+
+    async def main():
+        first, second = (asyncio.ensure_future(served.ahandle.call(1)) for _ in range(2))
+        await asyncio.to_thread(eventually, journal.lines)
+        first.cancel()
+        await asyncio.wait([first])
+        await asyncio.wait([second], timeout=0.05)
+        assert journal.lines() == ["2"], "the other one still waits for it"
+        second.cancel()
+        await asyncio.to_thread(eventually, lambda: journal.lines() == ["2", "ends"])
+        limited = served.ahandle.options(timeout_s=0.05)
+        late = await asyncio.gather(*(limited.call(2) for _ in range(2)), return_exceptions=True)
+        assert [type(error) for error in late] == [errors.DeadlineExceeded] * 2
+
+    asyncio.run(main())
+
+
 def test_what_has_not_begun_never_begins(serve, journal, gate):
     def backend(request):
         journal.add(request.data)
