@@ -210,6 +210,8 @@ class HTTPOptions:
             callables that take the application and return one.
         workers: Ingress processes per node, sharing the port.
         max_body_bytes: Larger request bodies are answered with 413.
+        max_bodies_bytes: Bytes that the bodies of all requests which a server process holds may have together; while
+            there is no room, requests are answered with 503. At least ``max_body_bytes`` in any case.
         request_timeout_s: Deadline of every HTTP request in seconds (then 504), or None. A client may shorten it by the
             header ``x-request-timeout-ms``.
         debug: Tell clients the traceback of a failed backend.
@@ -230,6 +232,7 @@ class HTTPOptions:
     middlewares: Sequence[Any] = ()
     workers: int = 1
     max_body_bytes: int = 100 * 1024 * 1024
+    max_bodies_bytes: int = 512 * 1024 * 1024
     request_timeout_s: float | None = None
     debug: bool = False
     stall_timeout_s: float | None = 60.0
@@ -245,6 +248,7 @@ class HTTPOptions:
         _check_integer("http_options", "port", self.port, 0, most=65535)
         _check_integer("http_options", "workers", self.workers, 1)
         _check_integer("http_options", "max_body_bytes", self.max_body_bytes, 0)
+        _check_integer("http_options", "max_bodies_bytes", self.max_bodies_bytes, 0)
         if self.request_timeout_s is not None:
             _check_seconds("http_options", "request_timeout_s", self.request_timeout_s)
         _check_switch("http_options", "debug", self.debug)

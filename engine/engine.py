@@ -615,6 +615,7 @@ class Engine:
         ingress = Ingress(
             self._client,
             max_body_bytes=http.max_body_bytes,
+            max_bodies_bytes=http.max_bodies_bytes,
             request_timeout_s=http.request_timeout_s,
             stall_timeout_s=http.stall_timeout_s,
             debug=http.debug,

@@ -614,6 +614,29 @@ async def test_a_call_is_given_up_while_its_answer_waits_to_be_sent() -> None:
 # -- its own routes, draining, other scopes ------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("announced", [True, False])
+async def test_bodies_are_held_until_they_are_answered(announced: bool) -> None:
+    client, app = make(max_bodies_bytes=10, max_body_bytes=10)
+    body: Any = b"123456"
+
+    async def parts() -> Any:
+        yield body
+
+    def content() -> Any:
+        return body if announced else parts()
+
+    async with http(app) as browser:
+        first = asyncio.ensure_future(browser.post("/echo", content=content()))
+        call = await client.calls.get()
+        refused = await browser.post("/echo", content=content())
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+        call.reply("done")
+        assert (await first).text == "done"
+        again = asyncio.ensure_future(browser.post("/echo", content=content()))
+        (await client.calls.get()).reply("again")
+        assert (await again).text == "again"
+
+
 async def test_a_flood_of_refusals_is_logged_once_a_second(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
-from engine.errors import DeadlineExceeded
-from engine.http.patience import BodyTooLarge, ClientLeft, ClientStalled, Patience, read_body
+from engine.errors import DeadlineExceeded, Overloaded
+from engine.http.bodies import BodyTooLarge, Budget, Claim, ClientLeft
+from engine.http.bodies import read_body as read_claimed
+from engine.http.patience import ClientStalled, Patience
 
 pytestmark = pytest.mark.anyio
 
@@ -38,6 +40,10 @@ def client(*parts: bytes, then: str = "") -> Callable[[], Awaitable[dict[str, An
         return messages.pop(0)
 
     return receive
+
+
+async def read_body(receive: Any, most_bytes: int, patience: Patience | None) -> bytes:
+    return await read_claimed(receive, most_bytes, Claim(Budget(1000)), patience)
 
 
 async def test_a_body_comes_in_parts() -> None:
@@ -91,3 +97,18 @@ async def test_what_is_over_ends_nobody() -> None:
     patience.stop()
     patience.stop()
     await asyncio.sleep(5 * SOON_S)
+
+
+async def test_bodies_together_have_a_budget() -> None:
+    budget = Budget(10)
+    first, second = Claim(budget), Claim(budget)
+    first.grow_to(6)
+    assert await read_claimed(client(b"abc", b"def"), 10, first, None) == b"abcdef"
+    assert budget.held_bytes == 6
+    with pytest.raises(Overloaded, match="take 9 of max_bodies_bytes=10"):
+        await read_claimed(client(b"abc", b"def"), 10, second, None)
+    for _ in range(2):
+        second.release()
+        assert budget.held_bytes == 6
+    first.release()
+    assert await read_claimed(client(b"0123456789"), 10, second, None) == b"0123456789"

@@ -26,10 +26,11 @@ from ..seam.http_request import trim_scope
 from ..seam.ingress_server import StreamBroken
 from ..seam.log import Log
 from ..seam.messages import HTTP, INITIAL_CREDIT, Call, End, Failure, Item, Reply
+from .bodies import BodyTooLarge, Budget, Claim, ClientLeft, read_body
 from .exchange import TEXT_TYPE, Exchange, printable, request_id_of
 from .failures import failure_head
 from .heads import decode_head
-from .patience import BodyTooLarge, ClientLeft, ClientStalled, Patience, read_body
+from .patience import ClientStalled, Patience
 from .readiness import readiness
 from .routes import RESERVED, Match, NotFound, RouteTable, WrongMethod
 from .watch import Watch
@@ -63,6 +64,7 @@ class Ingress:
     Args:
         client: Gives the routing snapshot and the caller.
         max_body_bytes: Larger request bodies are answered with 413.
+        max_bodies_bytes: Bytes that all bodies held at a time may have together; beyond it, 503 is answered.
         request_timeout_s: Seconds from the request's arrival to the first part of its answer (then 504), or None. A
             client may shorten it.
         stall_timeout_s: Seconds for which a client may owe the next part of its request (then 408), or None.
@@ -75,6 +77,7 @@ class Ingress:
         client: IngressClient,
         *,
         max_body_bytes: int = 100 * 1024 * 1024,
+        max_bodies_bytes: int = 512 * 1024 * 1024,
         request_timeout_s: float | None = None,
         stall_timeout_s: float | None = None,
         debug: bool = False,
@@ -82,6 +85,7 @@ class Ingress:
     ) -> None:
         self._client = client
         self._max_body_bytes = max_body_bytes
+        self._bodies = Budget(max(max_bodies_bytes, max_body_bytes))
         self._request_timeout_s = request_timeout_s
         self._stall_timeout_s = stall_timeout_s
         self._debug = debug
@@ -177,31 +181,47 @@ class Ingress:
                 return
             timeout_s = given_s if timeout_s is None else min(given_s, timeout_s)
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        claim = Claim(self._bodies)
+        try:
+            body = await self._body(receive, content_length, claim, deadline, found.endpoint_name, exchange)
+            if body is None:
+                return
+            trimmed = trim_scope(scope)
+            if found.path_params:
+                trimmed["path_params"] = {**trimmed.get("path_params", {}), **found.path_params}
+            call = Call(0, HTTP, call_method, deadline, request_id, pickle.dumps(trimmed, 5), body)
+            await self._call(found.endpoint_name, call, shard_key, exchange, receive)
+        finally:
+            claim.release()
+
+    async def _body(
+        self,
+        receive: Any,
+        content_length: int,
+        claim: Claim,
+        deadline: float | None,
+        endpoint_name: str,
+        exchange: Exchange,
+    ) -> bytes | None:
+        """The body of a request; None if there will be no call, of which the client has been told."""
         patience: Patience | None = None
-        if _may_have_body(scope, content_length):
+        if _may_have_body(exchange.scope, content_length):
             patience = Patience(self._stall_timeout_s, deadline)
         try:
-            body = await read_body(receive, self._max_body_bytes, patience)
+            claim.grow_to(content_length)
+            return await read_body(receive, self._max_body_bytes, claim, patience)
         except ClientLeft:
-            return
+            pass
         except BodyTooLarge:
             await self._too_large(exchange)
-            return
         except ClientStalled:
             await exchange.say(408, "The rest of the request did not come.")
-            return
-        except DeadlineExceeded as late:
-            await self._refused(late, found.endpoint_name, exchange)
-            return
+        except (DeadlineExceeded, Overloaded) as refusal:
+            await self._refused(refusal, endpoint_name, exchange)
         finally:
             if patience is not None:
                 patience.stop()
-
-        trimmed = trim_scope(scope)
-        if found.path_params:
-            trimmed["path_params"] = {**trimmed.get("path_params", {}), **found.path_params}
-        call = Call(0, HTTP, call_method, deadline, request_id, pickle.dumps(trimmed, 5), body)
-        await self._call(found.endpoint_name, call, shard_key, exchange, receive)
+        return None
 
     def _match(self, path: str, method: str) -> Any:
         snapshot = self._client.snapshot

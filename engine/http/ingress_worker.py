@@ -109,6 +109,7 @@ class _Worker:
         self._ingress = Ingress(
             client,
             max_body_bytes=options.max_body_bytes,
+            max_bodies_bytes=options.max_bodies_bytes,
             request_timeout_s=options.request_timeout_s,
             stall_timeout_s=options.stall_timeout_s,
             debug=options.debug,

@@ -1,4 +1,4 @@
-"""How long a client is waited for, and reading the bodies that clients send.
+"""How long a client is waited for.
 
 A client that owes a part of its request holds the memory of what came. What waits for it is ended by cancelling the
 waiting task, because a server's `receive` takes no timeout.
@@ -8,23 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Any
 
 from ..errors import DeadlineExceeded
 
-__all__ = ["BodyTooLarge", "ClientLeft", "ClientStalled", "Patience", "read_body"]
-
-
-class ClientLeft(Exception):
-    """The client left before its request was complete."""
+__all__ = ["ClientStalled", "Patience"]
 
 
 class ClientStalled(Exception):
     """The client was waited for in vain."""
-
-
-class BodyTooLarge(Exception):
-    """The body has more bytes than are allowed."""
 
 
 class Patience:
@@ -93,38 +84,3 @@ class Patience:
         if self._task is not None:
             self._over = error
             self._task.cancel()
-
-
-async def read_body(receive: Any, most_bytes: int, patience: Patience | None) -> bytes:
-    """The whole body of a request.
-
-    Args:
-        receive: The server's, as ASGI has it.
-        most_bytes: It may have.
-        patience: How long the client is waited for; None if it owes nothing.
-
-    Raises:
-        BodyTooLarge: There is more of it; the rest was not read.
-        ClientLeft: Before it was complete.
-        ClientStalled: See `Patience`.
-        DeadlineExceeded: See `Patience`.
-    """
-    parts: list[bytes] = []
-    size = 0
-    while True:
-        if patience is None:
-            message = await receive()
-        else:
-            with patience:
-                message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientLeft
-        part: bytes = message.get("body", b"")
-        size += len(part)
-        if size > most_bytes:
-            raise BodyTooLarge
-        if not message.get("more_body", False) and not parts:
-            return part
-        parts.append(part)
-        if not message.get("more_body", False):
-            return b"".join(parts)
