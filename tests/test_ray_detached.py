@@ -128,6 +128,8 @@ def test_an_engine_goes_on_without_its_creator(
         assert is_running(engine.get(handle.remote()))
         assert courier in actors()
         engine.update_backend_config("b", {"num_replicas": 1})
+        engine.update_backend("b", Versioned, config={"user_config": 2})
+        assert handle.call() == 2
         engine.create_backend("c", Versioned, config={"user_config": 1})
         engine.set_traffic("e", {"c": 1.0})
         assert handle.call() == 1
@@ -353,6 +355,25 @@ def test_a_backend_that_is_created_while_the_controller_dies(engine: Engine, gat
     engine.create_backend("slow", Slow, gate, journal)
     engine.create_endpoint("slow", backend="slow")
     assert engine.get_handle("slow").call() == "slow"
+
+
+def test_a_backend_that_is_updated_while_the_controller_dies(engine: Engine, gate: Gate, tmp_path: Any) -> None:
+    """One replica has made room, none of the new version is ready: the next controller returns to the former one."""
+    handle = engine.get_handle("e")
+    before = replicas(engine)
+    in_place = {"user_config": None, "max_surge": 0, "max_unavailable": 1}
+    with ThreadPoolExecutor(1) as pool:
+        updating = pool.submit(engine.update_backend, "b", Slow, gate, Journal(tmp_path / "journal"), config=in_place)
+        gate.wait_for_arrivals(1)
+        kill_controller()
+        with pytest.raises(errors.RetryLater, match="'update_backend', and may have done it"):
+            updating.result(PATIENCE_S)
+    eventually(lambda: list(replicas(engine).values()) == ["ready"] * 2)
+    there = engine.statistics()["backends"]["b"]
+    assert [there["version"], *(one["version"] for one in there["details"].values())] == [1, 1, 1]
+    assert len(before.keys() & there["replicas"].keys()) == 1
+    assert {handle.call() for _ in range(10)} == {"first"}
+    gate.open()
 
 
 def test_the_controller_and_the_courier_die_at_once(engine: Engine) -> None:

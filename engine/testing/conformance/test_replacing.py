@@ -36,6 +36,14 @@ class Broken:
         raise LookupError("no model")
 
 
+class Ill:
+    def __call__(self, request):
+        return "ill"
+
+    def check_health(self):
+        raise LookupError("no model")
+
+
 class Sync:
     def __init__(self, version, fails=False):
         self.version = version
@@ -103,9 +111,10 @@ def test_arguments_and_configuration_are_those_given_anew(engine, serve):
 
 def test_what_does_not_start_replaces_nothing(engine, serve):
     served = serve(old, config={"max_queued_requests": 7}, route=None)
-    with pytest.raises(LookupError, match="no model"):
-        engine.create_backend(served.tag, Broken, replace=True)
-    assert served.call() == "old"
+    for broken in (Broken, Ill):
+        with pytest.raises(LookupError, match="no model"):
+            engine.create_backend(served.tag, broken, replace=True)
+        assert served.call() == "old"
     assert engine.get_backend_config(served.tag).max_queued_requests == 7
     with pytest.raises(errors.InvalidArgument, match="pass replace=True"):
         engine.create_backend(served.tag, new)
