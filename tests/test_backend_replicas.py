@@ -328,6 +328,43 @@ async def test_none_is_started_with_what_is_being_changed(world: Dying) -> None:
 
 
 @dying(2)
+async def test_one_that_dies_while_it_is_told_a_change_refuses_nothing(world: Dying) -> None:
+    """The one in its place takes it."""
+    await change_that_one_dies_of(world, starts=True)
+
+
+@dying(2)
+async def test_a_change_of_which_one_dies_is_taken_back_if_no_other_starts(world: Dying) -> None:
+    await change_that_one_dies_of(world, starts=False)
+
+
+async def change_that_one_dies_of(world: Dying, *, starts: bool) -> None:
+    told: list[tuple[str, object]] = []
+
+    def tell(worker_id: str, body: object) -> None:
+        told.append((worker_id, body))
+        if len(told) == 1:
+            world.soon_gone(worker_id, "was killed by SIGKILL")
+        elif isinstance(body, Reconfigure):
+            asyncio.get_running_loop().call_soon(world.workers.worker_said, worker_id, Reconfigured(body.token, None))
+
+    world.adapter.on_tell = tell
+    world.adapter.on_start = world.ready_at_once
+    world.adapter.refuses = None if starts else ValueError("no model")
+    update = world.backend.update({"max_concurrent_queries": 3})
+    if starts:
+        await update
+    else:
+        with pytest.raises(ValueError, match="no model"):
+            await update
+    rules = 3 if starts else None
+    assert world.backend.config.max_concurrent_queries == rules
+    (last,) = [body for worker_id, body in told[-1:] if worker_id == "b#2" and isinstance(body, Reconfigure)]
+    assert pickle.loads(last.config).max_concurrent_queries == rules
+    assert world.in_service == (["b#2", "b#3"] if starts else ["b#2"])
+
+
+@dying(2)
 async def test_fewer_are_wanted_when_one_becomes_ready(world: Dying) -> None:
     world.die("b#1")
     await until(lambda: world.started[2:] == ["b#3"])

@@ -365,9 +365,9 @@ class BackendReplicas:
 
         If ``reconfigure`` raises in some replicas, the others return to the former configuration, which rules. If a new
         replica does not start, all of the change rules but the number of replicas. If the store does not keep the
-        change, nothing of it rules. A replica that refuses to return is replaced, and so is one that takes longer than
-        ``reconfigure_timeout_s``. If the one in its place does not start, nothing of the change rules; nor does it if
-        whoever asked for it gives it up.
+        change, nothing of it rules. A replica that refuses to return is replaced, and so is one that dies meanwhile or
+        takes longer than ``reconfigure_timeout_s``. If the one in its place does not start, nothing of the change
+        rules; nor does it if whoever asked for it gives it up.
 
         Raises:
             InvalidArgument: The change is not valid.
@@ -402,7 +402,8 @@ class BackendReplicas:
         try:
             started = await self._start(plan, after.num_replicas - len(self.running) - len(self._fills))
         except BaseException as error:
-            # If some were late, perhaps nobody can take this configuration: the next ones are to start with the former.
+            # If some were late or died, perhaps nobody can take this configuration: the next ones are to start with the
+            # former.
             if late or isinstance(error, asyncio.CancelledError):
                 await self._return_from(after)
                 raise
@@ -435,7 +436,7 @@ class BackendReplicas:
 
         Returns:
             Once all have answered or run out of time, those that did not take it, and why: what the backend's
-            ``reconfigure`` raised; and those that took too long. The latter are out of service now.
+            ``reconfigure`` raised; and those that took too long, or died. The latter are out of service now.
         """
         changed = not _equal(after.user_config, before.user_config)
         if not changed and after.limits == before.limits:
@@ -462,7 +463,9 @@ class BackendReplicas:
                 timeout_s,
             )
         self._dismiss(late)
-        return {worker: outcome for worker, outcome in pairs if isinstance(outcome, BaseException)}, late
+        late += [worker for worker in replicas if worker.life is Life.GONE and worker not in self.running]  # it died
+        refused = {worker: outcome for worker, outcome in pairs if isinstance(outcome, BaseException)}
+        return {worker: error for worker, error in refused.items() if worker not in late}, late
 
     # -- starting and ending them --------------------------------------------------------------------------------------
 
@@ -504,6 +507,8 @@ class BackendReplicas:
         return [worker for worker in workers if worker.life is Life.READY]
 
     def _next_number(self) -> int:
+        if self.deleted:
+            raise self._deleted_error()
         self._started += 1
         return self._started
 
