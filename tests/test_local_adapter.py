@@ -35,9 +35,10 @@ from engine.seam.resources import Resources
 from engine.seam.serialization import unpack_exception
 from engine.seam.worker import Listen, WorkerExit, WorkerSpec
 from engine.testing.instruments import PATIENCE_S, Footprint, descendants, is_running
-from engine_local import LocalAdapter, LocalConnector, launcher, watched
+from engine_local import LocalAdapter, LocalConnector, watched
 from engine_local import adapter as adapter_module
 from engine_local.life import Stage
+from engine_wire import vitals
 
 pytestmark = pytest.mark.anyio
 
@@ -852,8 +853,8 @@ async def test_the_death_of_the_fork_server_is_survived(adapter: LocalAdapter, r
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Look at fork servers as often as a test can wait for. Asked for before the adapter."""
-    monkeypatch.setattr(launcher, "_LOOK_EVERY_S", 0.02)
-    monkeypatch.setattr(launcher, "_STOPPED_S", 0.1)
+    monkeypatch.setattr(vitals, "LOOK_EVERY_S", 0.02)
+    monkeypatch.setattr(vitals, "STOPPED_S", 0.1)
 
 
 async def test_a_stopped_fork_server_is_replaced_and_its_workers_go_on(
@@ -887,13 +888,13 @@ async def test_a_stopped_fork_server_is_replaced_and_its_workers_go_on(
 async def test_a_fork_server_that_is_continued_in_time_is_kept(
     quick: None, adapter: LocalAdapter, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launcher, "_STOPPED_S", PATIENCE_S)
+    monkeypatch.setattr(vitals, "STOPPED_S", PATIENCE_S)
     await adapter.start_worker(spec("old", _workers.sleep))
     server = parent_of(await recorder.answer("old"))
     os.kill(server, signal.SIGSTOP)
     await adapter.start_worker(spec("next", _workers.sleep))
     (it,) = adapter._launchers
-    await within(PATIENCE_S, lambda: it._stopped_s)
+    await within(PATIENCE_S, lambda: it._stops.stopped_s)
     os.kill(server, signal.SIGCONT)
     assert parent_of(await recorder.answer("next")) == server
 

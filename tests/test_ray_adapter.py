@@ -11,6 +11,7 @@ import sys
 import threading
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from ray_hosts import Hosts
 from engine import Engine, errors, get_replica_context
 from engine.seam.scribe import scribe
 from engine.testing.instruments import PATIENCE_S, Footprint, eventually, is_running
+from engine_wire import vitals
 
 pytestmark = [
     pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
@@ -672,6 +674,18 @@ def test_the_courier_is_killed(engine: Engine, mortal: Any, gate: Any) -> None:
 
     eventually(answered)
     assert ray.get(calling.remote(mortal, "data"))[:2] == ("data", "data")
+
+
+def test_the_courier_is_stopped(engine: Engine, mortal: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vitals, "LOOK_EVERY_S", 0.02)
+    monkeypatch.setattr(vitals, "STOPPED_S", 0.1)
+    engine.get(mortal.remote(0))
+    courier = ray.get_actor(f"engine-{engine._id}-courier", namespace="engineroom")
+    [pid] = [one.pid for one in actors("Courier") if one.actor_id == courier._actor_id.hex()]
+    os.kill(pid, signal.SIGSTOP)
+    with suppress(errors.RetryLater):  # it may have run
+        engine.get(mortal.remote(1), timeout=PATIENCE_S)
+    eventually(lambda: not is_running(pid))
 
 
 def test_output_arrives_on_loggers_of_the_application(engine: Engine, caplog: Any) -> None:

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import engine.errors
 from engine.errors import InvalidArgument
 from engine.seam.log import Log
-from engine_wire.vitals import vitals_of
+from engine_wire import StopWatch
 
 from . import boot
 from .interpreter import command, home_of
@@ -42,9 +42,6 @@ _STOP_PATIENCE_S = 2.0
 """To kill and reap its workers takes a fork server milliseconds, unless it is importing."""
 _REAP_POLL_S = 0.001
 _REAP_PATIENCE_S = 1.0
-_LOOK_EVERY_S = 0.8
-_STOPPED_S = 4.0
-"""For so long it may be stopped, of the time in which this process runs: see `engine.control.pulse`."""
 
 
 class Launcher:
@@ -101,9 +98,7 @@ class Launcher:
         self.gone: asyncio.Future[str] = loop.create_future()
         self.heard = False  # whether it ever reported anything
         self.retired = ""  # it is to fork no more workers, for this reason: a phrase for people
-        self._stopped_s = 0.0
-        self._looked_at = loop.time()
-        self._look_timer = loop.call_later(_LOOK_EVERY_S, self._look)
+        self._stops = StopWatch(self._process.pid, self._is_stopped, loop)
         self._reap_until = 0.0
         self._sock.setblocking(False)
         loop.add_reader(self._sock.fileno(), self._on_readable)
@@ -134,7 +129,7 @@ class Launcher:
         Args:
             at_once: Do not let it kill and reap its workers itself; the kernel and the init process do.
         """
-        if at_once or self.retired or not self.heard or self.is_stopped():
+        if at_once or self.retired or not self.heard or self._stops.is_stopped():
             self.kill()  # it would not listen: what has not said a word is still importing
         if not self.gone.done():
             try:
@@ -165,11 +160,6 @@ class Launcher:
             self.retired = why
             self._on_stuck(self)
 
-    def is_stopped(self) -> bool:
-        """Whether its process is stopped, as far as can be seen here."""
-        vitals = vitals_of(self._process.pid)
-        return vitals is not None and vitals.stopped
-
     def was_killed(self) -> bool:
         """Whether somebody killed it, who need not have anything against what it did."""
         return self._process.returncode == -signal.SIGKILL
@@ -179,15 +169,8 @@ class Launcher:
         if not self.gone.done():
             self._process.kill()
 
-    def _look(self) -> None:
-        now = self._loop.time()
-        passed_s, self._looked_at = min(now - self._looked_at, _LOOK_EVERY_S), now
-        self._look_timer = self._loop.call_later(_LOOK_EVERY_S, self._look)
-        if not self.is_stopped():
-            self._stopped_s = 0.0
-            return
-        self._stopped_s += passed_s
-        if self._stopped_s >= _STOPPED_S and not self.retired:
+    def _is_stopped(self) -> None:
+        if not self.retired:
             _log.warning("a fork server (process %d) is stopped; starting another one", self._process.pid)
             self.retire("is stopped")
 
@@ -235,7 +218,7 @@ class Launcher:
             self._on_report(self, report)
 
     def _on_end(self) -> None:
-        self._look_timer.cancel()
+        self._stops.end()
         self._loop.remove_reader(self._sock.fileno())
         self._loop.remove_writer(self._sock.fileno())
         self._sock.close()

@@ -8,7 +8,7 @@ from .connecting import connect
 from .connector import WireConnector
 from .drivers import LoopDriver, Poller, Undriven
 from .service_loops import AsyncServiceLoop, BlockingServiceLoop
-from .vitals import look_at
+from .vitals import StopWatch, look_at
 from .worker_host import WireWorkerHost
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "LoopDriver",
     "Poller",
     "SocketChannel",
+    "StopWatch",
     "Undriven",
     "WireConnector",
     "WireWorkerHost",

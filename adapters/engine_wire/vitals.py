@@ -9,11 +9,16 @@ import asyncio
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from engine.seam.adapter import Vitals
 
-__all__ = ["look_at", "vitals_of"]
+__all__ = ["StopWatch", "look_at", "vitals_of"]
+
+LOOK_EVERY_S = 0.8
+STOPPED_S = 4.0
+"""For so long a process may be stopped: see `engine.control.pulse`."""
 
 _STOPPED = "Tt"  # by a signal, by a debugger
 _PS_PATIENCE_S = 5.0
@@ -31,6 +36,43 @@ def vitals_of(pid: int) -> Vitals | None:
         return Vitals(fields[0] in _STOPPED, (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"))
     except (OSError, IndexError, ValueError):
         return None
+
+
+class StopWatch:
+    """Looks again and again whether a process of this machine is stopped, which takes microseconds (on Linux).
+
+    For processes that cannot be asked whether they are there. Only time counts in which this process runs itself.
+
+    Args:
+        pid: Of a process that is not reaped before `end`, or of one whose end is not missed.
+        found: Called when it has been stopped for longer than a moment, and then again.
+        loop: On which that happens.
+    """
+
+    def __init__(self, pid: int, found: Callable[[], object], loop: asyncio.AbstractEventLoop) -> None:
+        self._pid = pid
+        self._found = found
+        self._loop = loop
+        self._looked_at = loop.time()
+        self.stopped_s = 0.0
+        self._timer = loop.call_later(LOOK_EVERY_S, self._look)
+
+    def end(self) -> None:
+        """Look no more (idempotent)."""
+        self._timer.cancel()
+
+    def is_stopped(self) -> bool:
+        """Whether it is, now, as far as can be seen."""
+        vitals = vitals_of(self._pid)
+        return vitals is not None and vitals.stopped
+
+    def _look(self) -> None:
+        now = self._loop.time()
+        passed_s, self._looked_at = min(now - self._looked_at, LOOK_EVERY_S), now
+        self._timer = self._loop.call_later(LOOK_EVERY_S, self._look)
+        self.stopped_s = self.stopped_s + passed_s if self.is_stopped() else 0.0
+        if self.stopped_s >= STOPPED_S:
+            self._found()
 
 
 def _asked_of_ps(pid: int) -> Vitals | None:

@@ -2,7 +2,8 @@
 
 It is a caller like any other: its own router places every call, and the calls travel on channels. No user code runs in
 it and it unpickles nothing but refs among arguments, so what happens to a replica never happens to it. Should it be
-killed all the same, the calls it held fail, and Ray starts it again for the next ones.
+killed all the same, the calls it held fail, and Ray starts it again for the next ones. The controller kills it if it is
+stopped, where both are on one node.
 
 It ends with the engine: when its channel to the controller is gone, the calls it holds fail with `EngineClosed`, and it
 leaves as soon as all of them are answered.
@@ -32,10 +33,12 @@ from .carried import CarriedError, Filled, carried, refuse_refs
 from .connector import RayConnector
 from .turns import Turns
 
-__all__ = ["Courier", "courier_name", "end_courier", "find_courier"]
+__all__ = ["COURIER", "Courier", "courier_name", "end_courier", "find_courier"]
 
 _MAX_CALLS = 1_000_000
 """Calls at a time: as many as an async replica holds. The queues of the routers bound them, not this."""
+COURIER = "courier"
+"""What it calls itself towards the controller."""
 _LEAVE_WITHIN_S = 3.0
 _LAST_ANSWERS_S = 1.0
 """What Ray may need to bring the last answers to their callers; the engine, if it shuts down in order, is faster."""
@@ -64,7 +67,7 @@ class Courier:
         self._connector = connector
         # As an ingress is, it is waited for when routes change: a call made after that must follow them.
         try:
-            request = Subscribe(ingress=True, worker_id="courier")
+            request = Subscribe(ingress=True, worker_id=COURIER)
             self._client = Client.subscribe(engine_id, connector, control_address, request, owns_connector=True)
         except EngineClosed:
             if connector.returns(control_address):

@@ -14,19 +14,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from engine.errors import EngineClosed, InvalidArgument
 from engine.seam.adapter import AdapterEvents, Node, Vitals
 from engine.seam.channel import Channel, ChannelListener
+from engine.seam.control_messages import Subscribe
 from engine.seam.log import Log
 from engine.seam.messages import Control, Message
 from engine.seam.worker import Listen, WorkerExit, WorkerSpec
-from engine_wire import Acceptor, SocketChannel, notice_silence
+from engine_wire import Acceptor, SocketChannel, StopWatch, notice_silence, process_behind
 
 from ..calling.addresses import Address
-from ..calling.courier import end_courier
+from ..calling.courier import COURIER, end_courier
 from ..calling.refs import RayCaller
 from ..link import connection
 from ..link.actors import kill_actor
@@ -91,6 +93,7 @@ class ClusterAdapter(RayCaller):
         self._ignored: set[str] = set()  # options that the log has mentioned
         self.heard_of: set[str] = set()  # ids of workers that ever said who they are
         self._strangers = Strangers()
+        self._courier: StopWatch | None = None
 
     # -- engine.seam.adapter.Adapter ---------------------------------------------------------------------------------
 
@@ -210,6 +213,7 @@ class ClusterAdapter(RayCaller):
         running = self._running
         if running is None or self._process != os.getpid():
             return  # also in a fork of the engine's process: nothing of this is its own
+        self._forget_courier()
         await self._nodes.end()
         for worker_id in list(self._workers):
             self.kill_worker(worker_id)
@@ -302,8 +306,29 @@ class ClusterAdapter(RayCaller):
             else:
                 self._strangers.take_in(body.worker_id, channel, process_of(channel, body))
         else:
+            pid = process_behind(channel.sock)
+            if pid is not None and isinstance(body, Subscribe) and body.worker_id == COURIER:
+                self._watch_courier(running, channel, pid)
             channel.listener = running.events.peer_connected(channel)
             channel.listener.received(channel, first)
+
+    def _watch_courier(self, running: _Running, channel: SocketChannel, pid: int) -> None:
+        """See to it that a courier which is stopped makes nobody wait: Ray starts another one."""
+
+        def end() -> None:
+            if channel.closed:  # it has died since: the number may be another one's
+                self._forget_courier()
+                return
+            _log.warning("the courier of the engine (process %d) is stopped, and is killed", pid)
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+
+        self._forget_courier()
+        self._courier = StopWatch(pid, end, running.loop)
+
+    def _forget_courier(self) -> None:
+        if self._courier is not None:
+            self._courier.end()
 
     @staticmethod
     def _introduce(worker: WatchedWorker, channel: SocketChannel, process: Process | None) -> None:
