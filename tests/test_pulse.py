@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import math
 import os
 import signal
 import subprocess
@@ -63,6 +64,25 @@ def test_who_is_ended_for_its_silence(look: Callable[[float], Vitals | None], wh
     pulse = Pulse()
     assert pulse.ask()
     assert silent_for(pulse, 2 * FROZEN_S, look) == why
+
+
+@pytest.mark.parametrize("seen", [Vitals(False, 0.0), None], ids=["busy", "unseen"])
+def test_what_is_limited_is_ended_for_its_silence_alone(seen: Vitals | None) -> None:
+    """Native code keeps it from seeing to its own limit."""
+
+    def silent(patience_s: float) -> str:
+        pulse = Pulse()
+        pulse.ask()
+        for _ in range(1000):
+            vitals = seen and Vitals(False, pulse.silent_s)
+            if pulse.passed(0.5, patience_s) and (why := pulse.verdict(vitals, patience_s)):
+                return why
+        return ""
+
+    why = "(no Python runs in its process, and it may take so long for nothing)"
+    assert silent(10.0) == f"has not answered for 10 s {why}"
+    assert silent(0.1) == f"has not answered for 4 s {why}"
+    assert silent(math.inf) == ""
 
 
 def test_who_answers_is_not_looked_at() -> None:
@@ -284,6 +304,28 @@ def test_a_replica_that_does_nothing_but_keep_the_lock_is_replaced_in_the_end(
             handle.call(True)
         assert handle.call(False) != pid
     assert "replica.b.1 has not answered for 0 s (its process does nothing) and was killed" in caplog.text
+
+
+def test_a_call_that_keeps_the_lock_has_a_limit_too(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, value in (("PERIOD_S", 0.02), ("STOPPED_S", 0.2), ("_FIRST_LOOK_S", 0.1)):
+        monkeypatch.setattr(pulse_module, name, value)
+
+    def backend(request: Any) -> int:
+        if request.data:
+            ctypes.PyDLL(None).poll(None, 0, -1)  # it neither comes back nor lets go of the lock
+        return os.getpid()
+
+    with Engine(backend="local", http_options={"location": None}) as engine:
+        engine.create_backend("b", backend, config={"max_call_s": 0.4})
+        engine.create_endpoint("e", backend="b")
+        handle = engine.get_handle("e")
+        pid = handle.call(False)
+        with pytest.raises(ReplicaDied):
+            handle.call(True)
+        assert handle.call(False) != pid
+    assert "no Python runs in its process, and it may take so long for nothing) and was killed" in caplog.text
 
 
 PROGRAM = """

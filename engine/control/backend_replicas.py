@@ -114,6 +114,13 @@ class BackendReplicas:
         return self.plan.config
 
     @property
+    def patience_s(self) -> float:
+        """For how many seconds a replica may run no Python code: its calls, or its loop, have a limit."""
+        limit_s = self.config.max_call_s
+        patience_s = self.config.patience_s(on_loop=self.plan.on_loop)
+        return patience_s if limit_s is None else min(patience_s, limit_s)
+
+    @property
     def missing(self) -> int:
         """How many replicas there are too few; negative if there are too many."""
         return self.config.num_replicas - len(self.running)

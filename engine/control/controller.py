@@ -9,6 +9,7 @@ operations on different ones run side by side.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Coroutine
 from contextlib import closing, nullcontext
 from typing import Any
@@ -68,7 +69,7 @@ class Controller:
         self._backends: dict[str, BackendReplicas] = {}
         self._leaving: dict[str, BackendReplicas] = {}  # deleted, by tag, with replicas that have yet to end
         self._endpoints = EndpointTable({})
-        self._workers = Workers(adapter, self._replace_worker, self._replace_unhealthy)
+        self._workers = Workers(adapter, self._replace_worker, self._replace_unhealthy, self._patience_with)
         self._ages = Ages(self._aging, self._recycle)
         self._publisher = Publisher(client, silent=store_of(adapter) is not None)
         self._ingresses = IngressFleet(engine_id, adapter, self._workers, http)
@@ -560,6 +561,10 @@ class Controller:
         for backend in self._backends.values():
             if worker in backend.running and not self._closing and backend.mark_worn(worker, reason):
                 self._spawn(backend.renew())
+
+    def _patience_with(self, worker: Worker) -> float:
+        """For how many seconds a worker may run no Python code."""
+        return min((one.patience_s for one in self._backends.values() if worker in one.running), default=math.inf)
 
     def _refill(self, backend: BackendReplicas) -> None:
         if self._closing:

@@ -3,8 +3,9 @@
 Silence alone proves little. A worker answers on a thread of its own, also while user code runs; but native code that
 does not release Python's lock keeps that thread from it, for as long as it takes, and works all the same. So a worker
 that is silent is ended on evidence only: its process is stopped, or does nothing at all. The adapter sees that
-(`engine.seam.adapter.SeesProcesses`); where it cannot, a silent worker is left alone. A machine that is gone is found
-by the adapter itself, whose connections to it break.
+(`engine.seam.adapter.SeesProcesses`); where it cannot, a silent worker is left alone. But what it runs may have a limit
+(``max_call_s``, ``stuck_after_s``), which native code keeps it from seeing to itself: then its silence is enough. A
+machine that is gone is found by the adapter itself, whose connections to it break.
 
 Only the time counts in which this process was running: if it was stopped itself, or asleep with the whole machine, or
 if its loop was held up, that was not the workers' silence.
@@ -15,6 +16,7 @@ Everything here runs on the controller's loop. `Pulse` decides and does nothing;
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable
 
@@ -73,20 +75,31 @@ class Pulse:
         self._asked = False
         self.silent_s = 0.0
 
-    def passed(self, seconds: float) -> bool:
-        """So much time has passed here; returns whether the worker is to be looked at now."""
+    def passed(self, seconds: float, patience_s: float = math.inf) -> bool:
+        """So much time has passed here; returns whether the worker is to be looked at now.
+
+        Args:
+            seconds: How much.
+            patience_s: For how long it may be silent, whatever it does.
+        """
         if not self._asked:
             return False
         self.silent_s = round(self.silent_s + seconds, 3)  # timers are not exact
         if self.silent_s < self._look_at_s or self.looking:
             return False
         again = self._look_at_s * _LOOK_AGAIN
-        self._look_at_s = min([again, *(limit for limit in (STOPPED_S, FROZEN_S) if limit > self._look_at_s)])
+        limits = STOPPED_S, FROZEN_S, max(patience_s, STOPPED_S)
+        self._look_at_s = min([again, *(limit for limit in limits if limit > self._look_at_s)])
         return True
 
-    def verdict(self, vitals: Vitals | None) -> str:
+    def verdict(self, vitals: Vitals | None, patience_s: float = math.inf) -> str:
         """Why it must be ended, as far as a look at its process tells; empty if it need not."""
-        if vitals is None or not self._asked:
+        if not self._asked:
+            return ""
+        if vitals is None or not vitals.stopped:
+            if self.silent_s >= max(patience_s, STOPPED_S):
+                return self._silence("no Python runs in its process, and it may take so long for nothing")
+        if vitals is None:
             return ""
         if vitals.stopped:
             return self._silence("its process is stopped") if self.silent_s >= STOPPED_S else ""
@@ -113,6 +126,7 @@ class PulseWatch:
         adapter: Runs them.
         end: Ends a worker, given its id and, in words for people, what it does not do.
         name: What people call a worker, given its id.
+        patience: For how many seconds a worker may be silent, given its id, whatever it does.
         clock: Seconds that pass while this machine is awake.
     """
 
@@ -122,11 +136,13 @@ class PulseWatch:
         end: Callable[[str, str], None],
         name: Callable[[str], str],
         clock: Callable[[], float] = time.monotonic,
+        patience: Callable[[str], float] = lambda worker_id: math.inf,
     ) -> None:
         self._adapter = adapter
         self._end = end
         self._name = name
         self._clock = clock
+        self._patience = patience
         self._pulses: dict[str, Pulse] = {}
         self._looks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
@@ -171,7 +187,7 @@ class PulseWatch:
         for worker_id, pulse in self._pulses.items():
             if pulse.ask():
                 self._adapter.tell(worker_id, Ping(self._rounds))
-            elif pulse.passed(passed_s):
+            elif pulse.passed(passed_s, self._patience(worker_id)):
                 pulse.looking = True
                 look = asyncio.get_running_loop().create_task(self._look(worker_id, pulse))
                 self._looks.add(look)
@@ -196,7 +212,7 @@ class PulseWatch:
             pulse.looking = False
         if self._pulses.get(worker_id) is not pulse:
             return
-        why = pulse.verdict(vitals)
+        why = pulse.verdict(vitals, self._patience(worker_id))
         if why:
             self._end(worker_id, why)
         elif pulse.mention():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -119,6 +120,7 @@ class Workers:
         adapter: Runs them.
         on_exit: Called with a worker that was ready and exited without being asked to.
         on_unhealthy: Called with a worker that asks to be replaced, and what it says.
+        patience: Says for how many seconds a worker may run no Python code, given the worker.
     """
 
     def __init__(
@@ -126,6 +128,7 @@ class Workers:
         adapter: Adapter,
         on_exit: Callable[[Worker], None],
         on_unhealthy: Callable[[Worker, Unhealthy], None] = lambda worker, told: None,
+        patience: Callable[[Worker], float] = lambda worker: math.inf,
     ) -> None:
         self._adapter = adapter
         self._on_exit = on_exit
@@ -133,7 +136,8 @@ class Workers:
         self._by_id: dict[str, Worker] = {}
         self._tokens = 0
         self._closed = False
-        self._pulses = PulseWatch(adapter, self.end_silent, self._name)
+        self._patience = patience
+        self._pulses = PulseWatch(adapter, self.end_silent, self._name, patience=self._patience_with)
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -214,6 +218,10 @@ class Workers:
         if worker is not None:
             worker.fault = why
             self._adapter.kill_worker(worker_id)
+
+    def _patience_with(self, worker_id: str) -> float:
+        worker = self._by_id.get(worker_id)
+        return math.inf if worker is None else self._patience(worker)
 
     def hurry(self) -> None:
         """Kill all workers, also those that are finishing what they hold. Does not wait for their ends."""
