@@ -12,11 +12,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from .errors import InvalidArgument
+from .errors import InvalidArgument, ReplicaDied
 
-__all__ = ["LONGEST_S", "BackendConfig", "HTTPOptions"]
+__all__ = ["LONGEST_S", "BackendConfig", "HTTPOptions", "name_of_exception"]
 
 C = TypeVar("C")
+
+
+def name_of_exception(kind: type) -> str:
+    """What ``retry_on`` calls a type of exceptions."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+_REPLICA_DIED = name_of_exception(ReplicaDied)
+_NAMES_OF_DEATH = frozenset(map(name_of_exception, ReplicaDied.__mro__))
 
 _MAX_ASYNC_QUERIES = 1_000_000
 _BLOCKING_QUERIES = 8
@@ -90,6 +99,11 @@ class BackendConfig:
             a tenth. None means that it is called only before a replica takes calls.
         health_check_timeout_s: Seconds such a call may take; else it counts as failed.
         health_check_threshold: Failures in a row after which a replica is replaced.
+        max_retries: How often a call may be repeated that may have begun, so that it may run more than once. Over HTTP
+            that goes for GET, HEAD, PUT, DELETE and OPTIONS. A call may say otherwise: `CallOptions.idempotent`.
+        retry_on: What is followed by that: types of exceptions, or their full names. They are kept as names; an
+            exception of a derived type counts, too. `errors.ReplicaDied` is the death of the replica.
+        retry_posts: Whether it goes for POST and PATCH, too.
 
     Raises:
         errors.InvalidArgument: A field has the wrong type or value, at construction or when it is set; or there is no
@@ -118,14 +132,19 @@ class BackendConfig:
     health_check_period_s: float | None = 10.0
     health_check_timeout_s: float = 30.0
     health_check_threshold: int = 3
+    max_retries: int = 0
+    retry_on: Sequence[type[BaseException] | str] = (_REPLICA_DIED,)
+    retry_posts: bool = False
 
     def __setattr__(self, name: str, value: Any) -> None:
         _known_fields(type(self), "config", {name: value})
         if name in _COUNTS:
             least, optional = _COUNTS[name]
             _check_integer("config", name, value, least, optional=optional)
-        elif name == "cancel_running":
+        elif name in _SWITCHES:
             _check_switch("config", name, value)
+        elif name == "retry_on":
+            value = _names_of_exceptions("config", name, value)
         elif name in _SHARES:
             _check_share("config", name, value)
         elif name in _LIMITS:
@@ -155,7 +174,12 @@ class BackendConfig:
         wear = self.max_calls_per_replica, self.max_rss_mb
         checks = self.health_check_period_s, self.health_check_timeout_s, self.health_check_threshold
         cancelling = self.cancel_running, self.cancel_grace_s
-        return self.max_concurrent_queries, *batches, *cancelling, *times, *wear, *checks
+        return self.max_concurrent_queries, *batches, *cancelling, *times, *wear, *checks, self.retry_on
+
+    @property
+    def retries_deaths(self) -> bool:
+        """Whether ``retry_on`` has the death of a replica."""
+        return not _NAMES_OF_DEATH.isdisjoint(self.retry_on)
 
     def concurrency(self, *, on_loop: bool) -> int:
         """``max_concurrent_queries`` with its default filled in for a sync or an async callable."""
@@ -183,8 +207,11 @@ _COUNTS = {
     "max_batch_size": (1, True),
     "max_calls_per_replica": (1, True),
     "health_check_threshold": (1, False),
+    "max_retries": (0, False),
 }
 """Fields of `BackendConfig` that are integers: the least value, and whether they may be None."""
+_SWITCHES = frozenset({"cancel_running", "retry_posts"})
+"""Fields of `BackendConfig` that are True or False."""
 _ENDLESS = frozenset({"cancel_grace_s", "max_queue_wait_s"})
 """Fields of `BackendConfig` that may be None instead of seconds."""
 
@@ -330,6 +357,23 @@ def _check_megabytes(where: str, name: str, value: object) -> None:
         isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf
     ):
         raise InvalidArgument(f"{where}: {name} must be a number of megabytes above 0 or None, not {value!r}")
+
+
+def _names_of_exceptions(where: str, name: str, value: object) -> tuple[str, ...]:
+    if isinstance(value, (str, type)):
+        value = (value,)
+    names = []
+    for one in value if isinstance(value, Sequence) else (value,):
+        if isinstance(one, type) and issubclass(one, BaseException):
+            names.append(name_of_exception(one))
+        elif isinstance(one, str) and all(part.isidentifier() or part == "<locals>" for part in one.split(".")):
+            names.append(one if "." in one else f"builtins.{one}")
+        else:
+            raise InvalidArgument(
+                f"{where}: {name} must be types of exceptions, or full names such as 'requests.ConnectionError', "
+                f"not {one!r}"
+            )
+    return tuple(names)
 
 
 def _check_seconds(where: str, name: str, value: object, *, optional: bool = False) -> None:

@@ -12,7 +12,7 @@ import pytest
 from starlette.middleware import Middleware
 
 from engine import BackendConfig, HTTPOptions
-from engine.errors import InvalidArgument
+from engine.errors import InvalidArgument, ReplicaDied, RetryLater
 from engine.seam.resources import Resources, resources_of
 
 NAN, INFINITY = float("nan"), float("inf")
@@ -129,9 +129,34 @@ def test_what_is_stuck_by_default_is_nothing_legal() -> None:
     assert config.patience_s(on_loop=False) == config.patience_s(on_loop=True, shares_process=True) == 5
 
 
+def test_what_calls_are_repeated_on_is_kept_by_name() -> None:
+    class Own(Exception):
+        pass
+
+    assert BackendConfig().retry_on == ("engine.errors.ReplicaDied",)
+    config = BackendConfig(retry_on=[Own, ConnectionError, "OSError", "some.module.Error"])
+    own = f"{__name__}.test_what_calls_are_repeated_on_is_kept_by_name.<locals>.Own"
+    assert config.retry_on == (own, "builtins.ConnectionError", "builtins.OSError", "some.module.Error")
+    assert pickle.loads(pickle.dumps(config)) == config
+    assert BackendConfig(retry_on=Own).retry_on == (own,)
+    assert BackendConfig(retry_on=config.retry_on) == config
+    for wrong in (3, [int], [Own()], "not a name", None):
+        with pytest.raises(InvalidArgument, match=r"^config: retry_on must be types of exceptions, or full names such"):
+            BackendConfig(retry_on=wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "expected"),
+    [([], False), ([ReplicaDied], True), ([RetryLater], True), ([Exception], True), ([OSError], False)],
+)
+def test_the_death_of_a_replica_is_named_by_any_type_that_has_it(kinds: Any, expected: bool) -> None:
+    assert BackendConfig(retry_on=kinds).retries_deaths == expected
+
+
 def set_in(config: BackendConfig) -> dict[str, Any]:
     """The fields that were set, as an update by this configuration shows them."""
-    marked: dict[str, Any] = {field: 77 for field in BackendConfig.__dataclass_fields__} | {"cancel_running": False}
+    marked: dict[str, Any] = {field: 77 for field in BackendConfig.__dataclass_fields__}
+    marked |= {"cancel_running": False, "retry_posts": True, "retry_on": ("a.B",)}
     updated = BackendConfig(**marked).updated(config)
     return {field: value for field, value in dataclasses.asdict(updated).items() if value != marked[field]}
 

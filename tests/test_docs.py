@@ -98,6 +98,7 @@ PRINTED: dict[tuple[str, str], list[list[str]]] = {
     ("docs/testing.md", "The inline and the local adapter"): [["4 passed"]],
     ("docs/testing.md", "Holding calls back"): [["1 passed"]],
     ("docs/traffic.md", "Traffic"): [[]],
+    ("docs/retries.md", "Calls that may be repeated"): [["tea: 3.50, after 3 tries", "coffee: 3.50, after 4 tries"]],
     ("docs/versions.md", "New code under the same tag"): [["first.pt", "second.pt", "no such model", "second.pt", "2"]],
 }
 

@@ -18,7 +18,7 @@ import struct
 import time
 
 from engine.errors import InvalidArgument
-from engine.seam.messages import Call, Cancel, Control, Credit, End, Failure, Item, Message, Reply
+from engine.seam.messages import AS_CONFIGURED, Call, Cancel, Control, Credit, End, Failure, Item, Message, Reply
 
 __all__ = ["GREETING", "MAX_FRAME_BYTES", "PROTOCOL_VERSION", "Decoder", "ProtocolError", "check_greeting", "encode"]
 
@@ -70,7 +70,7 @@ def encode(message: Message) -> bytes:
             raise _too_large(size)
         return _reply_head.pack(size, _REPLY, call_id, load, len(head)) + head + payload
     if isinstance(message, Call):
-        call_id, kind, method, deadline, request_id, head, payload = message
+        call_id, kind, method, deadline, request_id, head, payload, _ = message
         name, tag = method.encode(), request_id.encode()
         size = (17 if deadline is None else 17 + _MOMENT_BYTES) + len(name) + len(tag) + len(head) + len(payload)
         if size > MAX_FRAME_BYTES:
@@ -279,6 +279,7 @@ def _decode_call(call_id: int, data: bytes, start: int, end: int, same_machine: 
             data[request_id_at:head_at].decode(),
             data[head_at:payload_at],
             data[payload_at:end],
+            AS_CONFIGURED,
         ),
     )
 

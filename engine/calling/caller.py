@@ -17,6 +17,7 @@ had in hand it sends before it passes the exception on; its own it gives up.
 from __future__ import annotations
 
 import itertools
+import random
 import threading
 import time
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from ..seam.snapshot import RoutingSnapshot
 from .answers import CopySlot
 from .home import Home
 from .replica_set import RETRY_S, UNREACHABLE_S, ReplicaSet, Target
+from .retries import MOST_DEATHS, MOST_LOSSES, Past, RetryBudget, allowance, pause_s
 from .router import Router
 from .slot import Slot
 
@@ -210,7 +212,7 @@ class Caller:
                 "endpoints": {name: {"calls": endpoint.calls} for name, endpoint in self._router.endpoints.items()},
                 "backends": {
                     tag: {
-                        "queued": len(replica_set.waiting),
+                        "queued": len(replica_set.waiting) + len(replica_set.pausing),
                         "in_flight": sum(target.in_flight for target in replica_set.targets.values()),
                         "queued_copies": len(replica_set.copies),
                         "dropped_copies": replica_set.dropped_copies,
@@ -231,7 +233,7 @@ class Caller:
             targets = {target for one in replica_sets.values() for target in one.targets.values()}
             targets.update(self._channels.values())  # also those that have left
             slots = [(target.replica_set.tag, slot) for target in targets for slot in target.holds]
-            slots += [(tag, slot) for tag, one in replica_sets.items() for slot in one.waiting]
+            slots += [(tag, slot) for tag, one in replica_sets.items() for slot in (*one.waiting, *one.pausing)]
             slots += [(slot.target.replica_set.tag, slot) for slot in on_way]
             named = self._router.endpoints if nameless else ()
             return {tag for tag, slot in slots if slot.endpoint not in named and not isinstance(slot, CopySlot)}
@@ -280,6 +282,7 @@ class Caller:
         if kind is Item:
             slot = self._pending.get(message.id)  # type: ignore[union-attr]
             if slot is not None and not slot.given_up:
+                slot.spoken = True
                 slot.deliver(message)  # type: ignore[arg-type]
             return
         if kind is not Reply and not isinstance(message, (Failure, End)):
@@ -295,7 +298,11 @@ class Caller:
             return  # somebody else has found the channel lost, and told the slot
         if not taken:
             self._requeue(slot, call_id)
-        elif not slot.given_up:
+        elif not slot.given_up and not (
+            kind is Failure
+            and message.kind == FailureKind.REPEATABLE  # type: ignore[union-attr]
+            and self._repeats(slot, call_id) is None
+        ):
             slot.deliver(message)  # type: ignore[arg-type]
         self._pending.pop(call_id, None)
 
@@ -345,20 +352,96 @@ class Caller:
         if target is None:
             return
         fate = "it was ended on purpose" if target.gone and not target.dead else "it is being replaced"
+        some_begun = channel.opened and any(channel.may_have_begun(call_id) for _, call_id in dead)
         while dead:
             slot, call_id = dead[0]
-            if not (channel.opened and channel.may_have_begun(call_id)):
-                self._requeue(slot, call_id, lost=True)
-            elif not slot.given_up:
-                slot.fail(
-                    self._closed
-                    or ReplicaDied(
-                        f"replica {target.replica_tag} died while it held this call ({reason}); {fate}, "
-                        "and the call may have run: repeat it only if that is safe. How it ended is told by the log "
-                        "(engine.controller) and by last_error in engine.statistics()"
+            if slot.given_up:
+                pass
+            elif not (channel.opened and channel.may_have_begun(call_id)):
+                losses = slot.remember().losses
+                if channel.opened and not some_begun:
+                    losses.add(call_id)
+                if len(losses) < MOST_LOSSES:
+                    self._requeue(slot, call_id, lost=True)
+                else:
+                    slot.fail(
+                        ReplicaDied(
+                            f"replica {target.replica_tag} died before it began this call ({reason}), as {MOST_LOSSES} "
+                            "did one after the other, so it is not given to another one: reading it may be what they "
+                            "die of"
+                        )
                     )
-                )
+            elif self._closed is not None:
+                slot.fail(self._closed)
+            else:
+                advice = self._repeats(slot, call_id, died=True)
+                if advice is not None:
+                    slot.fail(
+                        ReplicaDied(
+                            f"replica {target.replica_tag} died while it held this call ({reason}); {fate}{advice}. "
+                            "How it ended is told by the log (engine.controller) and by last_error in "
+                            "engine.statistics()"
+                        )
+                    )
             del dead[0]
+
+    # -- repeating -------------------------------------------------------------------------------------------------
+
+    def _repeats(self, slot: Slot, call_id: int, *, died: bool = False) -> str | None:
+        """Repeat a call that has begun, or may have, if that is allowed.
+
+        Returns:
+            None if it is repeated; else why not, as part of a sentence.
+        """
+        replica_set: ReplicaSet = slot.target.replica_set
+        most = allowance(slot.call.retries, replica_set.max_retries, posts=replica_set.retry_posts)
+        if not most or (died and not replica_set.retry_deaths) or isinstance(slot, CopySlot):
+            return ", and the call may have run: repeat it only if that is safe"
+        past = slot.remember()
+        if died:
+            past.deaths.add(call_id)
+            if len(past.deaths) >= MOST_DEATHS:
+                return (
+                    f"; {MOST_DEATHS} have died with this call, so it is given to no other: it may be what they die of"
+                )
+        delay_s = pause_s(len(past.repeats), random.random())
+        with self._lock:
+            if call_id not in past.repeats:  # else whoever decided it was struck
+                why = self._why_not(slot, past, most, delay_s)
+                if why is not None:
+                    return f"; the call is not repeated{' any more' if past.repeats else ''}: {why}"
+                past.repeats.add(call_id)
+            if slot.call_id == call_id and slot.queue is None and slot not in slot.target.holds:
+                slot.come_back()  # now: its thread may drive a channel on which nothing will come
+                replica_set.pausing[slot] = None
+        self.home.call_later(delay_s, self._resume, slot, call_id, replica_set)
+        return None
+
+    def _why_not(self, slot: Slot, past: Past, most: int, delay_s: float) -> str | None:
+        now = time.monotonic()
+        deadline = slot.call.deadline
+        endpoint = self._router.endpoints.get(slot.endpoint)
+        if len(past.repeats) >= most:
+            return f"max_retries={most}"
+        if hasattr(slot, "spoken"):
+            return "a part of its answer has been delivered"
+        if deadline is not None and now + delay_s >= deadline:
+            return "its time is nearly over"
+        if endpoint is None or self._closed is not None:
+            return "its endpoint is gone"
+        if endpoint.budget is None:
+            endpoint.budget = RetryBudget(endpoint.calls, now)
+        if not endpoint.budget.spend(endpoint.calls, now):
+            return f"too many of those of endpoint {slot.endpoint!r} are"
+        return None
+
+    def _resume(self, slot: Slot, call_id: int, replica_set: ReplicaSet) -> None:
+        """Place a call again that paused; does nothing if that was done, or it has failed."""
+        with self._lock:
+            paused = slot in replica_set.pausing
+            replica_set.pausing.pop(slot, None)
+        if paused:
+            self._requeue(slot, call_id, lost=True)
 
     # -- inside ----------------------------------------------------------------------------------------------------
 

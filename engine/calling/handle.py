@@ -17,7 +17,7 @@ from ..config import LONGEST_S
 from ..errors import DeadlineExceeded, EngineClosed, InvalidArgument, MethodNotFound
 from ..seam.connector import PlatformRefs
 from ..seam.may_block import check_may_block, running_asyncio_loop, warn_if_on_loop
-from ..seam.messages import PYTHON, Call
+from ..seam.messages import AS_CONFIGURED, PYTHON, Call
 from ..seam.serialization import dumps_arguments
 from ..seam.workplace import settles_later, surrounding_engine
 from .answers import ThreadSlot, answer_to, open_answer
@@ -43,6 +43,8 @@ __all__ = ["AsyncHandle", "CallOptions", "Handle", "make_handle"]
 
 _EARLY_S = 0.01
 """A platform's clock may say a little before ours that the time is over."""
+_RETRIES = 2
+"""How often a call is repeated that only says that it may be."""
 _HTTP_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 
@@ -57,6 +59,9 @@ class CallOptions:
         http_headers: ``request.headers`` of the call.
         timeout_s: Seconds until the call fails with `errors.DeadlineExceeded`, or None.
         inherit_deadline: Whether the call also ends with the one whose user code makes it, if that has a deadline.
+        idempotent: Whether running the call again does no harm, so that it may be repeated after it has begun; None
+            leaves that to the backend's ``max_retries``.
+        max_retries: How often, if ``idempotent``; None means 2.
     """
 
     method_name: str = "__call__"
@@ -65,6 +70,8 @@ class CallOptions:
     http_headers: tuple[tuple[str, str], ...] = ()
     timeout_s: float | None = None
     inherit_deadline: bool = True
+    idempotent: bool | None = None
+    max_retries: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.method_name, str) or not self.method_name.isidentifier():
@@ -81,12 +88,28 @@ class CallOptions:
             raise InvalidArgument(f"timeout_s must be a number of seconds from 0 to a year or None, not {timeout!r}")
         if not isinstance(self.inherit_deadline, bool):
             raise InvalidArgument(f"inherit_deadline must be True or False, not {self.inherit_deadline!r}")
+        if self.idempotent is not None and not isinstance(self.idempotent, bool):
+            raise InvalidArgument(f"idempotent must be True, False or None, not {self.idempotent!r}")
+        most = self.max_retries
+        if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 0):
+            raise InvalidArgument(f"max_retries must be an integer of at least 0 or None, not {most!r}")
+        if most and not self.idempotent:
+            raise InvalidArgument(
+                f"max_retries={most} without idempotent=True: a call can be repeated that has run already, in part or "
+                "wholly; say that it may by options(idempotent=True, max_retries=...)"
+            )
 
     def head(self) -> bytes:
         """`engine.seam.messages.Call.head` of such a call: empty unless there is something to say."""
         if not self.http_headers and self.http_method == "GET":
             return b""
         return pickle.dumps((self.http_method, self.http_headers), 5)
+
+    def retries(self) -> int:
+        """`engine.seam.messages.Call.retries` of such a call."""
+        if self.idempotent is None:
+            return AS_CONFIGURED
+        return (_RETRIES if self.max_retries is None else self.max_retries) if self.idempotent else 0
 
 
 _OPTIONS = frozenset(CallOptions.__dataclass_fields__)
@@ -115,7 +138,16 @@ def _header_pairs(headers: Any) -> tuple[tuple[str, str], ...]:
 class _BaseHandle:
     """What both kinds of handle share."""
 
-    __slots__ = ("_adapter_name", "_client", "_control_address", "_endpoint", "_engine_id", "_head", "_options")
+    __slots__ = (
+        "_adapter_name",
+        "_client",
+        "_control_address",
+        "_endpoint",
+        "_engine_id",
+        "_head",
+        "_options",
+        "_retries",
+    )
 
     def __init__(
         self, engine_id: str, adapter_name: str, control_address: str, endpoint: str, options: CallOptions
@@ -126,6 +158,7 @@ class _BaseHandle:
         self._endpoint = endpoint
         self._options = options
         self._head = options.head()
+        self._retries = options.retries()
         if options.shard_key is not None:
             hash_fraction(options.shard_key)  # which imports what it needs: calls do not
         self._client: Client | None = None
@@ -243,6 +276,7 @@ class _BaseHandle:
             "",
             self._head,
             dumps_arguments(args, kwargs, "the argument"),
+            self._retries,
         )
 
 
@@ -264,6 +298,8 @@ class Handle(_BaseHandle, Generic[T_co]):
         http_headers: Headers = ...,
         timeout_s: float | None = ...,
         inherit_deadline: bool = ...,
+        idempotent: bool | None = ...,
+        max_retries: int | None = ...,
     ) -> Handle[Any]: ...
     @overload
     def options(
@@ -274,6 +310,8 @@ class Handle(_BaseHandle, Generic[T_co]):
         http_headers: Headers = ...,
         timeout_s: float | None = ...,
         inherit_deadline: bool = ...,
+        idempotent: bool | None = ...,
+        max_retries: int | None = ...,
     ) -> Handle[T_co]: ...
 
     def options(self, **changes: Any) -> Handle[Any]:
@@ -385,6 +423,8 @@ class AsyncHandle(_BaseHandle, Generic[T_co]):
         http_headers: Headers = ...,
         timeout_s: float | None = ...,
         inherit_deadline: bool = ...,
+        idempotent: bool | None = ...,
+        max_retries: int | None = ...,
     ) -> AsyncHandle[Any]: ...
     @overload
     def options(
@@ -395,6 +435,8 @@ class AsyncHandle(_BaseHandle, Generic[T_co]):
         http_headers: Headers = ...,
         timeout_s: float | None = ...,
         inherit_deadline: bool = ...,
+        idempotent: bool | None = ...,
+        max_retries: int | None = ...,
     ) -> AsyncHandle[T_co]: ...
 
     def options(self, **changes: Any) -> AsyncHandle[Any]:

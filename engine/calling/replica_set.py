@@ -113,6 +113,7 @@ class ReplicaSet:
         self.tag = entry.tag
         self.targets: dict[str, Target] = {}
         self.waiting: deque[Slot] = deque()
+        self.pausing: dict[Slot, None] = {}  # calls that wait a moment before they are repeated
         self.copies: deque[Slot] = deque()  # of shadowed calls, which wait behind all others
         self.dropped_copies = 0  # those that found no room there, or waited too long
         self.retry_scheduled = False  # the caller's timer will look at `waiting` again
@@ -139,6 +140,9 @@ class ReplicaSet:
         self.max_queue_wait_s = entry.max_queue_wait_s
         self.expecting = entry.expecting
         self.failures = entry.failures
+        self.max_retries = entry.max_retries
+        self.retry_deaths = entry.retry_deaths
+        self.retry_posts = entry.retry_posts
         self.last_error = entry.last_error
         listed = {replica.replica_tag: replica for replica in entry.replicas}
         left = [
@@ -246,12 +250,14 @@ class ReplicaSet:
         )
 
     def give_up_waiting(self) -> list[Slot]:
-        """Take everything from the queue."""
+        """Take everything from the queue, and what was to be repeated."""
         self._drop_copies(self.copies)
         waiting = list(self.waiting)
         for slot in waiting:
             slot.leave_queue()
+        waiting += self.pausing
         self.waiting.clear()
+        self.pausing.clear()
         return waiting
 
     def next_placements(self, now: float, placed: list[Slot]) -> None:

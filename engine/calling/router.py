@@ -14,6 +14,7 @@ from ..errors import EndpointNotFound, EngineClosed
 from ..seam.error_text import all_there_are
 from ..seam.snapshot import EndpointEntry, RoutingSnapshot
 from .replica_set import ReplicaSet, Target
+from .retries import RetryBudget
 from .slot import Slot
 from .traffic import TrafficPolicy, hash_fraction
 
@@ -28,6 +29,7 @@ class Endpoint:
     policy: TrafficPolicy
     only: ReplicaSet | None  # the backend that gets everything, if there is one
     calls: int = 0
+    budget: RetryBudget | None = None  # of its calls that may have begun and are repeated, once one was
 
 
 class Router:
@@ -61,7 +63,7 @@ class Router:
             return left, homeless
         for tag in [tag for tag in self.replica_sets if tag not in snapshot.backends]:
             removed = self.replica_sets[tag]
-            homeless += removed.waiting
+            homeless += (*removed.waiting, *removed.pausing)
             removed.give_up_waiting()
             left += removed.targets.values()
             for target in removed.targets.values():
@@ -74,7 +76,7 @@ class Router:
             else:
                 left += replica_set.apply(entry)
                 if replica_set.hopeless:
-                    homeless += replica_set.waiting
+                    homeless += (*replica_set.waiting, *replica_set.pausing)
                     replica_set.give_up_waiting()
         self.endpoints = {name: self._endpoint(entry) for name, entry in snapshot.endpoints.items()}
         self.snapshot = snapshot
@@ -109,4 +111,5 @@ class Router:
         policy = TrafficPolicy(entry.traffic)
         single = policy.single
         before = self.endpoints.get(entry.name)
-        return Endpoint(entry, policy, self.replica_sets[single] if single else None, before.calls if before else 0)
+        calls, budget = (before.calls, before.budget) if before else (0, None)
+        return Endpoint(entry, policy, self.replica_sets[single] if single else None, calls, budget)

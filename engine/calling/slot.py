@@ -8,6 +8,7 @@ from typing import Any, Final, Protocol
 from ..errors import EngineError
 from ..seam.channel import Channel
 from ..seam.messages import Call, End, Failure, Item, Reply
+from .retries import Past
 
 __all__ = ["NO_CALL", "Slot", "Submitter"]
 
@@ -39,13 +40,19 @@ class Slot:
         "channel",
         "endpoint",
         "given_up",
+        "past",
         "queue",
         "shard_key",
         "since",
+        "spoken",
         "target",
         "waited",
     )
 
+    past: Past
+    """What has become of the call so far: only there once something has."""
+    spoken: bool
+    """Something of a stream was delivered: only there once it was."""
     drives = False
     """Whether the thread that submits the call will drive its channel itself."""
 
@@ -88,6 +95,14 @@ class Slot:
             if self in self.queue:
                 self.queue.remove(self)
             self.queue = None
+
+    def remember(self) -> Past:
+        """What has become of the call so far, to be added to."""
+        try:
+            return self.past
+        except AttributeError:
+            self.past = Past()
+            return self.past
 
     # -- the answer ----------------------------------------------------------------------------------------------------
 

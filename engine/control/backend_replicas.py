@@ -137,6 +137,9 @@ class BackendReplicas:
             dead=tuple(self._dead),
             last_error=self._why if self._restarts.failures else "",
             max_queue_wait_s=self.config.max_queue_wait_s,
+            max_retries=self.config.max_retries,
+            retry_deaths=self.config.retries_deaths,
+            retry_posts=self.config.retry_posts,
         )
 
     def _replica_entry(self, worker: Worker) -> ReplicaEntry:

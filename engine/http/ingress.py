@@ -25,7 +25,17 @@ from ..errors import DeadlineExceeded, EngineError, InvalidArgument, Overloaded
 from ..seam.http_request import trim_scope
 from ..seam.ingress_server import StreamBroken
 from ..seam.log import Log
-from ..seam.messages import HTTP, INITIAL_CREDIT, Call, End, Failure, Item, Reply
+from ..seam.messages import (
+    AS_CONFIGURED,
+    AS_CONFIGURED_FOR_POSTS,
+    HTTP,
+    INITIAL_CREDIT,
+    Call,
+    End,
+    Failure,
+    Item,
+    Reply,
+)
 from .bodies import BodyTooLarge, Budget, Claim, ClientLeft, read_body
 from .exchange import TEXT_TYPE, Exchange, printable, request_id_of
 from .failures import failure_head
@@ -41,6 +51,7 @@ if TYPE_CHECKING:
 __all__ = ["Ingress", "IngressClient"]
 
 
+_IDEMPOTENT = frozenset({"GET", "HEAD", "PUT", "DELETE", "OPTIONS"})  # RFC 9110, 9.2.2
 _CREDIT_BATCH = INITIAL_CREDIT // 2
 _REFUSALS_EVERY_S = 1.0
 
@@ -189,7 +200,8 @@ class Ingress:
             trimmed = trim_scope(scope)
             if found.path_params:
                 trimmed["path_params"] = {**trimmed.get("path_params", {}), **found.path_params}
-            call = Call(0, HTTP, call_method, deadline, request_id, pickle.dumps(trimmed, 5), body)
+            retries = AS_CONFIGURED if scope["method"] in _IDEMPOTENT else AS_CONFIGURED_FOR_POSTS
+            call = Call(0, HTTP, call_method, deadline, request_id, pickle.dumps(trimmed, 5), body, retries)
             await self._call(found.endpoint_name, call, shard_key, exchange, receive)
         finally:
             claim.release()

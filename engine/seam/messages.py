@@ -14,6 +14,8 @@ from __future__ import annotations
 from typing import Any, Final, NamedTuple, TypeAlias
 
 __all__ = [
+    "AS_CONFIGURED",
+    "AS_CONFIGURED_FOR_POSTS",
     "HTTP",
     "INITIAL_CREDIT",
     "PYTHON",
@@ -34,6 +36,11 @@ PYTHON: Final = 0
 HTTP: Final = 1
 """`Call.kind` of an HTTP request: ``head`` is the pickled scope, ``payload`` the body; the result comes encoded."""
 
+AS_CONFIGURED: Final = -1
+"""`Call.retries`: as often as its backend says."""
+AS_CONFIGURED_FOR_POSTS: Final = -2
+"""The same of an HTTP request by POST or PATCH, which is taken to do something each time."""
+
 INITIAL_CREDIT: Final = 16
 """Items a replica may send ahead of the consumer before it must wait for `Credit`."""
 
@@ -46,12 +53,14 @@ class FailureKind:
     DRAINING: Final = 2  # the replica takes no more calls: the router must place the call elsewhere
     ENGINE: Final = 3  # the engine itself failed the call; `payload` is the packed `EngineError`
     BUSY: Final = 4  # the replica is at a long call and has not begun this one: the router may know of an idle replica
+    REPEATABLE: Final = 5  # as USER or ENGINE; the backend's ``retry_on`` has it, so the caller may repeat the call
 
 
 class Call(NamedTuple):
     """A request to run one method of a replica.
 
-    ``id`` is the caller's number for it while one replica has it; 0 as long as none does.
+    ``id`` is the caller's number for it while one replica has it; 0 as long as none does. ``retries`` is how often its
+    caller may repeat it though it may have begun, and does not travel.
     """
 
     id: int
@@ -61,6 +70,7 @@ class Call(NamedTuple):
     request_id: str
     head: bytes
     payload: bytes
+    retries: int = AS_CONFIGURED
 
 
 class Reply(NamedTuple):

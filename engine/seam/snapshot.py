@@ -38,6 +38,9 @@ class BackendEntry:
         failures: Tries to start a replica that failed, in a row. Those made side by side count once.
         dead: Tags of replicas that ended unasked, the last ones. No answer will come from there, though a caller's
             connection may not show it for long: that of a machine which lost its power just falls silent.
+        max_retries: How often calls may be repeated that may have begun.
+        retry_deaths: Whether they may be when their replica died with them.
+        retry_posts: Whether HTTP requests by POST and PATCH may be, too.
         last_error: Why the last of these failures failed, in a line; empty if there are none.
         max_queue_wait_s: Calls that would wait longer with a caller are refused; None for no such bound.
     """
@@ -51,6 +54,9 @@ class BackendEntry:
     dead: tuple[str, ...] = ()
     last_error: str = ""
     max_queue_wait_s: float | None = None
+    max_retries: int = 0
+    retry_deaths: bool = True
+    retry_posts: bool = False
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 from ..calling.budget import Budget
-from ..config import BackendConfig
+from ..config import BackendConfig, name_of_exception
 from ..errors import (
     BackendError,
     DeadlineExceeded,
@@ -149,6 +149,7 @@ class Replica:
                 self._config = config
                 self._limit = config.concurrency(on_loop=self.on_loop)
                 self._batch_size = config.max_batch_size or 1
+                self._retry_on = frozenset(config.retry_on)
                 self._max_call_s = config.max_call_s
                 self._watch()
                 self._most_calls = config.max_calls_per_replica or math.inf
@@ -496,6 +497,8 @@ class Replica:
     def _failure(self, job: Job, error: BaseException) -> Failure:
         call = job.call
         kind = FailureKind.ENGINE if issubclass(type(error), EngineError) else FailureKind.USER
+        if _is_one_of(error, self._retry_on):
+            kind = FailureKind.REPEATABLE
         advice = _advice_on(error)
         if advice and hasattr(error, "add_note"):
             error.add_note(advice)  # shown by tracebacks: in the log, and at the caller
@@ -573,6 +576,14 @@ class Replica:
                 f"an array, a generator): it got {len(jobs)} requests and returned {size}"
             )
         return results
+
+
+def _is_one_of(error: BaseException, names: frozenset[Any]) -> bool:
+    """Whether an error is of a type with one of these names, or of one derived from it."""
+    try:
+        return any(name_of_exception(kind) in names for kind in type(error).__mro__)
+    except BaseException:  # of a user's metaclass
+        return False
 
 
 def _advice_on(error: BaseException) -> str:

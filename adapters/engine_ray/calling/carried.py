@@ -11,6 +11,7 @@ import io
 import pickle
 from typing import Any, NamedTuple
 
+from engine.seam.messages import AS_CONFIGURED
 from engine.seam.serialization import loads, loads_leniently, refuse, unpack_exception
 
 __all__ = ["CarriedError", "CarriedResult", "Errand", "Filled", "Placeholder", "carried", "refuse_refs"]
@@ -57,6 +58,7 @@ class Errand(NamedTuple):
     left_s: float | None
     deadline: float | None = None
     node_id: str = ""
+    retries: int = AS_CONFIGURED
 
     def packed(self) -> bytes:
         """As bytes, for `pickle.loads`."""

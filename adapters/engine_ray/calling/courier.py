@@ -88,12 +88,14 @@ class Courier:
         self._held += 1
         self._idle.clear()
         try:
-            source, number, endpoint, method, head, payload, shard_key, timeout_s, *times = pickle.loads(errand)
+            source, number, endpoint, method, head, payload, shard_key, timeout_s, *times, retries = pickle.loads(
+                errand
+            )
             deadline = self._deadline(*times)
             await self._turns.take(source, number)
             if lifted:
                 payload = _filled(payload, await self._wait_for(lifted, endpoint, timeout_s, deadline))
-            call = Call(0, PYTHON, method, deadline, "", head, payload)
+            call = Call(0, PYTHON, method, deadline, "", head, payload, retries)
             caller = self._client.loop_caller()
             answer = await answer_to(caller, endpoint, call, timeout_s, shard_key=shard_key)
         except EngineError as error:

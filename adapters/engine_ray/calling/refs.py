@@ -106,6 +106,7 @@ class RayRefs:
             None if deadline is None else max(0.0, deadline - time.monotonic()),
             deadline,
             "" if deadline is None else self._connector.node_id(),
+            call.retries,
         ).packed()
         return courier.carry.remote(errand, lifted) if lifted else courier.carry.remote(errand)
 

@@ -1,0 +1,3 @@
+"""See `engine.testing.conformance.test_repeating`."""
+
+from engine.testing.conformance.test_repeating import *
