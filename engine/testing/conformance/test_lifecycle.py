@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import contextvars
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -420,3 +422,31 @@ def test_clients_cannot_call_what_the_engine_calls(serve, journal, way):
         else:
             assert served.http(headers={"X-SERVE-CALL-METHOD": name}).status_code == 400
     assert journal.lines() == []
+
+
+class Parent:
+    def __init__(self):
+        sleep = ["sleep", "1000"]
+        self.children = [subprocess.Popen(sleep), subprocess.Popen(sleep, start_new_session=True)]
+
+    def __call__(self, request):
+        return os.getpid(), *[child.pid for child in self.children]
+
+
+def test_what_a_replica_has_started_ends_with_it(serve, engine, adapter):
+    """However it ends; but what was started to outlive it does so, at least if it crashes."""
+    if not adapter.processes:
+        pytest.skip("its children are those of the calling process")
+    served = serve(Parent, route=None)
+    replica, child, other = served.call()
+    os.kill(replica, signal.SIGKILL)
+    eventually(lambda: not is_running(child))
+    assert is_running(other)
+    os.kill(other, signal.SIGKILL)
+    eventually(lambda: engine.statistics()["backends"][served.tag]["replicas"] == {f"{served.tag}#2": "ready"})
+    _, child, other = served.call()
+    engine.delete_endpoint(served.name)
+    engine.delete_backend(served.tag)
+    eventually(lambda: not is_running(child))
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(other, signal.SIGKILL)
