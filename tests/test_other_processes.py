@@ -127,6 +127,54 @@ def test_a_foreign_process_is_told_when_the_engine_is_gone(doubling, tmp_path):
         assert other.communicate("go on\n", timeout=40)[0] == "closed"
 
 
+CALLING = """
+import pickle, sys
+from concurrent.futures import ThreadPoolExecutor
+from engine.testing.instruments import eventually
+
+handle, gate = pickle.load(sys.stdin.buffer)
+
+def refused():
+    try:
+        handle.options(timeout_s=0.01).call()
+    except Exception as error:
+        return 'shut down' in str(error)
+
+def queued():
+    return handle._client is not None and any(
+        one['queued'] == 3 for counts in handle._client.statistics() for one in counts['backends'].values()
+    )
+
+with ThreadPoolExecutor(4) as pool:
+    calls = [pool.submit(handle.call) for _ in range(4)]
+    gate.wait_for_arrivals(1)
+    eventually(queued)
+    print('ready', flush=True)
+    eventually(refused)
+    gate.open()
+    print([call.result(20) for call in calls])
+"""
+
+
+def test_an_engine_that_ends_serves_what_foreign_processes_have_called(gate):
+    """Also what waits there for a replica; but nothing new."""
+
+    def held(request):
+        gate.pass_through()
+        return "finished"
+
+    with Engine(backend="local", http_options=HTTP) as engine:
+        engine.create_backend("held", held, config={"max_concurrent_queries": 1})
+        engine.create_endpoint("held", backend="held")
+        program = subprocess.Popen([sys.executable, "-c", CALLING], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        program.stdin.write(pickle.dumps((engine.get_handle("held"), gate)))
+        program.stdin.close()
+        assert program.stdout.readline() == b"ready\n"
+    assert program.stdout.read() == b"['finished', 'finished', 'finished', 'finished']\n"
+    assert program.wait(20) == 0
+    program.stdout.close()
+
+
 def test_a_handle_from_a_process_that_is_gone(tmp_path):
     code = """
     import pickle, sys

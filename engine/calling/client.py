@@ -62,6 +62,7 @@ class Client:
         self._threads: Caller | None = None
         self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Caller] = weakref.WeakKeyDictionary()
         self._draining = False  # takes no new calls, but from workers of the engine
+        self.carries: Callable[[], bool] | None = None  # for whom it carries calls of others: whether it holds any
         self._standing: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()  # loops that nobody waits for
         self._why_closed = ""  # as long as it is open
         self._owns_connector = False
@@ -208,6 +209,8 @@ class Client:
         if snapshot.version <= self.snapshot.version:
             return
         self.snapshot = snapshot
+        if snapshot.draining:
+            self.begin_drain()
         self._drop_closed_loops()
         with self._lock:
             threads, loops = self._threads, list(self._loops.items())
@@ -234,12 +237,22 @@ class Client:
         self._standing.add(loop)
 
     def begin_drain(self) -> None:
-        """Take no more calls, but from the engine's own workers; what was taken goes on."""
+        """Take no more calls, but from the engine's own workers; what was taken goes on.
+
+        Who carries calls of others takes them all: those do not make any more by themselves.
+        """
+        if self.carries is not None:
+            return
         with self._lock:
             self._draining = True
             callers = self._callers()
         for caller in callers:
             caller.begin_drain(EngineClosed(_SHUTTING_DOWN), self._may_call)
+
+    def at_rest(self) -> bool:
+        """Whether an engine that drains need not wait for this process; for its workers, it waits in another way."""
+        carries = self.carries
+        return works_for(self.engine_id) or not ((carries is not None and carries()) or self.held())
 
     def held(self, *, nameless: bool = False) -> set[str]:
         """The backends that calls of this process wait for, or are with: see `Caller.held`.
@@ -319,6 +332,8 @@ class Client:
             raise EngineClosed("this engine belongs to the process that this one was forked from; create one here")
         if self._why_closed:
             raise EngineClosed(self._why_closed)
+        if self._draining and not self._may_call():
+            raise EngineClosed(_SHUTTING_DOWN)
 
 
 class _Coming:

@@ -13,13 +13,15 @@ from typing import Protocol
 from ..errors import EngineClosed, EngineError
 from ..seam.channel import Channel, ChannelClosed
 from ..seam.connector import Connector, may_return
-from ..seam.control_messages import Applied, Publish, Subscribe
+from ..seam.control_messages import Applied, AtRest, Publish, Subscribe
 from ..seam.messages import Control, Message
 from ..seam.snapshot import RoutingSnapshot
 
 __all__ = ["Subscription"]
 
 _RETRY_S = 0.2
+_LOOK_S = 0.01
+"""Between looks at whether calls are left. They tell nobody: that would cost each call something."""
 
 
 class Subscriber(Protocol):
@@ -27,6 +29,9 @@ class Subscriber(Protocol):
 
     def apply(self, snapshot: RoutingSnapshot) -> None:
         """Let this snapshot rule."""
+
+    def at_rest(self) -> bool:
+        """Whether there are no calls that an engine which drains should wait for."""
 
     def close(self, error: EngineError | None = None) -> None:
         """No snapshot will come any more: the engine is gone, for this reason."""
@@ -91,10 +96,9 @@ class Subscription:
             snapshot = message.body.snapshot
             self._client.apply(snapshot)
             self.first.set()
-            try:
-                channel.send(Control(Applied(snapshot.version)))
-            except ChannelClosed:
-                pass  # whoever reads the channel will find that, and say so
+            self._say(channel, Applied(snapshot.version))
+            if snapshot.draining:
+                self._tell_when_at_rest(channel, snapshot.version)
 
     def lost(self, channel: Channel, reason: str) -> None:
         """See `engine.seam.channel.ChannelListener.lost`: without its controller there is no engine."""
@@ -118,6 +122,28 @@ class Subscription:
             seeker.start()
         except RuntimeError:  # at the end of the interpreter, which has no more threads to give
             self._give_up(reason)
+
+    def _tell_when_at_rest(self, channel: Channel, version: int) -> None:
+        if self._client.at_rest():
+            self._say(channel, AtRest(version))
+            return
+
+        def tell() -> None:
+            while not self._client.at_rest():
+                if self._ended.wait(_LOOK_S):
+                    return
+            self._say(channel, AtRest(version))
+
+        try:
+            threading.Thread(target=tell, name="engine-drain", daemon=True).start()
+        except RuntimeError:  # at the end of the interpreter, which has no more threads to give
+            self._say(channel, AtRest(version))
+
+    def _say(self, channel: Channel, body: Applied | AtRest) -> None:
+        try:
+            channel.send(Control(body))
+        except ChannelClosed:
+            pass  # whoever reads the channel will find that, and say so
 
     def _forget(self, channel: Channel) -> bool:
         """Let go of a channel that broke; False if it is not the one that stands, so that it is nobody's loss."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import closing, nullcontext
 from typing import Any
 
@@ -148,8 +148,12 @@ class Controller:
         for task in self._background:
             task.cancel()
         await self._workers.close()
-        self._client.begin_drain()
-        await asyncio.gather(self._ingresses.stop(grace_s), self._until_at_rest(grace_s, self._backends))
+        version = self._publisher.publish_drain()
+        ingresses = asyncio.ensure_future(self._ingresses.stop(grace_s))
+        if grace_s:  # whoever does not take it at once holds nobody up
+            await self._publisher.applied(version, min(grace_s, _OTHERS_TIMEOUT_S), ingress_only=False)
+        await self._until_at_rest(grace_s, self._backends, elsewhere=lambda: self._publisher.at_rest(version))
+        await ingresses
         self._client.begin_close()
         self._publisher.publish_end()
         backends = [*self._backends.values(), *self._leaving.values()]
@@ -470,7 +474,12 @@ class Controller:
             self._refill(backend)
 
     async def _until_at_rest(
-        self, grace_s: float, backends: dict[str, BackendReplicas], *, nameless: bool = False
+        self,
+        grace_s: float,
+        backends: dict[str, BackendReplicas],
+        *,
+        nameless: bool = False,
+        elsewhere: Callable[[], bool] = lambda: True,
     ) -> None:
         """Wait until this process's callers hold no call to these backends that a replica could still answer.
 
@@ -478,6 +487,7 @@ class Controller:
             grace_s: Seconds that each backend gets, if its configuration does not grant less.
             backends: By tag. One that leaves the engine is not waited for any longer.
             nameless: See `Client.held`.
+            elsewhere: Whether callers of other processes are at rest, too.
         """
         clock = asyncio.get_running_loop().time
         began, closing = clock(), self._closing
@@ -490,7 +500,7 @@ class Controller:
                 and one.serves
                 and took_s < min(grace_s, one.config.graceful_shutdown_timeout_s)
             }
-            if not due or due.isdisjoint(self._client.held(nameless=nameless)):
+            if not due or (due.isdisjoint(self._client.held(nameless=nameless)) and elsewhere()):
                 return
             await asyncio.sleep(_LOOK_S)
 

@@ -6,10 +6,11 @@ Runs on the controller's loop.
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 from ..calling.client import Client
 from ..seam.channel import Channel, ChannelClosed
-from ..seam.control_messages import Applied, Publish, Subscribe
+from ..seam.control_messages import Applied, AtRest, Publish, Subscribe
 from ..seam.messages import Control, Message
 from ..seam.snapshot import BackendEntry, EndpointEntry, RoutingSnapshot
 
@@ -21,6 +22,7 @@ class _Subscriber:
         self.ingress = False
         self.subscribed = False
         self.version = -1
+        self.at_rest = -1  # as of this version of a snapshot that drains
 
 
 class Publisher:
@@ -58,6 +60,14 @@ class Publisher:
     def publish(self, endpoints: dict[str, EndpointEntry], backends: dict[str, BackendEntry]) -> int:
         """Let this picture rule; returns its version."""
         return self._rule(RoutingSnapshot(self.version + 1, endpoints, backends))
+
+    def publish_drain(self) -> int:
+        """Let the picture that rules go on to rule, but for new calls; returns its version."""
+        return self._rule(replace(self._snapshot, version=self.version + 1, draining=True))
+
+    def at_rest(self, version: int) -> bool:
+        """Whether all subscribers that have taken this version, which drains, hold no calls any more."""
+        return all(one.at_rest >= version for one in self._subscribers.values() if one.version >= version)
 
     def publish_end(self) -> None:
         """Let an empty picture rule, from which callers learn that the engine is shutting down."""
@@ -103,6 +113,8 @@ class Publisher:
         elif isinstance(message.body, Applied):
             subscriber.version = message.body.version
             self._signal()
+        elif isinstance(message.body, AtRest):
+            subscriber.at_rest = message.body.version
 
     def lost(self, channel: Channel, reason: str) -> None:
         """See `engine.seam.channel.ChannelListener.lost`."""

@@ -13,6 +13,7 @@ from .snapshot import RoutingSnapshot
 __all__ = [
     "Answered",
     "Applied",
+    "AtRest",
     "Drain",
     "Drained",
     "LogLine",
@@ -140,5 +141,11 @@ class Publish(NamedTuple):
 
 class Applied(NamedTuple):
     """Caller: this version of the snapshot rules here now."""
+
+    version: int
+
+
+class AtRest(NamedTuple):
+    """Caller: the engine drains as of this version of the snapshot, and I hold no calls that it should wait for."""
 
     version: int

@@ -85,9 +85,12 @@ class RoutingSnapshot:
 
     Attributes:
         closing: The last one: the engine is shutting down, so that there is nothing to call any more.
+        draining: It is about to: callers take no new calls, but those of the engine's workers, and say when they hold
+            none any more (`engine.seam.control_messages.AtRest`).
     """
 
     version: int = 0
     endpoints: dict[str, EndpointEntry] = field(default_factory=dict)
     backends: dict[str, BackendEntry] = field(default_factory=dict)
     closing: bool = False
+    draining: bool = False

@@ -40,6 +40,8 @@ _MAX_CALLS = 1_000_000
 COURIER = "courier"
 """What it calls itself towards the controller."""
 _LEAVE_WITHIN_S = 3.0
+_ON_ITS_WAY_S = 0.2
+"""What the next call may take to come here that was made when the last one was. An engine that drains waits for it."""
 _LAST_ANSWERS_S = 1.0
 """What Ray may need to bring the last answers to their callers; the engine, if it shuts down in order, is faster."""
 _leave_process = os._exit
@@ -60,6 +62,7 @@ class Courier:
         refuse_refs()  # inside of what the refs among arguments stand for
         loop = asyncio.get_running_loop()
         self._held = 0
+        self._came_at = 0.0  # when the last call came
         self._idle = asyncio.Event()  # set when the last call that was held has been answered
         self._turns = Turns()
         self._over = asyncio.Event()  # set when the engine is gone
@@ -73,6 +76,7 @@ class Courier:
             if connector.returns(control_address):
                 _leave_process(1)  # Ray starts an actor again that died, but never one whose constructor raised
             raise
+        self._client.carries = self._carries
         self._leaving = loop.create_task(self._leave_with_engine())
 
     async def carry(self, errand: bytes, lifted: Sequence[Any] = ()) -> Any:
@@ -86,6 +90,7 @@ class Courier:
             CarriedError: Whatever the call raised.
         """
         self._held += 1
+        self._came_at = time.monotonic()
         self._idle.clear()
         try:
             source, number, endpoint, method, head, payload, shard_key, timeout_s, *times, retries = pickle.loads(
@@ -135,6 +140,9 @@ class Courier:
     async def statistics(self) -> dict[str, Any]:
         """What was counted of the calls of all processes: see `engine.calling.caller.Caller.statistics`."""
         return self._client.loop_caller().statistics()
+
+    def _carries(self) -> bool:
+        return self._held > 0 or time.monotonic() - self._came_at < _ON_ITS_WAY_S
 
     async def leave(self) -> None:
         """Return once the engine is gone and every call was answered, so that the actor can be killed."""

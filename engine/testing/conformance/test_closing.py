@@ -248,6 +248,7 @@ def test_what_waits_is_served_before_the_end(adapter, client, gate, journal, kin
                 engine.create_endpoint("calls", backend="calls")
                 url, handles = f"{engine.http_url}/held", [engine.get_handle("held"), engine.get_handle("calls")]
                 calls = [pool.submit(outcome, handle.call) for handle in handles for _ in range(4)]
+                calls += [pool.submit(outcome, engine.get, ref) for ref in [handles[0].remote() for _ in range(3)]]
                 requests = [pool.submit(lambda: client.get(url).text) for _ in range(3)]
                 gate.wait_for_arrivals(2)
                 eventually(lambda: sum(one["queued"] for one in engine.statistics()["backends"].values()) >= 6)
@@ -262,7 +263,7 @@ def test_what_waits_is_served_before_the_end(adapter, client, gate, journal, kin
                     raise error
         except SystemExit:
             pass
-        assert [call.result(20) for call in calls + requests] == ["finished"] * 11
+        assert [call.result(20) for call in calls + requests] == ["finished"] * 14
 
 
 def test_what_does_not_end_is_broken_off(adapter, gate):
