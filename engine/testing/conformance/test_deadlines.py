@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import os
+import signal
 import socket
 import sys
 import threading
@@ -329,6 +331,32 @@ def test_what_is_late_leaves_every_queue_at_once(serve, engine, kind, gate, jour
     engine.get(first)
     served.call("next")
     assert journal.lines() == ["first", "next"]
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_what_is_read_too_late_is_not_run(serve, adapter, kind, journal):
+    """A replica that is stopped reads nothing. When it goes on, it finds calls that nobody waits for any more."""
+    if not adapter.processes:
+        pytest.skip("replicas are threads of this process")
+
+    def sync(request):
+        journal.add(len(request.data))
+        return os.getpid()
+
+    async def asynchronous(request):
+        return sync(request)
+
+    served = serve(sync if kind == "sync" else asynchronous, route=None)
+    pid = served.call("")
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        for size in (10, 1 << 20, 3 << 20):  # what comes in several reads, and so before the news of its end
+            with pytest.raises(errors.DeadlineExceeded):
+                served.call(size * "x", timeout_s=0.02)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert served.call("next") == pid
+    assert journal.lines() == ["0", "4"]
 
 
 # -- over HTTP ---------------------------------------------------------------------------------------------------------
