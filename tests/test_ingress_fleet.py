@@ -133,3 +133,21 @@ async def test_what_is_missing_is_tried_until_it_is_there() -> None:
     platform.there.update(bad="sound", b="sound")
     await completing
     assert len(served(fleet)) == 3
+
+
+async def test_one_that_dies_whenever_it_is_ready_does_not_keep_the_machine_busy() -> None:
+    platform = Platform("a")
+    fleet = platform.fleet()
+    platform.workers = fleet._workers = Workers(platform, fleet.forget)
+    await fleet.ensure_started()
+    for deaths in range(10):  # at once
+        platform.workers.worker_exited(WorkerExit(platform.started[-1].worker_id, "died"))
+        await asyncio.wait_for(fleet.complete(), 20)
+        assert len(platform.started) == deaths + 2
+    platform.workers.worker_exited(WorkerExit(platform.started[-1].worker_id, "died"))
+    completing = asyncio.ensure_future(fleet.complete())
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert len(platform.started) == 11, "it has to wait"
+    completing.cancel()
+    await asyncio.gather(completing, return_exceptions=True)

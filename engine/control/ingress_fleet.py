@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections import defaultdict
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..seam.serialization import dumps_by_value
 from ..seam.worker import Listen, WorkerSpec
 from .backoff import backoff_s
 from .checkpoint import KnownWorker
+from .restarts import Restarts
 from .workers import Life, Worker, Workers
 
 __all__ = ["IngressFleet"]
@@ -44,6 +46,8 @@ class IngressFleet:
         self._listen = Listen(http.host or "", http.port, int(http.server_options.get("backlog", 1024)))
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)  # by node
         self._running: dict[str, list[Worker]] = {}  # by node
+        self._restarts = Restarts()
+        self._wait_s = 0.0  # before those that died are replaced
         self._wanted = False
         self._count = 0
 
@@ -81,7 +85,13 @@ class IngressFleet:
         return complete
 
     async def complete(self) -> None:
-        """Refill until all are there; the more tries fail, the more slowly."""
+        """Refill until all are there; the more tries fail, the more slowly.
+
+        Those that died are replaced at once, unless they die all the time: what leaves whenever it is ready must not
+        keep the machine busy.
+        """
+        wait_s, self._wait_s = self._wait_s, 0.0
+        await asyncio.sleep(wait_s)
         for failures in itertools.count(1):
             try:
                 if await self.refill():
@@ -148,6 +158,7 @@ class IngressFleet:
         for running in self._running.values():
             if worker in running:
                 running.remove(worker)
+                self._wait_s = self._restarts.died(time.monotonic(), answered=False, replicas=self._http.workers)
                 return True
         return False
 
