@@ -321,9 +321,11 @@ async def test_complete_heads_are_limited_as_well(framing: str) -> None:
 @pytest.mark.parametrize("http_version", ["1.1", "1.0"], ids=["plain", "full"])
 async def test_a_client_that_takes_nothing_is_let_go(http_version: str) -> None:
     async with serving(stall_timeout_s=0.1) as server:
-        _, writer = await server.connect()
+        reader, writer = await server.connect()
         writer.write(f"GET /endless HTTP/{http_version}\r\nhost: x\r\n\r\n".encode())
         assert await asyncio.wait_for(server.app.left.get(), PATIENCE_S) == "/endless"
+        with pytest.raises(ConnectionResetError):  # the kernel, too, keeps nothing for it
+            await asyncio.wait_for(reader.read(), PATIENCE_S)
         writer.close()
 
 

@@ -15,7 +15,10 @@ Everything here runs on one asyncio loop, and only its thread touches it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import socket
+import struct
 from collections.abc import Coroutine
 from typing import Any, Protocol, cast
 
@@ -219,9 +222,17 @@ class Connection(asyncio.Protocol):
         left = self._transport.get_write_buffer_size()
         looks = looks + 1 if left == size else 1
         if not left or looks > _STALLED_LOOKS:
-            self._transport.abort()
+            self._reset()
         else:
             self._timer = self.loop.call_later(_LOOK_AFTER_S, self._check_gone, left, looks)
+
+    def _reset(self) -> None:
+        # Else the kernel would keep what the client does not take, and ask for a quarter of an hour whether it does.
+        with contextlib.suppress(OSError):  # it is gone already
+            sock = self._transport.get_extra_info("socket")
+            with socket.socket(fileno=os.dup(sock.fileno())) as same:
+                same.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self._transport.abort()
 
     def _check_taken(self, writable: asyncio.Future[None], size: int | None) -> None:
         # A slow client takes a buffer at a time: it is only let go if it takes nothing at all.
@@ -232,7 +243,7 @@ class Connection(asyncio.Protocol):
         if left == size:
             log.debug("%r took nothing for %g s", self, timeout_s)
             self._end()
-            self._transport.abort()
+            self._reset()
         else:
             self.loop.call_later(timeout_s, self._check_taken, writable, left)
 

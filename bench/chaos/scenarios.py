@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Final
 
+from .bodies import bodies
 from .drift import calls, cycles
 from .endings import endings
 from .interrupts import interrupts
@@ -20,6 +21,7 @@ SCENARIOS: Final[dict[str, tuple[Callable[[str, float], Iterator[Outcome]], floa
     "stops": (stops, 10.0),
     "versions": (versions, 10.0),
     "overload": (overload, 30.0),
+    "bodies": (bodies, 0.0),
     "interrupts": (interrupts, 60.0),
     "endings": (endings, 60.0),
     "calls": (calls, 300.0),
