@@ -40,6 +40,7 @@ class Front:
 engine = Engine(os.environ["ADAPTER"], http_options={{"host": "127.0.0.1", "port": 0}})
 engine.create_backend("double", double, config={{"num_replicas": 2}})
 engine.create_endpoint("double", backend="double", route="/double")
+engine.update_backend("double", double)
 engine.update_backend_config("double", engine.get_backend_config("double"))
 assert engine.list_backends().keys() | engine.list_endpoints().keys() | engine.statistics().keys()
 assert engine.http_url.startswith("http://127.0.0.1:")
@@ -76,7 +77,7 @@ def run(directory: Path, program: str, adapter: str = "local", **options: object
 def test_an_engine_of_a_module(tmp_path: Path, adapter: str) -> None:
     (tmp_path / "app.py").write_text(APP)
     _, imports = run(tmp_path, USE, adapter)
-    assert imports == (4 if adapter == "local" else 1), "the program, and each replica"
+    assert imports == (6 if adapter == "local" else 1), "the program, and each replica"
 
 
 def test_an_engine_of_a_preloaded_module(tmp_path: Path) -> None:

@@ -108,6 +108,7 @@ def main() -> None:
     with Engine("inline", http_options={"location": None}) as engine:
         engine.create_backend("double", double)
         engine.create_endpoint("double", backend="double")
+        engine.update_backend("double", double, config=BackendConfig(max_surge=1), ray_actor_options={"num_cpus": 1})
         engine.create_backend("doubles", doubles, config={"max_batch_size": 2})
         engine.create_backend("front", Front, engine.get_handle("double"))
         engine.create_endpoint("front", backend="front")

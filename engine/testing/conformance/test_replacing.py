@@ -9,7 +9,7 @@ import pytest
 
 from engine import errors, get_replica_context
 from engine.testing.conformance.load import Load
-from engine.testing.instruments import eventually
+from engine.testing.instruments import eventually, interrupting
 
 
 def old(request):
@@ -176,6 +176,41 @@ def test_versions_follow_each_other_under_load(engine, serve):
     there = engine.statistics()["backends"][served.tag]
     assert (there["state"], there["version"]) == ("ready", 3)
     assert [one["version"] for one in there["details"].values()] == [3, 3]
+
+
+class Held:
+    def __init__(self, gate):
+        gate.pass_through()
+
+    def __call__(self, request):
+        return "new"
+
+
+IN_PLACE = {"num_replicas": 2, "max_surge": 0, "max_unavailable": 1}
+
+
+def test_an_update_that_is_interrupted_half_way_is_taken_back(engine, serve, gate):
+    """One of the old replicas has made room, and is started again."""
+    served = serve(old, config=IN_PLACE, route=None)
+    with interrupting(gate.arrivals), pytest.raises(KeyboardInterrupt):
+        engine.update_backend(served.tag, Held, gate)
+    engine.update_backend_config(served.tag, {"max_queued_requests": 7})  # whatever comes next finds it so
+    there = engine.statistics()["backends"][served.tag]
+    assert [there["version"], *(one["version"] for one in there["details"].values())] == [1, 1, 1]
+    assert {served.call() for _ in range(5)} == {"old"}
+
+
+def test_a_deletion_by_force_ends_an_update(engine, serve, gate):
+    served = serve(old, config=IN_PLACE, route=None)
+    engine.delete_endpoint(served.name)
+    with ThreadPoolExecutor(1) as pool:
+        updating = pool.submit(engine.update_backend, served.tag, Held, gate)
+        gate.wait_for_arrivals(1)
+        engine.delete_backend(served.tag, force=True)
+        with pytest.raises(errors.InvalidArgument, match="was deleted meanwhile"):
+            updating.result(20)
+    engine.create_backend(served.tag, old)  # nothing is left of it
+    engine.delete_backend(served.tag)
 
 
 def test_an_update_keeps_the_configuration_but_for_what_it_changes(engine, serve):
