@@ -62,7 +62,7 @@ class Client:
         self._threads: Caller | None = None
         self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Caller] = weakref.WeakKeyDictionary()
         self._draining = False  # takes no new calls, but from workers of the engine
-        self.carries: Callable[[], bool] | None = None  # for whom it carries calls of others: whether it holds any
+        self._carries: Callable[[], bool] | None = None  # see `subscribe`
         self._standing: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()  # loops that nobody waits for
         self._why_closed = ""  # as long as it is open
         self._owns_connector = False
@@ -126,6 +126,7 @@ class Client:
         request: Subscribe | None = None,
         *,
         owns_connector: bool = False,
+        carries: Callable[[], bool] | None = None,
     ) -> Client:
         """A client of such an engine, with a life of its own.
 
@@ -135,6 +136,7 @@ class Client:
             control_address: Where the controller is.
             request: What the controller is asked for; by default snapshots, for a caller that is no ingress.
             owns_connector: Close the connector with the client.
+            carries: For whom it carries calls of others: whether it holds any.
 
         Raises:
             errors.EngineClosed: The engine cannot be reached.
@@ -147,6 +149,7 @@ class Client:
         check_unpatched()
         client = cls(engine_id, connector)
         client._owns_connector = owns_connector
+        client._carries = carries
         subscription = client._subscription = Subscription(
             client, connector, control_address, request or Subscribe(ingress=False)
         )
@@ -241,7 +244,7 @@ class Client:
 
         Who carries calls of others takes them all: those do not make any more by themselves.
         """
-        if self.carries is not None:
+        if self._carries is not None:
             return
         with self._lock:
             self._draining = True
@@ -251,7 +254,7 @@ class Client:
 
     def at_rest(self) -> bool:
         """Whether an engine that drains need not wait for this process; for its workers, it waits in another way."""
-        carries = self.carries
+        carries = self._carries
         return works_for(self.engine_id) or not ((carries is not None and carries()) or self.held())
 
     def held(self, *, nameless: bool = False) -> set[str]:

@@ -71,12 +71,13 @@ class Courier:
         # As an ingress is, it is waited for when routes change: a call made after that must follow them.
         try:
             request = Subscribe(ingress=True, worker_id=COURIER)
-            self._client = Client.subscribe(engine_id, connector, control_address, request, owns_connector=True)
+            self._client = Client.subscribe(
+                engine_id, connector, control_address, request, owns_connector=True, carries=self._carries
+            )
         except EngineClosed:
             if connector.returns(control_address):
                 _leave_process(1)  # Ray starts an actor again that died, but never one whose constructor raised
             raise
-        self._client.carries = self._carries
         self._leaving = loop.create_task(self._leave_with_engine())
 
     async def carry(self, errand: bytes, lifted: Sequence[Any] = ()) -> Any:

@@ -251,7 +251,7 @@ def test_what_waits_is_served_before_the_end(adapter, client, gate, journal, kin
                 calls += [pool.submit(outcome, engine.get, ref) for ref in [handles[0].remote() for _ in range(3)]]
                 requests = [pool.submit(lambda: client.get(url).text) for _ in range(3)]
                 gate.wait_for_arrivals(2)
-                eventually(lambda: sum(one["queued"] for one in engine.statistics()["backends"].values()) >= 6)
+                eventually(lambda: sum(one["queued"] for one in engine.statistics()["backends"].values()) >= 9)
                 eventually(lambda: len(journal.lines()) == 3)
 
                 def open_at_the_end():
