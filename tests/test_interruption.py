@@ -87,6 +87,20 @@ def test_what_opens_later_is_struck_then(work: Work) -> None:
         run_long()
 
 
+def test_a_loop_that_swallows_exceptions_has_its_tasks_cancelled(work: Work) -> None:
+    uvloop = pytest.importorskip("uvloop")
+    loop = uvloop.new_event_loop()
+    loop.set_exception_handler(lambda loop, context: pytest.fail(str(context)))
+    work.interrupt()
+    work.interrupter.open = work
+    try:
+        with pytest.raises(asyncio.CancelledError):
+            loop.run_until_complete(asyncio.sleep(20))
+    finally:
+        work.interrupter.open = None
+        loop.close()
+
+
 class Finalized:
     def __init__(self, within: Callable[[], None]) -> None:
         self.within = within

@@ -7,20 +7,26 @@ uses it, and one that comes when nobody expects it is ignored, be there a handle
 
 Nothing but user code is struck. Of engine code, only what a backend calls itself, such as handles, which bear that. Nor
 is it struck where an exception would be lost or would leave something broken behind for good: in a finalizer, while a
-module is imported, in logging. It is tried again a moment later then. But what was struck is not struck again: it may
+module is imported, in logging. It is tried again a moment later then. An event loop that swallows exceptions has its
+tasks cancelled instead. But what was struck is not struck again: it may
 clean up, for as long as it is given.
 """
 
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from ..config import LONGEST_S
 from ..errors import CallCancelled
+
+if TYPE_CHECKING:
+    import asyncio
 
 __all__ = ["Interrupter"]
 
@@ -106,7 +112,10 @@ class Interrupter:
         if strike is None or strike.done or self.open is not strike.work or _is_delicate(frame):
             return
         strike.done = True
-        raise CallCancelled(strike.why)
+        loop = _swallowing_loop()
+        if loop is None:
+            raise CallCancelled(strike.why)
+        loop.call_soon_threadsafe(_cancel_tasks, loop)
 
 
 class _Strike:
@@ -114,6 +123,24 @@ class _Strike:
         self.work: object = work
         self.why = why
         self.done = False
+
+
+def _swallowing_loop() -> asyncio.AbstractEventLoop | None:
+    """The event loop that user code waits in here, if that logs what a handler raises and goes on: uvloop's."""
+    if "asyncio" not in sys.modules:
+        return None
+    import asyncio
+
+    loop = asyncio._get_running_loop()
+    waits = loop is not None and asyncio.current_task(loop) is None
+    return loop if waits and not isinstance(loop, asyncio.BaseEventLoop) else None
+
+
+def _cancel_tasks(loop: asyncio.AbstractEventLoop) -> None:
+    import asyncio
+
+    for task in asyncio.all_tasks(loop):
+        task.cancel()
 
 
 def _is_delicate(frame: FrameType | None) -> bool:
