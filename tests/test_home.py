@@ -10,6 +10,7 @@ import pytest
 
 from engine.calling import home as home_module
 from engine.calling.home import LoopHome, ThreadHome
+from engine.seam.scribe import scribe
 from engine.testing.instruments import PATIENCE_S, Footprint, eventually
 
 LONG_S = 1000.0
@@ -109,6 +110,7 @@ def test_a_timer_that_raises_stops_no_other(
     home.call_later(0.0, fail)
     home.call_later(0.0, done.set)
     assert done.wait(PATIENCE_S)
+    scribe().flush(PATIENCE_S)
     assert "a timer failed" in caplog.text
 
 

@@ -66,7 +66,7 @@ class Async(Plain):
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
-    with Engine(backend="local", http_options={"port": 0}) as engine:
+    with Engine(backend="local", http_options={"port": 0, "h11_max_incomplete_size": 100_000}) as engine:
         for name, backend in (("plain", Plain), ("async", Async)):
             engine.create_backend(name, backend, config={"max_concurrent_queries": 1})
             engine.create_endpoint(name, backend=name, route=f"/{name}")

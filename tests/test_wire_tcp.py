@@ -134,11 +134,15 @@ class Caller:
             stack.callback(thread.join)
             stack.callback(self.loop.call_soon_threadsafe, self.loop.stop)
 
-    def open(self, address: str, *, secret: bytes | None = SECRET) -> tuple[SocketChannel, FakeListener]:
+    def open(
+        self, address: str, *, secret: bytes | None = SECRET, calls: bool = False
+    ) -> tuple[SocketChannel, FakeListener]:
         listener = FakeListener()
 
         def make() -> SocketChannel:
-            channel = connect(address, listener, on_loop=self.loop is not None, poller=self.poller, secret=secret)
+            channel = connect(
+                address, listener, on_loop=self.loop is not None, poller=self.poller, secret=secret, calls=calls
+            )
             if self.mode == "polled":
                 channel.watch()
             return channel
@@ -181,7 +185,7 @@ def test_what_is_sent_before_the_connection_stands_arrives_in_order(
     caller: Caller, kind: str, way: str, secret: bytes | None, stack: ExitStack
 ) -> None:
     server = Server(kind, secret)
-    channel, listener = caller.open(getattr(server, way), secret=secret)
+    channel, listener = caller.open(getattr(server, way), secret=secret, calls=kind != "acceptor")
     sizes = [1, LARGE, 0, 70_000, LARGE // 2, 3]
     calls = [call(number, bytes([number]) * size) for number, size in enumerate(sizes)]
     for message in calls:
