@@ -279,6 +279,21 @@ def test_a_call_that_pauses_can_be_ended(world: World, how: str) -> None:
     assert slot.settled == (how == "close")
 
 
+@pytest.mark.parametrize("how", ["close", "fire"])
+def test_a_call_that_pauses_after_its_backend_was_deleted_is_not_forgotten(world: World, how: str) -> None:
+    slot = world.submit("a")
+    world.show(replace(backend_entry("c", ["r9"]), max_retries=2))  # it gets the calls of the endpoint now
+    fail(world, "r1")
+    assert (world.caller.held(), slot.settled) == ({"c"}, 0)
+    if how == "close":
+        world.caller.close()
+        assert isinstance(slot.error, EngineClosed)
+    world.home.fire()
+    assert slot.settled == (how == "close")
+    if how == "fire":
+        assert world.names("r9") == ["a"]
+
+
 def test_a_thread_that_drives_the_channel_stops_when_its_call_pauses(world: World) -> None:
     """Nothing more would come there, and it would not look at what comes elsewhere."""
     slot = world.submit("a")

@@ -413,6 +413,10 @@ class Caller:
                 past.repeats.add(call_id)
             if slot.call_id == call_id and slot.queue is None and slot not in slot.target.holds:
                 slot.come_back()  # now: its thread may drive a channel on which nothing will come
+                router = self._router
+                if router.replica_sets.get(replica_set.tag) is not replica_set and slot.endpoint in router.endpoints:
+                    # Its backend was deleted: whoever ends the calls that wait does not look there any more.
+                    replica_set, _ = router.route(slot.endpoint, slot.shard_key)
                 replica_set.pausing[slot] = None
         self.home.call_later(delay_s, self._resume, slot, call_id, replica_set)
         return None
