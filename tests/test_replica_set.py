@@ -241,6 +241,19 @@ def test_a_silent_replica_is_put_aside_and_tried_less_and_less_often() -> None:
     assert all(later > 1.5 * earlier for earlier, later in itertools.pairwise(tried))
 
 
+def test_replicas_at_calls_that_take_for_ever_are_not_left_alone_for_as_long() -> None:
+    """They may be sending streams: one that answers other calls as quickly as ever takes its share of them."""
+    timed = Timed("r1", "r2", "r3", quick="r1 r2 r3", takes_s=0.02, limit=100)
+    for target in timed.known.targets.values():
+        target.in_flight += 1
+        timed.known._file(target)
+    timed.now += 3600.0
+    timed.call(1000, every_s=0.01)
+    timed.got.clear()
+    timed.call(1000, every_s=0.01)
+    assert min(timed.got[key] for key in ("r1", "r2", "r3")) > 200, timed.got
+
+
 def test_a_replica_that_became_idle_gets_the_next_call_whatever_the_others_hold() -> None:
     known = make(*[f"r{number}" for number in range(8)], limit=8)
     for _ in range(8):

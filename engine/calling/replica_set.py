@@ -40,7 +40,8 @@ _QUICKLY, _SLOWLY = 0.5, 0.99
 """Of an answer that takes longer, half the difference is added to what is usual; any other shortens that a little. So
 almost all of them take less."""
 _ASIDE_S = 1.0
-"""How long one that is silent gets nothing, at least; then one call, to see, and nothing for as long again."""
+"""How long one that is silent gets nothing; then one call, to see, and if it does not answer that, nothing for as long
+again as it was silent. Not so before: it may merely be at calls, or streams, that take as long as that."""
 _FRESH_S = 0.1
 """How long a replica's word on its load is believed. It only speaks when called, so an idle one would look busy."""
 
@@ -70,6 +71,7 @@ class Target:
         "replica_set",
         "replica_tag",
         "slow_for",
+        "tried_at",
         "try_at",
         "unreachable_until",
     )
@@ -90,6 +92,7 @@ class Target:
         self.heard_at = 0.0  # it answered last, or got something to do when it had nothing
         self.aside_at = -1.0  # the same when it was found silent: others come first until it is heard again
         self.try_at = 0.0  # or until then: it gets a call, to see
+        self.tried_at = 0.0  # when it got one last
         self.gone = False  # no longer in the snapshot: finish what is in flight, then close
         self.dead = False  # it left the snapshot because it died: what is in flight will not be answered
         self.pool: list[Target] | None = None  # the one of the replica set's lists that it is in
@@ -445,8 +448,10 @@ class ReplicaSet:
 
     def _worth_a_try(self, target: Target, now: float) -> bool:
         """Whether to give a silent target a call, to see; if not, it is put aside."""
-        silent_s = now - target.heard_at
         worth = target.heard_at < target.try_at <= now
+        if worth:
+            target.tried_at = now
+        silent_s = now - target.heard_at if target.heard_at < target.tried_at else 0.0
         target.try_at = now + max(_ASIDE_S, silent_s)
         if not worth:
             target.aside_at = target.heard_at
