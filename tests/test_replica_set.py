@@ -349,7 +349,7 @@ def test_what_slow_replicas_could_hold_does_not_count_as_queued(max_queued: int)
     for slot in slots[1:]:
         known.handed_back(known.targets["r1"], 1, NOW)
         assert known.refusal() is None
-        known.put_back(slot)
+        known.put_back(slot, NOW)
     assert [place(known) for _ in range(max_queued)] == [None] * max_queued
     with pytest.raises(Overloaded, match=f"and {max_queued} calls of this caller wait"):
         place(known)
@@ -403,6 +403,31 @@ def test_how_fast_calls_were_served_is_forgotten_after_a_pause() -> None:
     known = make("r1", limit=1, max_queue_wait_s=1.0)
     now = served_every(known, 10.0, 3) + 1.0
     assert [place(known, now=now) for _ in range(50)] == ["r1"] + [None] * 49
+
+
+def test_the_time_without_replicas_says_nothing_about_how_fast_they_are() -> None:
+    known = make("r1", limit=1, max_queue_wait_s=1.0)
+    now = served_every(known, 0.01, 20)
+    assert place(known, now=now) == "r1"
+    entry = backend_entry("b", [], limit=1, max_queue_wait_s=1.0)
+    for picture, later_s in ((entry, 0.0), (replace(entry, replicas=(ReplicaEntry("r2", "fake:r2"),)), 10.0)):
+        known.apply(picture)
+        assert [place(known, now=now) for _ in range(5)] == [None] * 5
+        now += later_s
+    assert len(placed(known, now)) == 1
+    assert [place(known, now=now) for _ in range(20)] == [None] * 20
+
+
+def test_what_a_call_did_before_it_came_back_says_nothing_about_the_queue() -> None:
+    known = make("r1", limit=1, max_queue_wait_s=1.0)
+    slot = FakeSlot("long")
+    target = known.place(slot, NOW)
+    assert target is known.targets["r1"]
+    now = NOW + 60.0
+    known.answered(target, 0, now)
+    known.put_back(slot, now)  # it failed, and is repeated
+    assert placed(known, now) == [("long", "r1")]
+    assert [place(known, now=now) for _ in range(20)] == [None] * 20
 
 
 def test_slow_calls_are_forgotten_while_quick_ones_are_served() -> None:
@@ -485,7 +510,7 @@ def test_thousands_of_calls_that_come_back_are_not_looked_at_each_time() -> None
         slot.since = NOW + number
     shuffled = random.sample(slots, len(slots))
     for slot in shuffled:
-        known.put_back(slot)
+        known.put_back(slot, NOW)
     assert list(known.waiting) == slots
     assert looks < 20 * len(slots)
 
@@ -507,7 +532,7 @@ def test_calls_that_are_put_back_keep_their_order() -> None:
     target = known.targets["r1"]
     for slot in slots[:3]:
         known.refused(target, 0, NOW + 9)
-        known.put_back(slot)
+        known.put_back(slot, NOW)
     assert [slot.name for slot in known.waiting if isinstance(slot, FakeSlot)] == list("abcde")
     assert all(slot.queue is known.waiting for slot in slots)
     assert [name for name, _ in placed(known, NOW + 10)] == list("abc")

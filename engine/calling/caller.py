@@ -624,6 +624,7 @@ class Caller:
             with self._lock:
                 if self._torn:
                     self._mend()
+                now = time.monotonic()
                 self._torn = True
                 if slot.call_id == call_id and slot.queue is None and slot not in slot.target.holds:
                     slot.come_back()
@@ -638,8 +639,7 @@ class Caller:
                     elif stays and not slot.given_up:
                         failure = self._closed or (replica_set.absence() if lost else replica_set.refusal())
                         if failure is None:
-                            replica_set.put_back(slot)
-                now = time.monotonic()
+                            replica_set.put_back(slot, now)
                 self._schedule_retry(replica_set, RETRY_S, now)
                 replica_set.next_placements(now, ready)
                 self._torn = False

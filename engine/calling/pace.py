@@ -22,21 +22,30 @@ class Pace:
         interval_s: That mean in seconds; 0 as long as nothing is known.
     """
 
-    __slots__ = ("_left_at", "interval_s")
+    __slots__ = ("_came_at", "_left_at", "_stood_still", "interval_s")
 
     def __init__(self) -> None:
         self.interval_s = 0.0
+        self._came_at = -math.inf  # when the queue was empty last, and a call came
         self._left_at = -math.inf  # when the last call left
+        self._stood_still = False
 
     def come(self, now: float) -> None:
         """A call has come to the queue, which was empty."""
         if now - self._left_at > _PAUSE_S:
             self.interval_s = 0.0
+        self._came_at = now
 
-    def leave(self, since: float, now: float) -> None:
-        """A call has left the queue, to which it had come at ``since``."""
-        interval_s = now - max(self._left_at, since)
-        if self.interval_s:
+    def stand_still(self) -> None:
+        """There was nobody to take calls until now: the interval that runs is not counted."""
+        self._stood_still = True
+
+    def leave(self, now: float) -> None:
+        """A call has left the queue."""
+        interval_s = now - max(self._left_at, self._came_at)
+        if self._stood_still:
+            self._stood_still = False
+        elif self.interval_s:
             self.interval_s += (interval_s - self.interval_s) * _WEIGHT
         else:
             self.interval_s = interval_s

@@ -158,6 +158,8 @@ class ReplicaSet:
             self.leave(target)
             target.dead = target.replica_tag in entry.dead
             del self.targets[target.replica_tag]
+        if listed and not self.targets:
+            self._pace.stand_still()
         for key, replica in listed.items():
             if key not in self.targets:
                 self.targets[key] = Target(key, replica.address, self)
@@ -191,8 +193,10 @@ class ReplicaSet:
         _put_in_order(self.waiting, slot)  # at its end, unless the call comes from a backend that is gone
         return None
 
-    def put_back(self, slot: Slot) -> None:
+    def put_back(self, slot: Slot, now: float) -> None:
         """Queue a call that its replica did not take: before those that came later, after those that came before it."""
+        if not self.waiting:
+            self._pace.come(now)
         _put_in_order(self.waiting, slot)
 
     @property
@@ -284,7 +288,7 @@ class ReplicaSet:
             if queue is self.copies:
                 self._copy_bytes -= _size(slot)
             else:
-                self._pace.leave(slot.since, now)
+                self._pace.leave(now)
 
     def take(self, now: float) -> Target | None:
         """Choose a replica and count one more call there."""
