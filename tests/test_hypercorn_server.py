@@ -11,6 +11,7 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import h2.connection
@@ -27,11 +28,14 @@ from engine_http import HypercornServer
 from engine_http import connection as connection_module
 from engine_http import server as server_module
 from engine_http.connection import Connection
+from engine_http.full import _WindowWatch
 from engine_http.plain import PlainLane
 
 pytestmark = pytest.mark.anyio
 
 PATIENCE_S = 10
+_LARGE = {"/large": 10_000_000, "/kernels": 1_000_000}
+"""Bodies by path: more than a kernel keeps, and less than one keeps between two sockets of its own."""
 
 
 @pytest.fixture(params=["asyncio", "uvloop"])
@@ -91,8 +95,8 @@ class App:
         elif path == "/endless":
             await self._endless(receive, send)
             return
-        elif path == "/large":
-            body = b"x" * 10_000_000
+        elif path in _LARGE:
+            body = b"x" * _LARGE[path]
         await self._answer(send, body or b"hello")
 
     async def _endless(self, receive: Any, send: Any) -> None:
@@ -329,6 +333,51 @@ async def test_a_client_that_takes_nothing_is_let_go(http_version: str) -> None:
         writer.close()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="no other kernel tells what a client has taken")
+async def test_a_client_that_takes_little_is_not_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel asks for more only when a good part of what it keeps has been taken."""
+    paused: asyncio.Queue[Connection] = asyncio.Queue()
+    pause = Connection.pause_writing
+
+    def note(self: Connection) -> None:
+        pause(self)
+        paused.put_nowait(self)
+
+    monkeypatch.setattr(Connection, "pause_writing", note)
+    async with serving() as server:
+        with socket.create_connection(("127.0.0.1", server.port)) as client:
+            client.setblocking(False)
+            client.sendall(b"GET /endless HTTP/1.1\r\nhost: x\r\n\r\n")
+            connection = await asyncio.wait_for(paused.get(), PATIENCE_S)
+            loop = asyncio.get_running_loop()
+            until = loop.time() + PATIENCE_S
+            before = connection._left().taken
+            # what its side of the kernel holds is taken, so more than that must be read
+            while connection._left().taken == before and loop.time() < until:
+                with contextlib.suppress(BlockingIOError):
+                    client.recv(10_000)
+                await asyncio.sleep(0.001)
+            assert connection._left().taken > before
+
+
+def test_a_stream_is_not_let_go_while_its_connection_waits() -> None:
+    resets: list[int] = []
+    tasks: Any = SimpleNamespace(
+        congested=True,
+        stall_timeout_s=1.0,
+        loop=SimpleNamespace(call_later=lambda *_: None),
+        spawn=lambda _, stream_id: resets.append(stream_id),
+    )
+    protocol: Any = SimpleNamespace(task_group=tasks, let_go=None)
+    watch = _WindowWatch(protocol, 1, b"to be sent")
+    watch._look(None)
+    watch._look(len(b"to be sent"))
+    assert not resets
+    tasks.congested = False
+    watch._look(len(b"to be sent"))
+    assert resets == [1]
+
+
 async def test_expect_continue() -> None:
     async with serving() as server:
         reader, writer = await server.connect()
@@ -448,6 +497,34 @@ async def test_tls(authority: trustme.CA, certificate: dict[str, str], http2: bo
         response = await client.post(f"https://127.0.0.1:{server.port}/a", content=b"x" * 200_000)
         assert (response.http_version, response.content) == (version, b"x" * 200_000)
     assert server.app.scopes[0]["scheme"] == "https"
+
+
+async def test_a_connection_that_is_closed_breaks_off_no_answer(
+    authority: trustme.CA, certificate: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server has written all of it, but the client has yet to take it from the kernel."""
+    monkeypatch.setattr(connection_module, "_LOOK_AFTER_S", 0.01)
+    looked = asyncio.Event()
+    look = Connection._check_gone
+
+    def note(self: Connection, *args: Any) -> None:
+        look(self, *args)
+        looked.set()
+
+    monkeypatch.setattr(Connection, "_check_gone", note)
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    async with serving(**certificate) as server:
+        sock = socket.socket()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", server.port))
+        reader, writer = await asyncio.open_connection(sock=sock, ssl=context, server_hostname="localhost", limit=1)
+        writer.write(b"GET /kernels HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        await asyncio.wait_for(looked.wait(), PATIENCE_S)
+        answer = await asyncio.wait_for(reader.read(), PATIENCE_S)
+        assert len(answer.partition(b"\r\n\r\n")[2]) == _LARGE["/kernels"]
+        writer.close()
 
 
 # -- clients that leave --------------------------------------------------------------------------------------------

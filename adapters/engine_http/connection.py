@@ -19,8 +19,9 @@ import contextlib
 import os
 import socket
 import struct
+import sys
 from collections.abc import Coroutine
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 from engine.seam.log import Log
 
@@ -35,6 +36,16 @@ _LOOK_AFTER_S = 1.0
 """A connection that is closed and empty by then only waits for its client to say goodbye in TLS."""
 _STALLED_LOOKS = 120
 """Looks at a closed connection without its client having taken anything. A slow one takes a buffer at a time."""
+_TCP_INFO = struct.Struct("=24xI92xQ16xI")
+"""What is asked of Linux's ``tcp_info``: packets sent and not acknowledged, bytes acknowledged, bytes not sent yet."""
+
+
+class _Left(NamedTuple):
+    """What a client has yet to take, and how much it has taken; the kernel tells of the latter on Linux."""
+
+    here: int
+    in_kernel: bool = False
+    taken: int = 0
 
 
 class Owner(Protocol):
@@ -200,7 +211,7 @@ class Connection(asyncio.Protocol):
             self._end()
             self._timer.cancel()
             self._transport.close()
-            self._timer = self.loop.call_later(_LOOK_AFTER_S, self._check_gone, 0, 0)
+            self._timer = self.loop.call_later(_LOOK_AFTER_S, self._check_gone, None, 0)
 
     def break_off(self) -> None:
         """End at once, whatever is going on."""
@@ -217,14 +228,30 @@ class Connection(asyncio.Protocol):
             self.resume_writing()
             self._lane.ended()
 
-    def _check_gone(self, size: int, looks: int) -> None:
+    def _check_gone(self, state: _Left | None, looks: int) -> None:
         # A client that takes nothing more would keep its connection, and what is buffered for it, for good.
-        left = self._transport.get_write_buffer_size()
-        looks = looks + 1 if left == size else 1
-        if not left or looks > _STALLED_LOOKS:
+        left = self._left()
+        looks = looks + 1 if left == state else 1
+        if not left.here and not left.in_kernel:
+            self._transport.abort()
+        elif looks > _STALLED_LOOKS:
             self._reset()
         else:
             self._timer = self.loop.call_later(_LOOK_AFTER_S, self._check_gone, left, looks)
+
+    def _left(self) -> _Left:
+        here = self._transport.get_write_buffer_size()
+        if sys.platform == "linux":
+            with contextlib.suppress(OSError, ValueError):  # it is gone already, or no TCP
+                sock = socket.socket(fileno=self._transport.get_extra_info("socket").fileno())
+                try:
+                    told = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+                finally:
+                    sock.detach()
+                if len(told) == _TCP_INFO.size:  # else the kernel is too old to tell
+                    unacknowledged, taken, unsent = _TCP_INFO.unpack(told)
+                    return _Left(here, bool(unacknowledged or unsent), taken)
+        return _Left(here)
 
     def _reset(self) -> None:
         # Else the kernel would keep what the client does not take, and ask for a quarter of an hour whether it does.
@@ -234,13 +261,14 @@ class Connection(asyncio.Protocol):
                 same.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self._transport.abort()
 
-    def _check_taken(self, writable: asyncio.Future[None], size: int | None) -> None:
-        # A slow client takes a buffer at a time: it is only let go if it takes nothing at all.
+    def _check_taken(self, writable: asyncio.Future[None], state: _Left | None) -> None:
+        # A slow client takes a buffer at a time, and the kernel much of it before it asks for more: it is only let go
+        # if it takes nothing at all.
         timeout_s = self.context.stall_timeout_s
         if timeout_s is None or self._writable is not writable or self.closing:
             return
-        left = self._transport.get_write_buffer_size()
-        if left == size:
+        left = self._left()
+        if left == state:
             log.debug("%r took nothing for %g s", self, timeout_s)
             self._end()
             self._reset()

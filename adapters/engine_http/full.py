@@ -232,6 +232,11 @@ class _Tasks:
         self.loop = connection.loop
         self.stall_timeout_s = connection.context.stall_timeout_s
 
+    @property
+    def congested(self) -> bool:
+        """See `Connection.congested`."""
+        return self._connection.congested
+
     async def spawn_app(
         self, app: Any, config: Config, scope: Any, send: Callable[[Any], Awaitable[None]]
     ) -> Callable[[Any], Awaitable[None]]:
@@ -402,9 +407,10 @@ class _WindowWatch:
             timer.cancel()
 
     def _look(self, size: int | None) -> None:
-        left = len(self._buffer)
         tasks: Any = self._protocol.task_group
-        if left == size:
+        # while the connection waits for its client, no stream gets on: it is looked after by itself
+        left = None if tasks.congested else len(self._buffer)
+        if left is not None and left == size:
             tasks.spawn(self._protocol.let_go, self._stream_id)
         else:
             self._timer = tasks.loop.call_later(tasks.stall_timeout_s, self._look, left)
