@@ -438,6 +438,27 @@ async def test_one_that_leaves_as_soon_as_it_is_ready_does_not_spin(world: Dying
     assert 0 < slept[10] < slept[11] < 4
 
 
+@dying(1)
+async def test_one_that_made_room_in_vain_is_missed(world: Dying) -> None:
+    """It has left already when the other one does not start: that is tried until one does."""
+    plan = world.backend.plan
+    world.backend.plan = replace(plan, config=plan.config.updated({"max_surge": 0, "max_unavailable": 1}))
+    world.adapter.on_start = world.ready_at_once
+    for worn in (True, False):
+        world.adapter.refuses = ValueError(f"not today, {worn}")
+        (first,) = world.backend.running
+        if worn:
+            world.backend.mark_worn(first, "has begun 3 calls")
+            exchanging = asyncio.ensure_future(world.backend.renew())
+        else:
+            exchanging = asyncio.ensure_future(world.backend.replace_one(first, "is unhealthy"))
+        await until(lambda: f"not today, {worn}" in str(world.backend.describe()["last_error"]))  # noqa: B023
+        world.adapter.refuses = None
+        await until(lambda: len(world.in_service) == 1)
+        await exchanging
+        assert first not in world.backend.running
+
+
 # -- replacing one -------------------------------------------------------------------------------------------------
 
 

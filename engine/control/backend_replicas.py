@@ -275,6 +275,7 @@ class BackendReplicas:
                     failed = 0 if await self._settle(worn[: Room.for_few(self.config).at_a_time]) else failed + 1
         finally:
             self._renewing = False
+        await self.refill()  # what made room for others that did not start has left its place empty
 
     async def _settle(self, worn: Collection[Worker] = ()) -> bool:
         """Exchange these replicas, and those of another version; returns whether that is done.
@@ -666,6 +667,7 @@ class BackendReplicas:
         async with self.lock:
             if worker in self._replaced and not self.deleted and not await self._settle([worker]):
                 self._replaced.discard(worker)  # until it asks again
+        await self.refill()  # it may have made room, or others may have died, and the other one did not start
 
     def mark_worn(self, worker: Worker, reason: str) -> bool:
         """Have `renew` exchange a replica in service that has done its share; returns whether it is not to be anyway.
