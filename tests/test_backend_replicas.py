@@ -374,6 +374,14 @@ async def test_fewer_are_wanted_when_one_becomes_ready(world: Dying) -> None:
     assert world.in_service == ["b#2"]
 
 
+@dying(2)
+async def test_one_that_is_too_many_is_not_kept_for_having_been_due(world: Dying) -> None:
+    world.backend.mark_worn(world.backend.running[1], "is old")
+    await world.backend.update({"num_replicas": 1})
+    assert world.in_service == ["b#1"]
+    assert not world.backend._replaced
+
+
 @dying(1)
 async def test_a_new_version_heals_what_does_not_start(world: Dying) -> None:
     world.backend._restarts = SlowAfter(3)

@@ -348,7 +348,6 @@ class BackendReplicas:
                     continue
                 await self._step(plan if rules else self.plan, staying, started, publish)
                 departures += self._let_go(going)
-                self._replaced.difference_update(going)
         finally:
             self._arriving = self._least = None
 
@@ -562,7 +561,6 @@ class BackendReplicas:
         """Take replicas out of service, come what may, and end them without making anybody wait for that."""
         if leaving:
             self.running = [worker for worker in self.running if worker not in leaving]
-            self._replaced.difference_update(leaving)
             self._announce()
             self._let_go(leaving, at_once=at_once)
 
@@ -572,6 +570,7 @@ class BackendReplicas:
         Returns:
             What ends each of them.
         """
+        self._replaced.difference_update(leaving)
         self._leaving.update(leaving)
         tasks = [asyncio.get_running_loop().create_task(self._see_off(one, at_once=at_once)) for one in leaving]
         for task in tasks:
