@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import itertools
+import logging
 import math
+import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,8 +20,11 @@ from fakes import FakeServiceLoop, http_call, outcome, python_call, until
 from engine import accept_batch
 from engine.config import BackendConfig
 from engine.errors import DeadlineExceeded
-from engine.seam.control_messages import Drain, Unhealthy
+from engine.seam.control_messages import Drain, Reconfigure, Unhealthy
+from engine.seam.log import Log
+from engine.seam.may_block import awaited_thread
 from engine.seam.messages import Credit, End, Failure, FailureKind, Item, Reply
+from engine.seam.scribe import Scribe
 from engine.serving import blocking_replica, call_limit
 from engine.serving import watchdog as watchdog_module
 from engine.serving.blocking_replica import BlockingReplica
@@ -78,7 +84,56 @@ def test_a_look_that_fails_is_not_the_last(dogs: Any, caplog: Any, monkeypatch: 
 
     dogs(look).wake()
     eventually(lambda: len(seen) >= 2)
-    assert "engine-watchdog-test failed to look" in caplog.text
+    eventually(lambda: "engine-watchdog-test failed to look" in caplog.text)  # logged by another thread
+
+
+def test_a_look_that_logs_does_not_wait_for_handlers(dogs: Any) -> None:
+    """What hangs may be a handler, which keeps its lock then."""
+    handler = logging.NullHandler()
+    handler.handle = lambda record: bool(opened.wait(20))  # type: ignore[method-assign]
+    opened, looked = threading.Event(), threading.Event()
+
+    def look(now: float, late_s: float) -> None:
+        Log("engine.backend").warning("it hangs")
+        looked.set()
+
+    logging.getLogger("engine.backend").addHandler(handler)
+    try:
+        dogs(look).wake()
+        assert looked.wait(10)
+    finally:
+        opened.set()
+        logging.getLogger("engine.backend").removeHandler(handler)
+
+
+def test_what_is_logged_is_handled_before_the_process_may_be_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    handled: list[str] = []
+    waited_for = threading.Event()
+    flush = Scribe.flush
+
+    def flushes(self: Scribe, timeout_s: float) -> None:
+        waited_for.set()
+        flush(self, timeout_s)
+
+    class Slow(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            waited_for.wait(5)
+            handled.append(record.getMessage())
+
+    monkeypatch.setattr(Scribe, "flush", flushes)
+    handler = Slow()
+    logging.getLogger("engine.backend").addHandler(handler)
+    try:
+        with awaited_thread():
+            Log("engine.backend").warning("it hangs")
+        seen: list[list[str]] = []
+        world = PlainWorld(lambda request: None)
+        world.replica._tell = lambda body: seen.append([*handled])
+        world.replica._ask_to_be_replaced("hangs", hung=True)
+        assert seen == [["it hangs"]]
+    finally:
+        waited_for.set()
+        logging.getLogger("engine.backend").removeHandler(handler)
 
 
 def test_a_process_that_stood_still_is_told_for_how_long(dogs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,6 +232,27 @@ def test_who_takes_no_messages_meanwhile_does_not_keep_it_from_being_ended(monke
     world = PlainWorld(work)
     world.ask(python_call(1))
     assert [told.hung for told in world.told] == [True, True]
+
+
+def test_what_ends_before_anybody_was_told_that_it_hangs_is_no_reason_to_be_killed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The next call runs by then."""
+    monkeypatch.setattr(blocking_replica, "_LAST_WORD_S", 0.001)
+
+    def end_and_begin_another() -> None:
+        world.replica._began = time.monotonic()
+
+    world = PlainWorld(lambda request: world.look(LIMIT_S + 1))
+    world.loop.wake = end_and_begin_another  # type: ignore[method-assign]
+    sent = world.ask(python_call(1))
+    assert [type(answer) for answer in sent] == [Reply]
+    assert not world.told
+    world.replica._began = 1.0
+    world.replica.delayed()
+    world.replica._began = None
+    sent = world.ask(python_call(2))
+    assert [type(answer) for answer in sent] == [Reply, Reply], "it takes calls as before"
 
 
 def test_time_in_which_the_process_stood_still_does_not_count() -> None:
@@ -354,6 +430,36 @@ async def test_a_call_that_cannot_be_cancelled_ends_its_replica(caplog: Any, mon
     opened.set()
     await until(lambda: not world.replica._limits)
     assert len(sent) == 1, "it was answered already"
+
+
+@on_loop
+async def test_a_call_whose_limit_is_taken_away_while_it_is_ended_is_answered_too() -> None:
+    async def lingering(request: Any) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            config = pickle.dumps(BackendConfig())
+            world.replica.control(Reconfigure(1, config, user_config_changed=False))
+
+    world = LoopWorld(lingering, max_call_s=0.01)
+    sent = await world.ask(python_call(1))
+    assert "max_call_s=0.01" in str(outcome(sent[0]))
+
+
+@on_loop
+async def test_a_stream_that_bears_being_cancelled_ends_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(call_limit, "_GRACE_S", 0.01)
+
+    async def stream(request: Any) -> Any:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        yield "1"
+        await asyncio.Event().wait()
+
+    world = LoopWorld(stream, max_call_s=0.01)
+    sent = await world.ask(http_call(1), answers=2)
+    assert [type(answer) for answer in sent] == [Item, End]
+    assert sent[-1].failed
 
 
 @on_loop

@@ -70,7 +70,8 @@ class BlockingReplica(Replica):
         self._seen: float | None = None
         self._stood_still_s = 0.0
         self._reported: float | None = None  # the last that was found to hang
-        self._hangs: float | None = None  # those who called it are still to be told
+        # When what hangs began, and how long that may take: those who called it are still to be told.
+        self._hangs: tuple[float, float] | None = None
         self._told_callers = threading.Event()
 
     def attach(self, loop: ServiceLoop) -> None:
@@ -215,15 +216,20 @@ class BlockingReplica(Replica):
         if self._reported != since:
             self._log_where(told, stack)
         self._reported = since
-        self._say_that_it_hangs(since, f"has been in one call for {age_s:.1f} s (max_call_s={limit_s:g})")
+        self._say_that_it_hangs(since, f"has been in one call for {age_s:.1f} s (max_call_s={limit_s:g})", limit_s)
 
-    def _say_that_it_hangs(self, since: float, reason: str) -> None:
-        self._hangs = since
+    def _say_that_it_hangs(self, since: float, reason: str, limit_s: float) -> None:
+        self._hangs = since, limit_s
         self._told_callers.clear()
         assert self._service_loop is not None
         self._service_loop.wake()  # whoever reads meanwhile calls `delayed`
-        self._told_callers.wait(_LAST_WORD_S)
+        if not self._told_callers.wait(_LAST_WORD_S) and not self._still_runs(since):
+            self._hangs = None
+            return  # it ended before anybody was told: what runs by now is not to be killed for it
         self._ask_to_be_replaced(reason, hung=True)
+
+    def _still_runs(self, since: float) -> bool:
+        return since in (self._running_since(), self._health.began_at)
 
     def _stack(self) -> str:
         stack = stack_of_thread(self._thread)
@@ -240,9 +246,10 @@ class BlockingReplica(Replica):
 
     def _give_up(self) -> None:
         """Answer all that is held, for what runs hangs: whoever delivers messages meanwhile does so."""
-        since, self._hangs = self._hangs, None
-        if since not in (self._running_since(), self._health.began_at):
+        hangs, self._hangs = self._hangs, None
+        if hangs is None or not self._still_runs(hangs[0]):
             return
+        limit_s = hangs[1]
         self._drain_until = self._drain_until or time.monotonic()
         running = self._running()
         self._hand_over()
@@ -251,7 +258,7 @@ class BlockingReplica(Replica):
             if job is self._streaming:
                 self._finish(job, End(job.call.id, 0, True))
             else:
-                self._fail(job, self._too_long(f"a call of {self._name(job)}"))
+                self._fail(job, self._too_long(job, limit_s))
         self._told_callers.set()
 
     # -- its health ----------------------------------------------------------------------------------------------------
@@ -290,7 +297,7 @@ class BlockingReplica(Replica):
         if self._reported != began_at:
             self._log_where(what, stack)
         self._reported = began_at
-        self._say_that_it_hangs(began_at, what)
+        self._say_that_it_hangs(began_at, what, self._config.health_check_timeout_s)
 
     # -- running -------------------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ It is cancelled when that time is over, and told on if it does not end. What wai
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ class CallLimit:
 
     Attributes:
         streaming: The call of which a part of a stream was sent.
+        limit_s: How long it may be in user code in one go, as of the last time that it began.
         over: Its time is over.
     """
 
@@ -42,15 +44,22 @@ class CallLimit:
         self.task = task
         self.jobs = jobs
         self.streaming: Job | None = None
+        self.limit_s = math.inf
         self.over = False
         self._overran = overran
         self._outlived = outlived
         self._timer: asyncio.TimerHandle | None = None
 
     def begin(self, limit_s: float | None) -> None:
-        """User code begins, and has so many seconds from now on; None leaves it any time."""
+        """User code begins, and has so many seconds from now on; None leaves it any time.
+
+        What goes on although its time was over, to close a stream, say, is given no more than time to end.
+        """
         self.pause()
-        if limit_s is not None and not self.over:
+        if self.over:
+            self._timer = self.task.get_loop().call_later(_GRACE_S, self._outlived, self)
+        elif limit_s is not None:
+            self.limit_s = limit_s
             self._timer = self.task.get_loop().call_later(limit_s, self._end)
 
     def pause(self) -> None:

@@ -273,19 +273,19 @@ class LoopReplica(Replica):
             if job is limit.streaming:
                 self._finish(job, End(job.call.id, 0, True))
             else:
-                super()._fail(job, self._too_long(f"a call of {self._name(job)}"))
+                super()._fail(job, self._too_long(job, limit.limit_s))
         self._ask_to_be_replaced("cannot end a call that runs for too long", hung=False)
 
     def _what_runs(self, limit: CallLimit) -> str:
         what = " and ".join({self._name(job) for job in limit.jobs})
         requests = ", ".join(job.call.request_id for job in limit.jobs)
-        return f"a call of {what} (request {requests}) runs for longer than max_call_s={self._max_call_s}"
+        return f"a call of {what} (request {requests}) runs for longer than max_call_s={limit.limit_s:g}"
 
     def _fail(self, job: Job, error: BaseException) -> None:
         if self._limits:
             limit = self._limits.get(asyncio.current_task())  # type: ignore[arg-type]
             if limit is not None and limit.over:
-                error = self._too_long(f"a call of {self._name(job)}")
+                error = self._too_long(job, limit.limit_s)
         super()._fail(job, error)
 
     def _patience_s(self) -> float:

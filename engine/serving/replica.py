@@ -37,6 +37,7 @@ from ..seam.error_text import a_kind_of, message_of, summary_of, traceback_of
 from ..seam.http_request import RequestEnvelope, build_http_request
 from ..seam.log import Log
 from ..seam.messages import HTTP, INITIAL_CREDIT, Call, Cancel, Credit, End, Failure, FailureKind, Item, Message, Reply
+from ..seam.scribe import scribe
 from ..seam.serialization import dumps, loads, loads_leniently, pack_exception, shorten_packed_exception
 from ..seam.service import ServiceLoop
 from .health import Health
@@ -54,6 +55,8 @@ __all__ = ["FAREWELL_S", "Job", "Replica", "awaited"]
 _logger = Log("engine.backend")
 _CHECK_MARGIN_S = 1.0
 """A loop that turns gives a check of health up itself. If it has not by then, it does not turn."""
+_LAST_LINE_S = 1.0
+"""How long it takes at most to log where a replica hangs, before it says so to be ended."""
 FAREWELL_S = 1.0
 """How long a drained replica waits for its callers to hang up, so that no call is lost in a socket's buffer."""
 
@@ -264,11 +267,14 @@ class Replica:
         self._watchdog.wake()  # which then knows when the next one is due
 
     def _ask_to_be_replaced(self, reason: str, *, hung: bool) -> None:
+        if hung:  # the process is killed, and what the watchdog logs is handled by another thread
+            scribe().flush(_LAST_LINE_S)
         self._tell(Unhealthy(reason, hung))
 
-    def _too_long(self, what: str) -> DeadlineExceeded:
+    def _too_long(self, job: Job, limit_s: float) -> DeadlineExceeded:
         return DeadlineExceeded(
-            f"{what} ran for longer than max_call_s={self._max_call_s:g} and was ended; what it did until then is done"
+            f"a call of {self._name(job)} ran for longer than max_call_s={limit_s:g} and was ended; what it did until "
+            "then is done"
         )
 
     def _log_where(self, what: str, stack: str) -> None:

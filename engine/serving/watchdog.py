@@ -2,7 +2,8 @@
 
 What there is to see, and what is done about it, is the replica's affair (`Replica` and its subclasses): a look says
 when the next one is due. So nothing is looked at before something can have become late, and no call costs more for
-being watched. The thread ends with the replica.
+being watched. The thread ends with the replica. What it logs is handled by another one: the very handler that it would
+wait for may be what hangs.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable
 
 from ..seam.log import Log
+from ..seam.may_block import awaited_thread
 
 __all__ = ["Watchdog"]
 
@@ -55,6 +57,10 @@ class Watchdog:
         self._bell.set()
 
     def _run(self) -> None:
+        with awaited_thread():
+            self._watch()
+
+    def _watch(self) -> None:
         wait_s: float | None = 0.0
         while not self._stopped:
             due = None if wait_s is None else time.monotonic() + wait_s
