@@ -11,7 +11,7 @@ from fakes import backend_entry
 from engine.calling.client import Client
 from engine.control.publisher import Publisher
 from engine.seam.channel import ChannelClosed
-from engine.seam.control_messages import Applied, Publish, Subscribe
+from engine.seam.control_messages import Applied, AtRest, Publish, Subscribe
 from engine.seam.messages import Cancel, Control
 from engine.seam.snapshot import RoutingSnapshot
 from engine.testing.fakes import FakeAdapter, FakeChannel
@@ -72,6 +72,22 @@ async def test_a_subscriber_gets_the_ruling_snapshot_and_all_that_follow(world: 
     world.publish()
     assert pushed(channel) == [1, 2, 3]
     assert pushed(silent) == []
+
+
+@on_loop
+async def test_what_is_published_during_a_shutdown_takes_nothing_of_it_back(world: World) -> None:
+    version = world.publisher.publish_drain()
+    world.publish()
+    late = world.connect()  # gets the newest alone: would it not drain, it would never be at rest
+    assert world.publisher.snapshot.draining and world.publisher.snapshot.backends == BACKENDS
+    late.answer(Control(Applied(world.publisher.version)))
+    assert not world.publisher.at_rest(version)
+    late.answer(Control(AtRest(world.publisher.version)))
+    assert world.publisher.at_rest(version)
+    world.publisher.publish_end()
+    end = world.publisher.snapshot
+    assert world.publish() == end.version
+    assert world.publisher.snapshot is end
 
 
 @on_loop

@@ -58,8 +58,15 @@ class Publisher:
         self._base = version
 
     def publish(self, endpoints: dict[str, EndpointEntry], backends: dict[str, BackendEntry]) -> int:
-        """Let this picture rule; returns its version."""
-        return self._rule(RoutingSnapshot(self.version + 1, endpoints, backends))
+        """Let this picture rule; returns its version.
+
+        Callers go on to drain, if they do, and after `publish_end` no picture rules any more: what was being changed
+        when the engine began to shut down may come to this later.
+        """
+        if self._snapshot.closing:
+            return self.version
+        draining = self._snapshot.draining
+        return self._rule(RoutingSnapshot(self.version + 1, endpoints, backends, draining=draining))
 
     def publish_drain(self) -> int:
         """Let the picture that rules go on to rule, but for new calls; returns its version."""
