@@ -398,6 +398,44 @@ async def test_a_new_version_heals_what_does_not_start(world: Dying) -> None:
     assert not world.backend._fills
 
 
+@pytest.mark.parametrize("version", [True, False])
+def test_what_was_starting_has_gone_before_others_start(version: bool) -> None:
+    """They may need what it holds: the only GPU."""
+
+    @dying(1)
+    async def test(world: Dying) -> None:
+        world.die("b#1")
+        await until(lambda: world.started[1:] == ["b#2"])
+        seen: list[bool] = []
+
+        def on_start(spec: WorkerSpec) -> None:
+            seen.append(world.workers.get("b#2") is not None)
+            world.ready_at_once(spec)
+
+        world.adapter.on_start = on_start
+        if version:
+            await world.backend.replace(world.backend.plan)
+        else:
+            await world.backend.update({"max_concurrent_queries": 3})
+        assert seen == [False]
+        assert world.in_service == ["b#3"]
+
+    test()
+
+
+@dying(1)
+async def test_what_waits_to_be_tried_again_is_given_up_for_a_change(world: Dying) -> None:
+    """Though it is woken in the same moment, which keeps some versions of Python from ending it."""
+    world.backend._restarts = SlowAfter(1)
+    world.adapter.refuses = ValueError("no model")
+    world.die("b#1")
+    await until(lambda: world.backend.describe()["last_error"] == "ValueError: no model")
+    assert world.backend._fills
+    with pytest.raises(ValueError, match="no model"):
+        await world.backend.update({"max_concurrent_queries": 3})
+    assert not world.backend._fills
+
+
 @dying(2)
 async def test_one_that_dies_while_a_new_version_starts_is_replaced(world: Dying) -> None:
     replacing = asyncio.ensure_future(world.backend.replace(world.backend.plan))

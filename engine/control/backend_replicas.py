@@ -324,6 +324,8 @@ class BackendReplicas:
 
         self._arriving, self._least = plan, room.least
         try:
+            if plan is not self.plan:
+                await self._recall_fills()  # of the former version, they would take up the room of the new one
             while self.plan is not plan or apart(self.running)[0] or self.missing > 0:
                 if begun - len(arrived.intersection(self.running)) >= _UNSTABLE_AFTER:
                     raise BackendStartError(
@@ -390,8 +392,8 @@ class BackendReplicas:
         if after.limits == self.config.limits and _equal(after.user_config, self.config.user_config):
             return await self._update(after)
         self._telling = True
-        self._give_up_fills()  # those that are missing are started below, with what rules then
         try:
+            await self._recall_fills()  # those that are missing are started below, with what rules then
             await self._update(after)
         finally:
             self._telling = False
@@ -723,12 +725,12 @@ class BackendReplicas:
         assert fill is not None
         try:
             await asyncio.sleep(wait_s)
-            while not self.deleted and self._short > 0:
+            while fill in self._fills and not self.deleted and self._short > 0:  # what it waits for may swallow its end
                 began = time.monotonic()
                 try:
                     worker = await self._start_one(self.plan, self._next_number())
                 except Exception as error:
-                    if self.deleted:
+                    if self.deleted or fill not in self._fills:
                         return
                     self._start_failed(error, began)
                     self._announce()
@@ -763,13 +765,24 @@ class BackendReplicas:
         if was_hopeless:
             self._announce()
 
-    def _give_up_fills(self) -> None:
-        """Start no more of those that are missing, and let nothing be left of those that are starting."""
+    async def _recall_fills(self) -> None:
+        """As `_give_up_fills`; returns when those that were starting hold nothing any more that others may need."""
+        fills = self._give_up_fills()
+        if fills:
+            await asyncio.wait(fills)
+
+    def _give_up_fills(self) -> set[asyncio.Task[None]]:
+        """Start no more of those that are missing, and let nothing be left of those that are starting.
+
+        Returns:
+            What is about to end for that.
+        """
         fills, self._fills = self._fills, set()
         for fill in fills:
             fill.cancel()
             self._dismissals.add(fill)
             fill.add_done_callback(self._dismissals.discard)
+        return fills
 
     async def end_fills(self) -> None:
         """As a backend that is deleted does: start no more; returns when nothing is left of what was starting."""
