@@ -49,7 +49,7 @@ class Pair:
 
     def hear(self) -> None:
         """Let the caller's end hear all there is."""
-        assert self.near.drive(lambda: self.caller.losses > 0, 0.01)
+        assert self.near.drive(lambda: self.caller.losses > 0, PATIENCE_S)
 
     def begun(self, *numbers: int) -> list[int]:
         return [number for number in numbers if self.near.may_have_begun(number)]
