@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import socket
@@ -141,6 +142,23 @@ def test_a_caller_without_a_page() -> None:
     pair.far.close()
     pair.hear()
     assert pair.begun(1, 2) == [1, 2]
+
+
+def test_the_greeting_goes_alone_if_too_many_pages_are_on_their_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the calls behind it would be taken for a greeting, and the channel be given up again and again."""
+
+    class Crowded(socket.socket):
+        def sendmsg(self, *_: object) -> int:
+            raise OSError(errno.ETOOMANYREFS, os.strerror(errno.ETOOMANYREFS))
+
+    two = socket.socketpair()
+    monkeypatch.setattr(socket, "socketpair", lambda: (Crowded(fileno=two[0].detach()), two[1]))
+    pair = Pair(BegunPage())
+    pair.call(1)
+    assert not pair.service.losses
+    pair.far.close()
+    pair.hear()
+    assert pair.begun(1) == [1]
 
 
 def test_a_peer_that_keeps_no_page(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import errno
 import fcntl
 import mmap
 import os
@@ -71,7 +72,7 @@ class BegunPage:
 
 
 def greet_with(sock: socket.socket, greeting: bytes, page: BegunPage | None) -> None:
-    """Send a greeting, with the page if there is one.
+    """Send a greeting, with the page if there is one and the system takes it.
 
     Raises:
         OSError: The peer is gone.
@@ -80,7 +81,13 @@ def greet_with(sock: socket.socket, greeting: bytes, page: BegunPage | None) -> 
         sock.send(greeting, socket.MSG_DONTWAIT)
     else:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [page.fd]))]
-        sock.sendmsg([greeting], rights, socket.MSG_DONTWAIT)
+        try:
+            sock.sendmsg([greeting], rights, socket.MSG_DONTWAIT)
+        except OSError as error:
+            if error.errno != errno.ETOOMANYREFS:
+                raise
+            # As many of this user's descriptors are on their way as it may have open: its replicas read none just now.
+            sock.send(greeting, socket.MSG_DONTWAIT)
 
 
 def descriptors_in(ancillary: Iterable[tuple[int, int, bytes]]) -> list[int]:
