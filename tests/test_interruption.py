@@ -118,6 +118,39 @@ class Logging(logging.Handler):
         self.within()
 
 
+def test_what_user_code_locks_is_not_left_locked(work: Work) -> None:
+    """A queue that calls share has to work for the next one."""
+    interrupter = work.interrupter
+    condition = threading.Condition(threading.Lock())
+    place, hits = 0, 0
+
+    def use() -> None:
+        try:
+            interrupter.open = work
+            with condition:
+                pass
+        finally:
+            interrupter.open = None
+
+    def strike() -> None:
+        interrupter._strike = _Strike(work, "struck")
+        signal.raise_signal(signal.SIGURG)
+
+    while True:
+        hit = False
+        try:
+            where = struck(use, place, strike)
+        except CallCancelled:
+            hit, where = True, "in user code"
+        assert condition.acquire(blocking=False), where
+        condition.release()
+        hits += hit
+        place += 1
+        if not where:
+            break
+    assert hits
+
+
 @pytest.mark.parametrize("place", ["a finalizer", "logging", "an import"])
 def test_where_it_would_be_lost_or_break_something(
     work: Work, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -354,6 +354,29 @@ async def test_a_plain_method_may_take_batches_and_answer_with_streams() -> None
     assert [(type(answer), answer.id) for answer in answers] == [(Item, 1), (End, 1), (Item, 2), (End, 2)]
 
 
+@on_loop
+async def test_a_stream_of_a_batch_that_nobody_reads_does_not_keep_the_others() -> None:
+    class Batched:
+        @accept_batch
+        async def __call__(self, requests: Any) -> Any:
+            return [self.parts(), "whole", self.parts()]
+
+        async def parts(self) -> Any:
+            begun.set()
+            await asyncio.Event().wait()
+            yield "never"
+
+    begun = asyncio.Event()
+    world = World(Batched, max_batch_size=3, batch_wait_timeout=1000.0)
+    await world.ask(http_call(1), http_call(2), http_call(3), answers=1)
+    for number in (1, 3):
+        await begun.wait()
+        begun.clear()
+        (answer,) = await world.ask(Cancel(number))
+        assert answer.id == number
+    await until(lambda: world.held.startswith("0/"))
+
+
 # -- streams over HTTP -----------------------------------------------------------------------------------------------
 
 

@@ -626,6 +626,31 @@ async def test_a_check_that_keeps_the_loop_from_turning_is_told_on(caplog: pytes
     assert "in check_health" in caplog.text
 
 
+@on_loop
+async def test_whoever_leaves_does_not_wait_for_a_check(caplog: pytest.LogCaptureFixture) -> None:
+    class Checked:
+        async def __call__(self, request: Any) -> None:
+            pass
+
+        async def check_health(self) -> None:
+            checking.set()
+            await asyncio.Event().wait()
+
+        def close(self) -> None:
+            closed.set()
+
+    checking, closed = asyncio.Event(), asyncio.Event()
+    world = LoopWorld(Checked)
+    now = time.monotonic()
+    world.replica._look(now, 0.0)
+    world.replica._look(now + 100, 0.0)
+    await checking.wait()
+    world.replica.control(Drain(1000.0))
+    await world.replica._leave()
+    assert closed.is_set()
+    assert "check_health" not in caplog.text
+
+
 def test_the_stack_of_a_thread_that_has_ended() -> None:
     assert "has ended" in stack_of_thread(None)
     assert "test_the_stack_of_a_thread" in stack_of_thread(threading.get_ident())

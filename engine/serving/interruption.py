@@ -7,9 +7,9 @@ uses it, and one that comes when nobody expects it is ignored, be there a handle
 
 Nothing but user code is struck. Of engine code, only what a backend calls itself, such as handles, which bear that. Nor
 is it struck where an exception would be lost or would leave something broken behind for good: in a finalizer, while a
-module is imported, in logging. It is tried again a moment later then. An event loop that swallows exceptions has its
-tasks cancelled instead. But what was struck is not struck again: it may
-clean up, for as long as it is given.
+module is imported, in logging, where `threading.Condition` takes or frees its lock, as queues do. It is tried again a
+moment later then. An event loop that swallows exceptions has its tasks cancelled instead. But what was struck is not
+struck again: it may clean up, for as long as it is given.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ _BELOW_USER_CODE = f"{__package__}.blocking_replica"
 _DELICATE = frozenset(
     {"_frozen_importlib", "_weakrefset", "importlib._bootstrap", "logging", "logging.handlers", "weakref"}
 )
+_LOCKING = frozenset({"__enter__", "__exit__"})
 
 
 class Interrupter:
@@ -148,7 +149,8 @@ def _is_delicate(frame: FrameType | None) -> bool:
         module = frame.f_globals.get("__name__")
         if module == _BELOW_USER_CODE:
             break
-        if frame.f_code.co_name == "__del__" or module in _DELICATE:
+        name = frame.f_code.co_name
+        if name == "__del__" or module in _DELICATE or (module == "threading" and name in _LOCKING):
             return True
         frame = frame.f_back
     return False

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ["LoopReplica"]
 
+_END_OF_CHECK_S = 1.0
+"""For a check of health to end that a replica which leaves has cancelled."""
 _BEATS = 4
 """How often the loop must show that it turns while it is not taken for stuck."""
 
@@ -48,6 +50,7 @@ class LoopReplica(Replica):
         self._running: dict[Job, tuple[asyncio.Task[None], list[Job]]] = {}  # what is in batches that run
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._tasks: set[asyncio.Task[None]] = set()  # the loop itself holds tasks weakly
+        self._checks: set[asyncio.Task[None]] = set()  # of its health
         self._configuring: asyncio.Task[None] | None = None  # does the chores, one after the other
         self._limits: dict[asyncio.Task[Any], CallLimit] = {}  # of the tasks that run calls, if there is a limit
         self._beat_at: float | None = None  # since when the loop has been asked whether it turns, until it does
@@ -68,6 +71,10 @@ class LoopReplica(Replica):
         self.event_loop.run_until_complete(self._leave())
 
     async def _leave(self) -> None:
+        if self._checks:
+            for check in self._checks:
+                check.cancel()
+            await asyncio.wait(self._checks, timeout=min(_END_OF_CHECK_S, max(0.0, self._grace_s())))
         if self._tasks and self._grace_s() > 0:
             await asyncio.wait(self._tasks, timeout=self._grace_s())
         if self._grace_s() > 0:
@@ -101,9 +108,13 @@ class LoopReplica(Replica):
             self._loop.call_later(FAREWELL_S + 0.01, self._service_loop.wake)
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        return self._spawn_among(self._tasks, coroutine)
+
+    @staticmethod
+    def _spawn_among(tasks: set[asyncio.Task[None]], coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
         return task
 
     def _finish(self, job: Job, answer: Reply | Failure | End) -> None:
@@ -212,10 +223,13 @@ class LoopReplica(Replica):
             for job in jobs:
                 self._running.pop(job, None)
         for job, rest in self._spread(jobs, results):
+            job.task = task  # cancelling it interrupts its stream, as of a call that came alone
             try:
                 await rest
             except BaseException as error:
                 self._fail(job, error)
+            finally:
+                job.task = None
 
     async def _configure(self) -> None:
         while self._chores:
@@ -339,7 +353,7 @@ class LoopReplica(Replica):
             self._loop.call_soon_threadsafe(self._begin_check, context=self._context)
 
     def _begin_check(self) -> None:
-        self._spawn(self._check_health())
+        self._spawn_among(self._checks, self._check_health())
 
     async def _check_health(self) -> None:
         self._health.begun(time.monotonic())
@@ -364,7 +378,7 @@ class LoopReplica(Replica):
             else:
                 outcome.append(None)
 
-        task = self._spawn(check())
+        task = self._spawn_among(self._checks, check())
         try:
             await asyncio.wait([task], timeout=timeout_s)
         finally:

@@ -251,7 +251,7 @@ class Replica:
     def _checked(self, error: BaseException | None) -> None:
         """It returned, or raised this."""
         failures = self._health.ended(well=error is None)
-        if error is not None:
+        if error is not None and self._drain_until is None:
             threshold = self._config.health_check_threshold
             count = f"({failures} in a row; health_check_threshold={threshold})"
             with contextlib.suppress(BaseException):  # of the error itself, asked for its text
