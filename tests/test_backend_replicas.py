@@ -18,6 +18,7 @@ from engine.control.backend_plan import BackendPlan, pack_definition
 from engine.control.backend_replicas import BackendReplicas
 from engine.control.restarts import Restarts
 from engine.control.workers import Worker, Workers
+from engine.errors import EngineClosed
 from engine.seam.control_messages import (
     Answered,
     Drain,
@@ -434,6 +435,23 @@ async def test_what_waits_to_be_tried_again_is_given_up_for_a_change(world: Dyin
     with pytest.raises(ValueError, match="no model"):
         await world.backend.update({"max_concurrent_queries": 3})
     assert not world.backend._fills
+
+
+@dying(2)
+async def test_an_exchange_that_meets_a_shutdown_ends_with_it(world: Dying) -> None:
+    plan = world.backend.plan
+    world.backend.plan = plan = replace(plan, config=plan.config.updated({"max_surge": 0, "max_unavailable": 1}))
+    world.adapter.on_tell = None  # those that leave take their time
+    replacing = asyncio.ensure_future(world.backend.replace(plan))
+    await until(lambda: len(world.adapter.told) == 1)
+    await world.workers.close()
+    ending = asyncio.ensure_future(world.backend.end(world.backend.all_ready()))
+    await until(lambda: len(world.adapter.told) == 3)
+    world.die("b#1")
+    with pytest.raises(EngineClosed):
+        await replacing
+    world.die("b#2")
+    await ending
 
 
 @dying(2)

@@ -346,6 +346,8 @@ class BackendReplicas:
                 going += surplus
                 staying += [one for one in new if one not in surplus]
                 if not count and not going:
+                    if not self._dismissals:  # those that leave are ended by the shutdown
+                        raise EngineClosed("the engine was shut down")
                     await asyncio.wait(self._dismissals, return_when=asyncio.FIRST_COMPLETED)
                     continue
                 await self._step(plan if rules else self.plan, staying, started, publish)
