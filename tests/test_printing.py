@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import re
+import signal
 import socket
 import threading
 from collections.abc import Iterator
@@ -72,6 +73,34 @@ def test_what_nobody_reads_is_dropped_by_whole_lines_and_counted(pipe: tuple[int
     assert kept == [f"line {number}" for number in range(len(kept))]
     assert len(lines) == len(kept) + more + sum(map(bool, dropped))
     assert sum(int(found[1]) for found in dropped if found) >= LINES - len(kept)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing is forked here")
+def test_a_process_that_is_forked_off_while_another_thread_prints_can_print(pipe: tuple[int, int]) -> None:
+    raw = _Pipe(pipe[1])
+    prints, may_end = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with raw._lock:
+            prints.set()
+            may_end.wait(PATIENCE_S)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert prints.wait(PATIENCE_S)
+    child = os.fork()
+    if child == 0:
+        try:
+            signal.alarm(int(PATIENCE_S))
+            raw.write(b"from the child\n")
+            os._exit(0)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    may_end.set()
+    thread.join()
+    assert status == 0
+    assert os.read(pipe[0], 100) == b"from the child\n"
 
 
 def test_a_slow_reader_gets_everything(pipe: tuple[int, int]) -> None:

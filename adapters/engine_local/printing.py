@@ -27,6 +27,7 @@ class _Pipe(io.RawIOBase):
         self._lock = threading.RLock()  # a signal handler may print, too
         self._torn = False  # what was written last is the beginning of a line
         self._dropped = 0  # lines
+        os.register_at_fork(after_in_child=self._forked)
 
     def fileno(self) -> int:
         """See `io.RawIOBase.fileno`."""
@@ -59,6 +60,11 @@ class _Pipe(io.RawIOBase):
         with self._lock:
             if self._dropped and self._outlet.takes(self._descriptor):
                 self._tell_dropped()
+
+    def _forked(self) -> None:
+        # A thread that there is not in this process may have been printing.
+        self._lock = threading.RLock()
+        self._dropped = 0  # of which the other process tells
 
     def _tell_dropped(self) -> None:
         dropped, self._dropped = self._dropped, 0
