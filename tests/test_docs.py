@@ -297,3 +297,11 @@ def test_every_example_is_listed() -> None:
 
 def test_the_readme_is_short() -> None:
     assert len(PAGES["README.md"].splitlines()) <= README_LINES
+
+
+def test_the_tests_that_hold_what_is_promised_exist() -> None:
+    named = re.findall(r"`([a-z_/]+\.py)::(test_\w+)`", PAGES["docs/guarantees.md"])
+    assert len(named) > 30
+    for path, name in named:
+        suite = ROOT / "engine" / "testing" if path.startswith("conformance/") else ROOT / "tests"
+        assert re.search(rf"^(async )?def {name}\(", (suite / path).read_text(encoding="utf-8"), re.M), f"{path}::{name}"
