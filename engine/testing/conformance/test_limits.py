@@ -115,13 +115,12 @@ def test_calls_that_would_wait_too_long_are_refused_at_once(serve, engine, gate)
     refs = [served.handle.remote(number) for number in range(100)]
     gate.wait_for_arrivals(1)
     with pytest.raises(errors.Overloaded, match="its deadline is in"):
-        served.call("too late", timeout_s=3)
-    waits = served.handle.remote(100)
+        engine.get(served.handle.options(timeout_s=3).remote("too late"), timeout=20)
     engine.update_backend_config(served.tag, {"max_queue_wait_s": 1})
     with pytest.raises(errors.Overloaded, match="max_queue_wait_s=1"):
-        served.call("would wait")
+        engine.get(served.handle.remote("would wait"), timeout=20)
     gate.open()
-    assert engine.get([*refs, waits], timeout=40) == list(range(101))
+    assert engine.get(refs, timeout=40) == list(range(100))
 
 
 def test_no_queue_limit(serve, engine, gate):
