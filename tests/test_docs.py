@@ -304,4 +304,6 @@ def test_the_tests_that_hold_what_is_promised_exist() -> None:
     assert len(named) > 30
     for path, name in named:
         suite = ROOT / "engine" / "testing" if path.startswith("conformance/") else ROOT / "tests"
-        assert re.search(rf"^(async )?def {name}\(", (suite / path).read_text(encoding="utf-8"), re.M), f"{path}::{name}"
+        assert re.search(rf"^(async )?def {name}\(", (suite / path).read_text(encoding="utf-8"), re.M), (
+            f"{path}::{name}"
+        )

@@ -8,6 +8,7 @@ import errno
 import logging
 import os
 import pickle
+import re
 import resource
 import signal
 import socket
@@ -394,11 +395,21 @@ async def test_what_a_worker_writes_arrives_as_lines(adapter: LocalAdapter, reco
     assert not any("too quiet" in line.text for line in lines)
 
 
-async def test_a_flood_of_output_is_delivered_whole(adapter: LocalAdapter, recorder: Recorder) -> None:
+async def test_of_a_flood_of_output_all_is_delivered_in_order_or_counted(
+    adapter: LocalAdapter, recorder: Recorder
+) -> None:
+    """What this process is too busy to read in time is dropped (`tests/test_printing.py`)."""
     await adapter.start_worker(spec("w", _workers.flood, 30_000))
     await recorder.exit("w")
-    numbers = [int(text.split()[0]) for logger, text in recorder.lines("w") if logger == "stdout"]
-    assert numbers == list(range(30_000))
+    next_number = 0
+    for text in (text for logger, text in recorder.lines("w") if logger == "stdout"):
+        dropped = re.match(r"\[(\d+) lines were dropped here", text)
+        if dropped is not None:
+            next_number += int(dropped[1])
+        else:
+            assert text == f"{next_number} {'.' * 100}"
+            next_number += 1
+    assert 0 < next_number <= 30_000
 
 
 # -- what a worker finds -------------------------------------------------------------------------------------------
