@@ -22,6 +22,7 @@ from fakes import decoded
 from engine.errors import InvalidArgument
 from engine.seam.channel import Channel, ChannelClosed
 from engine.seam.messages import PYTHON, Call, Cancel, Item, Message, Reply
+from engine.seam.scribe import scribe
 from engine.testing.fakes import FakeListener
 from engine.testing.instruments import PATIENCE_S, Footprint, eventually
 from engine.testing.strikes import struck
@@ -882,6 +883,7 @@ def test_a_listener_that_raises_loses_its_own_channel_alone(
     peer.say(reply(2))
     eventually(lambda: sound.heard == [reply(2)])
     assert (other.closed, broken.losses, sound.losses) == (True, 1, 0)
+    scribe().flush(PATIENCE_S)
     assert ("from a listener" in caplog.text) is logged
 
 
