@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,7 +22,7 @@ from engine_wire import SocketChannel, Undriven
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 if why_not() is None:
-    from engine_ray.controlling import leftovers, nodes, strangers
+    from engine_ray.controlling import leftovers, nodes, process, strangers
     from engine_ray.controlling.cluster import ClusterAdapter
     from engine_ray.controlling.nodes import NodeWatch
     from engine_ray.controlling.public_ports import PublicPorts
@@ -294,3 +295,32 @@ def test_an_engine_is_left_over_when_its_job_is_over_and_nobody_answers(monkeypa
         monkeypatch.setattr(Registry, "sweep", sweep)
         leftovers.sweep_leftovers()
     assert swept == [Entry(b"", "1", silent)]
+
+
+# -- asking other nodes ------------------------------------------------------------------------------------------------
+
+
+def test_no_node_is_asked_once_the_engine_is_about_to_disconnect(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, ended = threading.Event(), threading.Event()
+
+    def ask(node_id: str, pid: int, kill: bool, over: threading.Event) -> None:
+        begun.set()
+        assert over.wait(PATIENCE_S)
+        ended.set()
+
+    monkeypatch.setattr(process, "_ask_node", ask)
+
+    async def main() -> None:
+        asking = process.Asking()
+        asks = asyncio.ensure_future(asking.ask("there", 1))
+        await asyncio.to_thread(begun.wait, PATIENCE_S)
+        asks.cancel()  # who asked does not wait any more
+        with pytest.raises(asyncio.CancelledError):
+            await asks
+        assert not ended.is_set()
+        await asking.end()
+        assert ended.is_set()
+        assert await asking.ask("there", 1) is None
+        await asking.end()
+
+    asyncio.run(main())

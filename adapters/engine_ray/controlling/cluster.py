@@ -41,7 +41,7 @@ from ..working.order import Order
 from .leftovers import sweep_leftovers
 from .nodes import NodeWatch
 from .places import options_of, shortage
-from .process import Process, process_of
+from .process import Asking, Process, process_of
 from .public_ports import PublicPorts
 from .strangers import Newcomer, Strangers
 from .watched import WatchedWorker, described_death
@@ -89,6 +89,7 @@ class ClusterAdapter(RayCaller):
         self._deserted.set()
         self._process = 0  # that `start` was called in
         self._nodes = NodeWatch(self.node_id, self._on_nodes)
+        self._asking = Asking()
         self._ports = PublicPorts()
         self._ignored: set[str] = set()  # options that the log has mentioned
         self.heard_of: set[str] = set()  # ids of workers that ever said who they are
@@ -107,6 +108,7 @@ class ClusterAdapter(RayCaller):
             raise InvalidArgument("this adapter already serves an engine: give each engine one of its own")
         self._process = os.getpid()
         loop = asyncio.get_running_loop()
+        self._asking = Asking()
         connected = await asyncio.to_thread(connection.join, self._address, self._init_kwargs)
         try:
             self.engine_id = engine_id
@@ -215,6 +217,7 @@ class ClusterAdapter(RayCaller):
             return  # also in a fork of the engine's process: nothing of this is its own
         self._forget_courier()
         await self._nodes.end()
+        await self._asking.end()
         for worker_id in list(self._workers):
             self.kill_worker(worker_id)
         with contextlib.suppress(asyncio.TimeoutError, TimeoutError):
@@ -300,11 +303,11 @@ class ClusterAdapter(RayCaller):
             self.heard_of.add(body.worker_id)
             worker = self._workers.get(body.worker_id)
             if worker is not None:
-                self._introduce(worker, channel, process_of(channel, body))
+                self._introduce(worker, channel, process_of(channel, body, self._asking))
             elif not self._outlives_process:
                 channel.close()  # it was given up; closing its control channel ends it
             else:
-                self._strangers.take_in(body.worker_id, channel, process_of(channel, body))
+                self._strangers.take_in(body.worker_id, channel, process_of(channel, body, self._asking))
         else:
             pid = process_behind(channel.sock)
             if pid is not None and isinstance(body, Subscribe) and body.worker_id == COURIER:
