@@ -7,6 +7,7 @@ import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -266,3 +267,22 @@ def test_records_name_who_logged(caplog: pytest.LogCaptureFixture) -> None:
         ("test_records_name_who_logged", "there"),
     ]
     assert caplog.records[1].exc_info
+
+
+def test_a_flush_that_is_interrupted_keeps_no_thread_for_good() -> None:
+    class Struck(SimpleQueue[Any]):
+        armed = True
+
+        def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
+            if self.armed and isinstance(item, SimpleQueue):
+                self.armed = False
+                raise KeyboardInterrupt
+            super().put(item)
+
+    own = engine.seam.scribe.Scribe()
+    own._queue = Struck()
+    own.put(logging.makeLogRecord({"name": "engine.test", "msg": "a line"}))
+    with pytest.raises(KeyboardInterrupt):
+        own.flush(PATIENCE_S)
+    own.flush(PATIENCE_S)
+    assert own._thread is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -88,6 +89,24 @@ async def test_who_is_cancelled_by_others_is_cancelled() -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="a task does not tell how often it was cancelled")
+async def test_who_is_cancelled_by_others_at_the_same_time_is_cancelled() -> None:
+    own: list[Patience] = []
+
+    async def wait() -> None:
+        own.append(Patience(LONG_S))
+        with own[0]:
+            await asyncio.Event().wait()
+
+    task = asyncio.ensure_future(wait())
+    await asyncio.sleep(0)
+    own[0]._end(ClientStalled("in vain"))  # its timer, in the same turn of the loop
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    own[0].stop()
 
 
 async def test_what_is_over_ends_nobody() -> None:

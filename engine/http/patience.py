@@ -38,6 +38,7 @@ class Patience:
         self._since: float | None = None  # of the wait that goes on
         self._timer: asyncio.TimerHandle | None = None
         self._over: Exception | None = None
+        self._cancelled = self._cancellations()  # by others, before
 
     def __enter__(self) -> None:
         self._since = now = self._loop.time()
@@ -51,7 +52,12 @@ class Patience:
             uncancel = getattr(self._task, "uncancel", None)  # from Python 3.11 on
             if uncancel is not None:
                 uncancel()
-            raise over from None
+            if self._cancellations() <= self._cancelled:  # else others want the task to end, too
+                raise over from None
+
+    def _cancellations(self) -> int:
+        count = getattr(self._task, "cancelling", None)  # from Python 3.11 on
+        return count() if count is not None else 0
 
     def stop(self) -> None:
         """It is over (idempotent)."""

@@ -39,7 +39,7 @@ class Scribe:
         self._queue: SimpleQueue[tuple[logging.LogRecord, int] | SimpleQueue[bool]] = SimpleQueue()
         # Guards the rest; what runs under it is nobody's else. A finalizer may log there, in the same thread.
         self._lock = threading.RLock()
-        self._held = 0  # in the queue
+        self._held = 0  # records in the queue, or being handled
         self._characters = 0
         self._dropped = 0
         self._told_at = 0.0
@@ -86,7 +86,6 @@ class Scribe:
             thread = self._thread
             if thread is None or thread is threading.current_thread():
                 return
-            self._held += 1
             self._queue.put(done)
         try:
             ends = done.get(timeout=timeout_s)
@@ -104,8 +103,6 @@ class Scribe:
                     return
                 continue
             if isinstance(item, SimpleQueue):
-                with self._lock:
-                    self._held -= 1
                 ends = self._rests()
                 item.put(ends)
                 if ends:
@@ -116,8 +113,8 @@ class Scribe:
 
     def _rests(self) -> bool:
         """Whether there is nothing to do; then the thread ends."""
-        with self._lock:
-            if self._held:
+        with self._lock:  # without which nothing is put into the queue
+            if not self._queue.empty():
                 return False
             self._tell_dropped()
             self._thread = None
