@@ -11,11 +11,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from control_fakes import replicas_of
 from fakes import until
 
 from engine.config import BackendConfig
-from engine.control.backend_plan import BackendPlan, pack_definition
-from engine.control.backend_replicas import BackendReplicas
 from engine.control.restarts import Restarts
 from engine.control.workers import Worker, Workers
 from engine.errors import EngineClosed
@@ -29,14 +28,9 @@ from engine.seam.control_messages import (
     StartFailed,
     Unhealthy,
 )
-from engine.seam.resources import Resources
 from engine.seam.serialization import pack_exception
 from engine.seam.worker import WorkerExit, WorkerSpec
 from engine.testing.fakes import FakeAdapter
-
-
-def ok(request: object) -> str:
-    return "ok"
 
 
 @pytest.mark.parametrize("ends", ["they fail", "it is given up"])
@@ -138,7 +132,7 @@ class Dying:
         self.adapter.on_tell = self._told
         self.workers = Workers(self.adapter, self._lost)
         self.backend = replicas_of(self.adapter, self.workers, count=count)
-        self.backend._announce = self._announced
+        self.backend.announce = self._announced
         self.announced: list[tuple[str, bool, int]] = []  # what callers and applications were told
         self._refills: list[asyncio.Future[None]] = []
 
@@ -251,7 +245,7 @@ async def test_a_start_that_fails_delays_no_other(world: Dying) -> None:
             world.soon_gone(spec.worker_id, "exited with code 3")
 
     world.adapter.on_start = start
-    world.backend._restarts = SlowAfter(1)
+    world.backend.restarts = SlowAfter(1)
     world.die("b#1")
     await until(lambda: world.backend.describe()["failures"] == 1)
     world.die("b#2")
@@ -267,7 +261,7 @@ async def test_a_start_that_fails_delays_no_other(world: Dying) -> None:
 @dying(1)
 async def test_callers_wait_while_anything_can_come_back(world: Dying) -> None:
     """A backend whose starts fail is unhealthy after the third try; any success, or an update, ends that."""
-    world.backend._restarts = SlowAfter(3)
+    world.backend.restarts = SlowAfter(3)
     world.adapter.refuses = ValueError("no model")
     world.die("b#1")
     await until(lambda: world.backend.state == "unhealthy")
@@ -380,12 +374,12 @@ async def test_one_that_is_too_many_is_not_kept_for_having_been_due(world: Dying
     world.backend.mark_worn(world.backend.running[1], "is old")
     await world.backend.update({"num_replicas": 1})
     assert world.in_service == ["b#1"]
-    assert not world.backend._replaced
+    assert not world.backend.marked
 
 
 @dying(1)
 async def test_a_new_version_heals_what_does_not_start(world: Dying) -> None:
-    world.backend._restarts = SlowAfter(3)
+    world.backend.restarts = SlowAfter(3)
     world.adapter.refuses = ValueError("no model")
     world.die("b#1")
     await until(lambda: world.backend.state == "unhealthy")
@@ -395,8 +389,8 @@ async def test_a_new_version_heals_what_does_not_start(world: Dying) -> None:
     assert world.backend.state == "ready"
     assert [worker.version for worker in world.backend.running] == [2]
     assert world.backend.entry().last_error == ""
-    await until(lambda: not world.backend._dismissals)  # the former version is not tried any more
-    assert not world.backend._fills
+    await until(lambda: not world.backend.dismissals)  # the former version is not tried any more
+    assert not world.backend._refill.fills
 
 
 @pytest.mark.parametrize("version", [True, False])
@@ -427,14 +421,14 @@ def test_what_was_starting_has_gone_before_others_start(version: bool) -> None:
 @dying(1)
 async def test_what_waits_to_be_tried_again_is_given_up_for_a_change(world: Dying) -> None:
     """Though it is woken in the same moment, which keeps some versions of Python from ending it."""
-    world.backend._restarts = SlowAfter(1)
+    world.backend.restarts = SlowAfter(1)
     world.adapter.refuses = ValueError("no model")
     world.die("b#1")
     await until(lambda: world.backend.describe()["last_error"] == "ValueError: no model")
-    assert world.backend._fills
+    assert world.backend._refill.fills
     with pytest.raises(ValueError, match="no model"):
         await world.backend.update({"max_concurrent_queries": 3})
-    assert not world.backend._fills
+    assert not world.backend._refill.fills
 
 
 @dying(2)
@@ -492,12 +486,12 @@ async def test_one_that_leaves_as_soon_as_it_is_ready_does_not_spin(world: Dying
         world.die(f"b#{number}")
         await until(lambda number=number: world.in_service == [f"b#{number + 1}"])  # type: ignore[misc]
     slept: list[float] = []
-    world.backend._fill = lambda wait_s: slept.append(wait_s) or asyncio.sleep(0)  # type: ignore[method-assign, func-returns-value]
+    world.backend._refill._fill = lambda wait_s: slept.append(wait_s) or asyncio.sleep(0)  # type: ignore[method-assign, func-returns-value]
     for number in range(31, 43):
         world.die(f"b#{number}")
         await until(lambda number=number: len(slept) == number - 30)  # type: ignore[misc]
-        world.backend._fills.clear()
-        world.backend.running += await world.backend._start(world.backend.plan, 1)
+        world.backend._refill.fills.clear()
+        world.backend.running += await world.backend.start(world.backend.plan, 1)
     assert [wait_s > 0 for wait_s in slept] == [False] * 10 + [True] * 2
     assert 0 < slept[10] < slept[11] < 4
 
@@ -626,23 +620,3 @@ async def test_what_a_replica_says_of_itself_is_passed_on_while_it_serves(world:
     await world.workers.kill(world.backend.running[0])
     world.workers.worker_said("b#1", Unhealthy("hangs", hung=True))
     assert len(world.asked) == 1
-
-
-async def _told() -> None:
-    """Nobody needs to be."""
-
-
-def replicas_of(adapter: FakeAdapter, workers: Workers, *, count: int) -> BackendReplicas:
-    plan = BackendPlan(
-        tag="b",
-        definition=pack_definition("b", ok, (), {}),
-        config=BackendConfig(num_replicas=count),
-        resources=Resources(),
-        on_loop=False,
-        batches=False,
-        reconfigurable=False,
-    )
-
-    return BackendReplicas(
-        "e", adapter, workers, plan, debug=False, publish=lambda: 1, announce=lambda: None, told=_told
-    )

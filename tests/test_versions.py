@@ -4,28 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import pytest
+from control_fakes import plan_of, replicas_of
 from fakes import until
 
-from engine.config import BackendConfig
 from engine.control.ages import Age, Ages, lifetime_s
-from engine.control.backend_plan import BackendPlan, pack_definition
-from engine.control.backend_replicas import BackendReplicas
 from engine.control.workers import Worker, Workers
 from engine.errors import BackendStartError
 from engine.seam.control_messages import Drain, Ready, StartFailed
-from engine.seam.resources import Resources
 from engine.seam.serialization import pack_exception
 from engine.seam.worker import WorkerExit, WorkerSpec
 from engine.testing.fakes import FakeAdapter
-
-
-def ok(request: object) -> str:
-    return "ok"
 
 
 class Fleet:
@@ -212,7 +204,7 @@ async def test_each_replica_is_listed_with_the_limit_of_its_version(fleet: Fleet
         listed.append((entry.max_concurrent_queries, [one.limit for one in entry.replicas]))
         return publish()
 
-    fleet.backend._publish = note
+    fleet.backend.publish = note
     await fleet.replace(2, max_surge=0, max_unavailable=1, max_concurrent_queries=2)
     assert listed == [(8, [None]), (8, [2]), (2, [None, None])]
 
@@ -300,7 +292,7 @@ async def test_replicas_that_wear_out_during_an_update_do_not_hold_it_up(fleet: 
             backend.mark_worn(worker, "is old")
         return publish()
 
-    backend._publish = wear
+    backend.publish = wear
     await fleet.replace(2, max_surge=1)
     assert backend.plan.version == 2
     assert backend.due
@@ -331,35 +323,3 @@ async def test_one_timer_finds_who_is_too_old(fleet: Fleet) -> None:
     assert left_s == pytest.approx(50.0 + lifetime_s("b#2", 100.0) - 120.0, abs=1.0)
     ages.close()
     assert ages._timer is None
-
-
-async def _told() -> None:
-    """Nobody needs to be."""
-
-
-def plan_of(count: int, **config: Any) -> BackendPlan:
-    return BackendPlan(
-        tag="b",
-        definition=pack_definition("b", ok, (), {}),
-        config=BackendConfig(num_replicas=count, **config),
-        resources=Resources(),
-        on_loop=False,
-        batches=False,
-        reconfigurable=False,
-    )
-
-
-def replicas_of(
-    adapter: FakeAdapter, workers: Workers, *, count: int, publish: Callable[[], int] = lambda: 1, **config: Any
-) -> BackendReplicas:
-    plan = plan_of(count, **config)
-    announce = _willing(publish)
-    return BackendReplicas("e", adapter, workers, plan, debug=False, publish=publish, announce=announce, told=_told)
-
-
-def _willing(publish: Callable[[], int]) -> Callable[[], None]:
-    def announce() -> None:
-        with suppress(ConnectionError):
-            publish()
-
-    return announce

@@ -33,6 +33,7 @@ from .endpoint_table import EndpointTable
 from .ingress_fleet import IngressFleet
 from .keeper import Keeper
 from .publisher import Publisher
+from .replica_pool import Means
 from .workers import Worker, Workers
 
 __all__ = ["Controller"]
@@ -70,6 +71,15 @@ class Controller:
         self._leaving: dict[str, BackendReplicas] = {}  # deleted, by tag, with replicas that have yet to end
         self._endpoints = EndpointTable({})
         self._workers = Workers(adapter, self._replace_worker, self._replace_unhealthy, self._patience_with)
+        self._means = Means(
+            engine_id,
+            adapter,
+            self._workers,
+            http.debug,
+            publish=self._publish,
+            announce=self._publish_anyway,
+            told=self._callers_told,
+        )
         self._ages = Ages(self._aging, self._recycle)
         self._publisher = Publisher(client, silent=store_of(adapter) is not None)
         self._ingresses = IngressFleet(engine_id, adapter, self._workers, http)
@@ -356,16 +366,7 @@ class Controller:
     # -- inside --------------------------------------------------------------------------------------------------------
 
     def _new_backend(self, plan: BackendPlan) -> BackendReplicas:
-        return BackendReplicas(
-            self._engine_id,
-            self._adapter,
-            self._workers,
-            plan,
-            debug=self._http.debug,
-            publish=self._publish,
-            announce=self._publish_anyway,
-            told=self._callers_told,
-        )
+        return BackendReplicas(self._means, plan)
 
     def _backend(self, tag: str) -> BackendReplicas:
         backend = self._existing().get(tag)
