@@ -7,10 +7,7 @@ process that threads (not loops) call through; it starts with the first channel 
 
 from __future__ import annotations
 
-import abc
-import contextlib
 import select
-import selectors
 import socket
 import threading
 from collections.abc import Callable
@@ -19,11 +16,15 @@ from typing import TYPE_CHECKING
 from engine.seam.may_block import awaited_thread
 
 from .channel import SocketChannel
+from .kernel import READABLE, WRITABLE, make_kernel
 
 if TYPE_CHECKING:
     import asyncio
 
 __all__ = ["LoopDriver", "Poller", "Undriven"]
+
+_MOST_READY = 64
+"""Channels that are served before the kernel is asked again; the others come next."""
 
 
 class LoopDriver:
@@ -113,8 +114,8 @@ class Poller:
     def __init__(self, name: str = "engine-poller") -> None:
         self._name = name
         self._lock = threading.Lock()  # guards everything below
-        self._kernel: _Kernel | None = None
-        self._spare: _Kernel | None = None  # for the time when it is needed
+        self._waiting: _Waiting | None = None
+        self._spare: _Waiting | None = None  # for the time when it is needed
         self._thread: threading.Thread | None = None
         self._interest: dict[int, tuple[SocketChannel, int]] = {}
         self._closed = False
@@ -123,7 +124,7 @@ class Poller:
         """See `engine_wire.channel.Driver.arm`."""
         with self._lock:
             if not channel.armed and not channel.closed and not self._closed:
-                self._change(channel, add=selectors.EVENT_READ)
+                self._change(channel, add=READABLE)
                 channel.armed = True  # not sooner: whoever finds it armed relies on that
 
     def disarm(self, channel: SocketChannel) -> None:
@@ -131,19 +132,19 @@ class Poller:
         with self._lock:
             if channel.armed:
                 channel.armed = False
-                self._change(channel, remove=selectors.EVENT_READ)
+                self._change(channel, remove=READABLE)
 
     def flush(self, channel: SocketChannel) -> None:
         """See `engine_wire.channel.Driver.flush`."""
         with self._lock:
             if not channel.closed and not self._closed:
-                self._change(channel, add=selectors.EVENT_WRITE)
+                self._change(channel, add=WRITABLE)
 
     def forget(self, channel: SocketChannel) -> None:
         """See `engine_wire.channel.Driver.forget`."""
         with self._lock:
             channel.armed = False
-            self._change(channel, remove=selectors.EVENT_READ | selectors.EVENT_WRITE)
+            self._change(channel, remove=READABLE | WRITABLE)
 
     def prepare(self) -> None:
         """Take the descriptors that reading channels will need (idempotent).
@@ -151,10 +152,10 @@ class Poller:
         Raises:
             OSError: There are none left.
         """
-        if self._kernel is None and self._spare is None:
+        if self._waiting is None and self._spare is None:
             with self._lock:
-                if self._kernel is None and self._spare is None and not self._closed:
-                    self._spare = _kernel()
+                if self._waiting is None and self._spare is None and not self._closed:
+                    self._spare = _Waiting()
 
     def close(self) -> None:
         """End the thread and release the descriptors (idempotent)."""
@@ -164,16 +165,16 @@ class Poller:
                 self._spare.close()
                 self._spare = None
             thread = self._thread
-            if self._kernel is not None:
-                self._kernel.wake()
+            if self._waiting is not None:
+                self._waiting.end()
         if thread is not None and thread is not threading.current_thread():
             thread.join()
         with self._lock:
             self._thread = None
             self._interest.clear()
-            if self._kernel is not None:
-                self._kernel.close()
-            self._kernel = None
+            if self._waiting is not None:
+                self._waiting.close()
+            self._waiting = None
 
     def _change(self, channel: SocketChannel, *, add: int = 0, remove: int = 0) -> None:
         known, before = self._interest.get(channel.fd, (channel, 0))
@@ -182,7 +183,7 @@ class Poller:
         after = (before | add) & ~remove
         if after == before:
             return
-        kernel = self._kernel or self._start()
+        kernel = (self._waiting or self._start()).kernel
         if after:
             self._interest[channel.fd] = (channel, after)
         else:
@@ -193,128 +194,75 @@ class Poller:
             kernel.watch(channel.fd, after)
             raise
 
-    def _start(self) -> _Kernel:
-        kernel = self._spare or _kernel()
+    def _start(self) -> _Waiting:
+        waiting = self._spare or _Waiting()
         self._spare = None
-        thread = threading.Thread(target=self._run, args=(kernel,), name=self._name, daemon=True)
+        thread = threading.Thread(target=self._run, args=(waiting,), name=self._name, daemon=True)
         try:
             thread.start()
         except BaseException:  # it may have started all the same
-            kernel.abandon()
+            waiting.abandon()
             raise
-        self._thread, self._kernel = thread, kernel
-        return kernel
+        self._thread, self._waiting = thread, waiting
+        return waiting
 
-    def _run(self, kernel: _Kernel) -> None:
+    def _run(self, waiting: _Waiting) -> None:
         with awaited_thread():
-            while not (self._closed or kernel.abandoned):
-                for descriptor, events in kernel.wait():
+            while not (self._closed or waiting.abandoned):
+                for descriptor, ready in waiting.kernel.wait(None, _MOST_READY):
                     channel, interest = self._interest.get(descriptor, (None, 0))
                     if channel is not None and not self._closed:
-                        self._serve(channel, events & interest)
-        if kernel.abandoned:
-            kernel.close()
+                        self._serve(channel, interest, ready)
+        if waiting.abandoned:
+            waiting.close()
 
-    def _serve(self, channel: SocketChannel, events: int) -> None:
+    def _serve(self, channel: SocketChannel, interest: int, ready: int) -> None:
+        writes = interest & WRITABLE and ready & ~READABLE
         try:
-            if events & selectors.EVENT_WRITE and channel.on_writable():
+            if writes and channel.on_writable():
                 with self._lock:
                     if not channel.has_unsent:  # a thread may have left some since
-                        self._change(channel, remove=selectors.EVENT_WRITE)
-            if events & selectors.EVENT_READ:
+                        self._change(channel, remove=WRITABLE)
+            if interest & READABLE and ready & ~WRITABLE:
                 channel.on_readable()
         except BaseException:  # of whoever hears this channel: the others go on
             from engine.seam.log import Log
 
             Log("engine.wire").exception("%r could not be served", channel)
-            if events & selectors.EVENT_WRITE:  # for reading, the channel itself knows whether it can go on
+            if writes:  # for reading, the channel itself knows whether it can go on
                 channel.lose("it could not be served")
 
 
-class _Kernel(abc.ABC):
-    """What the kernel watches for a poller. Other threads may change that while one waits, and say everything twice."""
+class _Waiting:
+    """What a poller's thread waits for. Other threads may change that meanwhile, and say everything twice.
+
+    Attributes:
+        kernel: Watches the descriptors.
+        abandoned: See `abandon`.
+    """
 
     def __init__(self) -> None:
         self._near, self._far = socket.socketpair()
+        try:
+            self.kernel = make_kernel()
+        except BaseException:
+            self._near.close()
+            self._far.close()
+            raise
         self.abandoned = False
-        self.watch(self._near.fileno(), selectors.EVENT_READ)
+        self.kernel.watch(self._near.fileno(), READABLE)
 
-    @abc.abstractmethod
-    def watch(self, descriptor: int, events: int) -> None:
-        """Watch for these events, or for none."""
-
-    @abc.abstractmethod
-    def wait(self) -> list[tuple[int, int]]:
-        """Wait until something is ready: descriptors and events."""
-
-    def wake(self) -> None:
+    def end(self) -> None:
         """End all waits, for good."""
         self._far.send(b"x")
 
     def abandon(self) -> None:
         """Nobody knows whether a thread waits here; if so, it is to close this and end."""
         self.abandoned = True
-        self.wake()
+        self.end()
 
     def close(self) -> None:
         """Release the descriptors (idempotent)."""
+        self.kernel.close()
         self._near.close()
         self._far.close()
-
-
-class _Epoll(_Kernel):
-    """That of Linux, with nothing between us and it: the books of a selector could disagree with it."""
-
-    def __init__(self) -> None:
-        self._epoll = select.epoll()
-        super().__init__()
-
-    def watch(self, descriptor: int, events: int) -> None:
-        mask = (events & selectors.EVENT_READ and select.EPOLLIN) | (events & selectors.EVENT_WRITE and select.EPOLLOUT)
-        try:
-            if mask:
-                self._epoll.register(descriptor, mask)
-            else:
-                self._epoll.unregister(descriptor)
-        except FileExistsError:
-            self._epoll.modify(descriptor, mask)
-        except FileNotFoundError:
-            pass
-
-    def wait(self) -> list[tuple[int, int]]:
-        return [
-            (
-                descriptor,
-                (mask & ~select.EPOLLIN and selectors.EVENT_WRITE) | (mask & ~select.EPOLLOUT and selectors.EVENT_READ),
-            )
-            for descriptor, mask in self._epoll.poll()
-        ]
-
-    def close(self) -> None:
-        self._epoll.close()
-        super().close()
-
-
-class _Selector(_Kernel):
-    """That of other systems."""
-
-    def __init__(self) -> None:
-        self._selector = selectors.DefaultSelector()
-        super().__init__()
-
-    def watch(self, descriptor: int, events: int) -> None:
-        with contextlib.suppress(KeyError):
-            self._selector.unregister(descriptor)
-        if events:
-            self._selector.register(descriptor, events)
-
-    def wait(self) -> list[tuple[int, int]]:
-        return [(key.fd, events) for key, events in self._selector.select()]
-
-    def close(self) -> None:
-        self._selector.close()
-        super().close()
-
-
-def _kernel() -> _Kernel:
-    return _Epoll() if hasattr(select, "epoll") else _Selector()

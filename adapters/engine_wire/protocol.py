@@ -63,13 +63,13 @@ def encode(message: Message) -> bytes:
     Raises:
         engine.errors.InvalidArgument: It is larger than `MAX_FRAME_BYTES`.
     """
-    if isinstance(message, Reply):
+    if type(message) is Reply:
         call_id, load, head, payload = message
         size = 8 + len(head) + len(payload)
         if size > MAX_FRAME_BYTES:
             raise _too_large(size)
         return _reply_head.pack(size, _REPLY, call_id, load, len(head)) + head + payload
-    if isinstance(message, Call):
+    if type(message) is Call:
         call_id, kind, method, deadline, request_id, head, payload, _ = message
         name, tag = method.encode(), request_id.encode()
         size = (17 if deadline is None else 17 + _MOMENT_BYTES) + len(name) + len(tag) + len(head) + len(payload)
@@ -246,42 +246,43 @@ def _decode(kind: int, call_id: int, data: bytes, start: int, end: int, same_mac
             if middle > end:  # `_within`, without a call on the path of every answer
                 raise ValueError("fields longer than the frame")
             return _new(Reply, (call_id, load, data[start + 8 : middle], data[middle:end]))
-        if kind == _CALL:
-            return _decode_call(call_id, data, start, end, same_machine)
-        return _decode_other(kind, call_id, data, start, end)
+        if kind != _CALL:
+            return _decode_other(kind, call_id, data, start, end)
+        asks, remaining, method_size, request_id_size, head_size = _call_fields.unpack_from(data, start)
+        method_at = start + 17
+        deadline = None
+        if remaining >= 0:
+            deadline = _deadline(remaining, data, method_at, same_machine=same_machine)
+            method_at += _MOMENT_BYTES
+        request_id_at = method_at + method_size
+        head_at = request_id_at + request_id_size
+        payload_at = head_at + head_size
+        if payload_at > end:
+            raise ValueError("fields longer than the frame")
+        return _new(
+            Call,
+            (
+                call_id,
+                asks,
+                data[method_at:request_id_at].decode(),
+                deadline,
+                data[request_id_at:head_at].decode(),
+                data[head_at:payload_at],
+                data[payload_at:end],
+                AS_CONFIGURED,
+            ),
+        )
     except Exception as error:  # the body of a control message may raise anything
         raise ProtocolError(f"a malformed frame of type {kind}: {error}") from error
 
 
-def _decode_call(call_id: int, data: bytes, start: int, end: int, same_machine: bool) -> Call:
-    kind, remaining, method_size, request_id_size, head_size = _call_fields.unpack_from(data, start)
-    method_at = start + 17
-    deadline = None
-    if remaining >= 0:
-        deadline = time.monotonic() + remaining
-        if same_machine:
-            moment, time_namespace = _moment.unpack_from(data, method_at)
-            if moment < deadline and time_namespace == _time_namespace():
-                deadline = moment  # the call was on its way for so long
-        method_at += _MOMENT_BYTES
-    request_id_at = method_at + method_size
-    head_at = request_id_at + request_id_size
-    payload_at = head_at + head_size
-    if payload_at > end:
-        raise ValueError("fields longer than the frame")
-    return _new(
-        Call,
-        (
-            call_id,
-            kind,
-            data[method_at:request_id_at].decode(),
-            deadline,
-            data[request_id_at:head_at].decode(),
-            data[head_at:payload_at],
-            data[payload_at:end],
-            AS_CONFIGURED,
-        ),
-    )
+def _deadline(remaining: float, data: bytes, moment_at: int, *, same_machine: bool) -> float:
+    deadline = time.monotonic() + remaining
+    if same_machine:
+        moment, time_namespace = _moment.unpack_from(data, moment_at)
+        if moment < deadline and time_namespace == _time_namespace():
+            return float(moment)  # the call was on its way for so long
+    return deadline
 
 
 def _decode_other(kind: int, call_id: int, data: bytes, start: int, end: int) -> Message:

@@ -10,7 +10,6 @@ it knows it too (`engine_wire.lobby`).
 
 from __future__ import annotations
 
-import selectors
 import socket
 import threading
 import time
@@ -24,6 +23,7 @@ from engine.seam.service import Service
 from .acceptor import Acceptor, channel_of_calls, closed_on_error, lobby_for, note_shortage
 from .addresses import accept_from, close_listening
 from .channel import SocketChannel
+from .kernel import READABLE, WRITABLE, make_kernel
 
 if TYPE_CHECKING:
     import asyncio
@@ -35,7 +35,9 @@ __all__ = ["AsyncServiceLoop", "BlockingServiceLoop"]
 _TICK_S = 0.01
 """How often the stand-in looks whether user code takes long. A call that is shorter costs no thread switch."""
 _QUIET_TICKS = 100
-_LONGEST_POLL_S = 86400.0  # a selector takes no more than 2**31 ms; whoever waits longer looks again
+_MOST_READY = 64
+"""Channels that are served before the kernel is asked again; the others come next."""
+_LONGEST_POLL_S = 86400.0  # the kernel takes no more than 2**31 ms; whoever waits longer looks again
 
 
 class AsyncServiceLoop:
@@ -115,7 +117,8 @@ class BlockingServiceLoop:
             self._lobby = lobby_for(secret, self._admit, self)
         self._resting: set[socket.socket] = set()  # of those it listens on
         self._rest_until = 0.0
-        self._selector = selectors.DefaultSelector()
+        self._kernel = make_kernel()
+        self._watched: dict[int, SocketChannel | Callable[[], None]] = {}  # by descriptor; what to call
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.setblocking(False)
         self._wake_out.setblocking(False)
@@ -134,7 +137,7 @@ class BlockingServiceLoop:
         for sock in self._listening:
             sock.setblocking(False)
             self._listen(sock)
-        self._selector.register(self._wake_in, selectors.EVENT_READ, self._on_wake)
+        self.watch(self._wake_in.fileno(), self._on_wake)
         self._turn.acquire()
         service.attach(self)
         try:
@@ -195,7 +198,7 @@ class BlockingServiceLoop:
 
     def open_channels(self) -> int:
         """See `engine.seam.service.ServiceLoop.open_channels`."""
-        return sum(isinstance(key.data, SocketChannel) for key in self._selector.get_map().values())
+        return sum(isinstance(watched, SocketChannel) for watched in self._watched.values())
 
     def wake(self) -> None:
         """See `engine.seam.service.ServiceLoop.wake`."""
@@ -210,14 +213,20 @@ class BlockingServiceLoop:
             timeout_s = self._look_after(self._lobby, timeout_s)
         if self._resting:
             timeout_s = self._rest(timeout_s)
-        for key, events in self._selector.select(timeout_s and min(timeout_s, _LONGEST_POLL_S)):
-            if isinstance(key.data, SocketChannel):
-                if events & selectors.EVENT_WRITE and key.data.on_writable():
-                    self._selector.modify(key.fd, selectors.EVENT_READ, key.data)
-                if events & selectors.EVENT_READ:
-                    key.data.on_readable()
-            else:
-                key.data()
+        if timeout_s is not None and timeout_s > _LONGEST_POLL_S:
+            timeout_s = _LONGEST_POLL_S
+        for descriptor, ready in self._kernel.wait(timeout_s, _MOST_READY):
+            watched = self._watched.get(descriptor)
+            if isinstance(watched, SocketChannel):
+                if ready != READABLE:
+                    self._write_on(watched)
+                watched.on_readable()
+            elif watched is not None:  # else it was closed just now
+                watched()
+
+    def _write_on(self, channel: SocketChannel) -> None:
+        if channel.on_writable() and not channel.closed:
+            self._kernel.watch(channel.fd, READABLE)
 
     # -- the driver of its channels, for the holder of the turn ------------------------------------------------------
 
@@ -225,35 +234,38 @@ class BlockingServiceLoop:
         """See `engine_wire.channel.Driver.arm`."""
         if not channel.armed:
             channel.armed = True
-            self._selector.register(channel.fd, selectors.EVENT_READ, channel)
+            self._watched[channel.fd] = channel
+            self._kernel.watch(channel.fd, READABLE)
 
     def disarm(self, channel: SocketChannel) -> None:
         """Never needed: nobody else reads these channels."""
 
     def flush(self, channel: SocketChannel) -> None:
         """See `engine_wire.channel.Driver.flush`."""
-        self._selector.modify(channel.fd, selectors.EVENT_READ | selectors.EVENT_WRITE, channel)
+        self._kernel.watch(channel.fd, READABLE | WRITABLE)
 
     def forget(self, channel: SocketChannel) -> None:
         """See `engine_wire.channel.Driver.forget`."""
         if channel.armed:
             channel.armed = False
-            self._selector.unregister(channel.fd)
+            self.unwatch(channel.fd)
 
     # -- the watcher of its lobby --------------------------------------------------------------------------------------
 
     def watch(self, descriptor: int, callback: Callable[[], None]) -> None:
         """See `engine_wire.lobby.Watcher.watch`."""
-        self._selector.register(descriptor, selectors.EVENT_READ, callback)
+        self._watched[descriptor] = callback
+        self._kernel.watch(descriptor, READABLE)
 
     def unwatch(self, descriptor: int) -> None:
         """See `engine_wire.lobby.Watcher.unwatch`."""
-        self._selector.unregister(descriptor)
+        self._watched.pop(descriptor, None)
+        self._kernel.watch(descriptor, 0)
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
     def _listen(self, listening: socket.socket) -> None:
-        self._selector.register(listening, selectors.EVENT_READ, partial(self._on_connection, listening))
+        self.watch(listening.fileno(), partial(self._on_connection, listening))
 
     def _rest(self, timeout_s: float | None) -> float | None:
         remaining_s = self._rest_until - time.monotonic()
@@ -268,7 +280,7 @@ class BlockingServiceLoop:
             accepted = accept_from(listening, proves_itself=self._lobby is not None)
         except OSError as error:
             note_shortage(error)
-            self._selector.unregister(listening)
+            self.unwatch(listening.fileno())
             self._resting.add(listening)
             self._rest_until = time.monotonic() + REST_S
             return
@@ -298,10 +310,10 @@ class BlockingServiceLoop:
         self._bell.set()
         if self._lobby is not None:
             self._lobby.close()
-        for key in list(self._selector.get_map().values()):
-            if isinstance(key.data, SocketChannel):
-                key.data.close()
-        self._selector.close()
+        for watched in list(self._watched.values()):
+            if isinstance(watched, SocketChannel):
+                watched.close()
+        self._kernel.close()
         for sock in self._listening:
             close_listening(sock)
         self._wake_in.close()
