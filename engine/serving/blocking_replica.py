@@ -48,6 +48,26 @@ class BlockingReplica(Replica):
         interrupter: Stops those whose calls are cancelled, once it was told how.
     """
 
+    __slots__ = (
+        "_batch",
+        "_batch_due",
+        "_batch_head",
+        "_began",
+        "_gave_way",
+        "_hangs",
+        "_later",
+        "_loop",
+        "_queue",
+        "_reported",
+        "_seen",
+        "_step_began",
+        "_stood_still_s",
+        "_streaming",
+        "_told",
+        "_told_callers",
+        "interrupter",
+    )  # more than an object's own dictionary is quick for
+
     on_loop = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -157,7 +177,7 @@ class BlockingReplica(Replica):
             else:
                 self._reconfigure(number, chore)
         queue = self._queue
-        while queue and queue[0].expired:
+        while queue and queue[0].call.deadline is not None and queue[0].expired:
             self._drop(queue.popleft())
         if not queue:
             return self._farewell()

@@ -9,13 +9,14 @@ import inspect
 import math
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from types import CoroutineType
 from typing import TYPE_CHECKING, Any
 
 from ..calling.budget import Budget
 from ..config import BackendConfig
 from ..seam.control_messages import Reconfigure, Reconfigured
 from ..seam.may_block import mark_loop_thread, unmark_loop_thread
-from ..seam.messages import End, Failure, Reply
+from ..seam.messages import End
 from ..seam.serialization import pack_exception_briefly
 from ..seam.service import ServiceLoop
 from .batches import last_of, listed
@@ -37,6 +38,21 @@ _BEATS = 4
 
 class LoopReplica(Replica):
     """Runs ``async def`` callables as tasks on an event loop, and plain ones on it too, one at a time."""
+
+    __slots__ = (
+        "_batches",
+        "_beat_at",
+        "_checks",
+        "_configuring",
+        "_context",
+        "_limits",
+        "_loop",
+        "_reported",
+        "_running",
+        "_tasks",
+        "_timers",
+        "event_loop",
+    )  # more than an object's own dictionary is quick for
 
     on_loop = True
 
@@ -117,33 +133,29 @@ class LoopReplica(Replica):
         task.add_done_callback(tasks.discard)
         return task
 
-    def _finish(self, job: Job, answer: Reply | Failure | End) -> None:
-        super()._finish(job, answer)
-        if self._drain_until is not None and not self._held:
-            self._wake()
-
     def _begin(self, job: Job) -> None:
         assert job.method is not None
         if job.method.batched:
             self._join_batch(job)
         elif self._max_call_s is None:
-            self._spawn(self._run_one(job))
+            self._tasks.add(self._loop.create_task(self._run_one(job)))
         else:
             self._spawn(self._limited([job], self._run_one, job))
 
     async def _run_one(self, job: Job) -> None:
         method = job.method
-        assert method is not None
-        if job.cancelled or job.expired or not job.channel.begin(job.call.id):
-            self._drop(job)
-            return
-        job.task = asyncio.current_task()  # only now: a task cancelled before its first step would never answer
+        task = asyncio.current_task()
+        assert method is not None and task is not None
         try:
+            if job.cancelled or job.expired or not job.channel.begin(job.call.id):
+                self._drop(job)
+                return
+            job.task = task  # only now: a task cancelled before its first step would never answer
             args, kwargs = self._arguments(job)
             deadline = job.call.deadline
             if deadline is None:
                 result = method.function(*args, **kwargs)
-                if inspect.isawaitable(result):
+                if type(result) is CoroutineType or inspect.isawaitable(result):
                     result = await result
             else:
                 with Budget(deadline):
@@ -155,6 +167,8 @@ class LoopReplica(Replica):
                 await rest
         except BaseException as error:
             self._fail(job, error)
+        finally:
+            self._tasks.discard(task)  # here, as a callback for that would cost the loop a turn for each call
 
     def _join_batch(self, job: Job) -> None:
         name = job.call.method

@@ -12,8 +12,8 @@ are taken one at a time, in the order in which they came.
 from __future__ import annotations
 
 import contextlib
-import math
 import pickle
+import sys
 import threading
 import time
 from collections import deque
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 __all__ = ["FAREWELL_S", "Job", "Replica", "awaited"]
 
 _logger = Log("engine.backend")
+_new = tuple.__new__  # a named tuple's own constructor takes longer
 _CHECK_MARGIN_S = 1.0
 """A loop that turns gives a check of health up itself. If it has not by then, it does not turn."""
 _LAST_LINE_S = 1.0
@@ -98,6 +99,39 @@ class Replica:
     Attributes:
         loads: Unpickles what callers send.
     """
+
+    __slots__ = (
+        "_answered",
+        "_asked",
+        "_batch_size",
+        "_calls",
+        "_chores",
+        "_config",
+        "_config_lock",
+        "_debug",
+        "_drain_until",
+        "_drained_since",
+        "_hands_over",
+        "_has_health_check",
+        "_health",
+        "_held",
+        "_jobs",
+        "_limit",
+        "_max_call_s",
+        "_most_calls",
+        "_replica_tag",
+        "_result_name",
+        "_retry_on",
+        "_service_loop",
+        "_shares_process",
+        "_tag",
+        "_taken",
+        "_tell",
+        "_thread",
+        "_user",
+        "_watchdog",
+        "loads",
+    )  # more than an object's own dictionary is quick for
 
     on_loop: bool
     event_loop: asyncio.AbstractEventLoop | None = None
@@ -155,7 +189,7 @@ class Replica:
                 self._retry_on = frozenset(config.retry_on)
                 self._max_call_s = config.max_call_s
                 self._watch()
-                self._most_calls = config.max_calls_per_replica or math.inf
+                self._most_calls = config.max_calls_per_replica or sys.maxsize
 
     # -- the control thread ----------------------------------------------------------------------------------------
 
@@ -287,19 +321,40 @@ class Replica:
 
     def received(self, channel: Channel, message: Message) -> None:
         """See `engine.seam.channel.ChannelListener.received`."""
-        kind = type(message)
-        if kind is Call:
-            self._accept(channel, message)  # type: ignore[arg-type]
-        elif kind is Cancel:
-            job = self._jobs.get((channel, message.id))  # type: ignore[union-attr]
-            if job is not None:
-                self._cancel(job)
-        elif kind is Credit:
-            job = self._jobs.get((channel, message.id))  # type: ignore[union-attr]
-            if job is not None:
-                job.credit += message.amount  # type: ignore[union-attr]
-                if job.more_credit is not None:
-                    job.more_credit.set()
+        if type(message) is not Call:
+            self._heard(channel, message)
+        elif self._drain_until is not None:
+            self._refuse(channel, message, FailureKind.DRAINING)
+        elif self._held >= self._limit:
+            self._refuse(channel, message, FailureKind.REFUSED)
+        else:
+            self._held += 1
+            job = Job(channel, message)
+            self._jobs[channel, message.id] = job
+            if message.deadline is not None and job.expired:  # on its way here: it is neither queued nor batched
+                self._drop(job)
+                return
+            job.method = self._user.found.get(message.method)
+            if job.method is None:
+                try:
+                    job.method = self._user.method(message.method)
+                except BaseException as error:
+                    self._fail(job, error)
+                    return
+            self._begin(job)
+
+    def _heard(self, channel: Channel, message: Message) -> None:
+        if not isinstance(message, (Cancel, Credit)):
+            return
+        job = self._jobs.get((channel, message.id))
+        if job is None:
+            return
+        if isinstance(message, Cancel):
+            self._cancel(job)
+        else:
+            job.credit += message.amount
+            if job.more_credit is not None:
+                job.more_credit.set()
 
     def lost(self, channel: Channel, reason: str) -> None:
         """See `engine.seam.channel.ChannelListener.lost`: nobody waits for that caller's calls any more."""
@@ -307,25 +362,6 @@ class Replica:
             self._cancel(job)
         if self._drain_until is not None:
             self._wake()
-
-    def _accept(self, channel: Channel, call: Call) -> None:
-        if self._drain_until is not None:
-            self._refuse(channel, call, FailureKind.DRAINING)
-        elif self._held >= self._limit:
-            self._refuse(channel, call, FailureKind.REFUSED)
-        else:
-            self._held += 1
-            job = Job(channel, call)
-            self._jobs[channel, call.id] = job
-            if call.deadline is not None and job.expired:  # on its way here: it is neither queued nor batched
-                self._drop(job)
-                return
-            try:
-                job.method = self._user.method(call.method)
-            except BaseException as error:
-                self._fail(job, error)
-                return
-            self._begin(job)
 
     def _refuse(self, channel: Channel, call: Call, kind: int) -> None:
         with contextlib.suppress(ChannelClosed):  # the caller is gone, and `lost` follows
@@ -349,7 +385,7 @@ class Replica:
         assert method is not None
         self._calls += 1
         if self._calls >= self._most_calls:
-            self._most_calls = math.inf  # that is said once
+            self._most_calls = sys.maxsize  # that is said once
             self._say_worn(worn_by_calls(self._config, self._calls))
         if call.kind == HTTP:
             job.request = build_http_request(call.head, call.payload)
@@ -421,7 +457,7 @@ class Replica:
             except BaseException as error:
                 self._fail(job, error)
                 return None
-            self._finish(job, Reply(call.id, 0, b"", payload))
+            self._finish(job, _new(Reply, (call.id, 0, b"", payload)))
             return None
         from ..http.results import Encoded, encode_result
 
@@ -536,7 +572,8 @@ class Replica:
             return
         self._held = load = self._held - 1
         try:
-            job.channel.send(answer._replace(load=load) if load else answer)
+            # All of them begin with the number and the load; `_replace` would take as long as all else here.
+            job.channel.send(_new(type(answer), (answer[0], load, *answer[2:])) if load else answer)
         except ChannelClosed:
             pass  # the caller is gone, and `lost` follows
         except Exception as error:
@@ -549,6 +586,8 @@ class Replica:
         if not self._answered:
             self._answered = True
             self._tell(Answered())
+        if self._drain_until is not None and self.on_loop and not load:
+            self._wake()  # a plain one looks by itself after each call
 
     def _send_instead(self, job: Job, answer: Reply | Failure | End, load: int, why: Exception) -> None:
         """Answer a call whose answer cannot be sent, because it is larger than a message may be."""

@@ -238,6 +238,9 @@ class UserCallable:
         func_or_class: A function, the class to instantiate, or an object.
         init_args: For the class.
         init_kwargs: For the class.
+
+    Attributes:
+        found: The methods that were called so far, by name: no call needs to ask `method` for those.
     """
 
     def __init__(self, tag: str, func_or_class: Any, init_args: tuple[Any, ...], init_kwargs: dict[str, Any]) -> None:
@@ -246,7 +249,7 @@ class UserCallable:
         self.on_loop = runs_on_loop(func_or_class)
         is_class = inspect.isclass(func_or_class)
         self.subject = func_or_class(*init_args, **init_kwargs) if is_class else func_or_class
-        self._methods: dict[str, Method] = {}
+        self.found: dict[str, Method] = {}
 
     def method(self, name: str) -> Method:
         """Find a public method.
@@ -254,11 +257,11 @@ class UserCallable:
         Raises:
             NoSuchMethod: There is none of this name.
         """
-        known = self._methods.get(name)
+        known = self.found.get(name)
         if known is None:
             if self._is_found_later(name):
                 return Method(name, functools.partial(self._found, name))  # not kept: clients choose the names
-            known = self._methods[name] = Method(name, self._find(name))
+            known = self.found[name] = Method(name, self._find(name))
         return known
 
     def reconfigure(self, user_config: Any) -> Any:
@@ -292,7 +295,7 @@ class UserCallable:
     def drop(self) -> None:
         """Let go of the object, so that its ``__del__`` runs."""
         has_finalizer = hasattr(type(self.subject), "__del__")
-        self._methods.clear()
+        self.found.clear()
         self.subject = None
         if has_finalizer:
             _collect()  # it may hold itself, by a bound method among its attributes for one
