@@ -50,14 +50,14 @@ class World:
     def __init__(self, adapter: Any = None) -> None:
         self.adapter = adapter or FakeAdapter()
         self.home = FakeHome()
-        self.ruling = RoutingSnapshot(version=-1)
-        self.caller = Caller(self.adapter, self.home, lambda: self.ruling)
+        self.snapshot = RoutingSnapshot(version=-1)
+        self.caller = Caller(self.adapter, self.home, self)
 
     def show(self, *backends: BackendEntry, apply: bool = True, **options: Any) -> None:
         """Let a newer snapshot rule."""
-        self.ruling = snapshot(self.ruling.version + 1, *backends, **options)
+        self.snapshot = snapshot(self.snapshot.version + 1, *backends, **options)
         if apply:
-            self.caller.apply(self.ruling)
+            self.caller.apply(self.snapshot)
 
     def submit(self, name: str = "", *args: Any, **options: Any) -> FakeSlot:
         slot = FakeSlot(name)

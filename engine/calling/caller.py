@@ -21,7 +21,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from ..errors import EngineClosed, EngineError, ReplicaDied
 from ..seam.channel import Channel, ChannelClosed
@@ -35,7 +35,7 @@ from .retries import MOST_DEATHS, MOST_LOSSES, Past, RetryBudget, allowance, pau
 from .router import Router
 from .slot import Slot
 
-__all__ = ["Caller"]
+__all__ = ["Caller", "HasSnapshot"]
 
 _new = tuple.__new__  # a named tuple's own constructor takes longer
 _NOT_TAKEN = frozenset((FailureKind.REFUSED, FailureKind.DRAINING, FailureKind.BUSY))
@@ -45,19 +45,26 @@ _LAST_WORDS_S = 0.5
 _DEAD = "the engine has found it dead"
 
 
+class HasSnapshot(Protocol):
+    """What a caller looks at for each call (`engine.calling.client.Client`)."""
+
+    snapshot: RoutingSnapshot
+    """The one that rules now."""
+
+
 class Caller:
     """One party's calls. It hears all of its channels.
 
     Args:
         connector: Opens the channels.
         home: Where the channels are read and timers run.
-        current: Returns the snapshot that rules now.
+        ruling: Has the snapshot that rules now.
     """
 
-    def __init__(self, connector: Connector, home: Home, current: Callable[[], RoutingSnapshot]) -> None:
+    def __init__(self, connector: Connector, home: Home, ruling: HasSnapshot) -> None:
         self._connector = connector
         self.home = home
-        self._current = current
+        self._ruling = ruling
         self._lock = threading.RLock()  # guards the router, its targets and `_channels`; nobody does I/O under it
         self._opening = threading.RLock()  # held while a channel is opened, so that each target gets one
         self._router = Router()
@@ -83,8 +90,9 @@ class Caller:
         copies: list[ReplicaSet] = []
         target: Target | None = None
         try:
-            if self._router.snapshot is not self._current():
-                self.apply(self._current())
+            router = self._router
+            if router.snapshot is not self._ruling.snapshot:
+                self.apply(self._ruling.snapshot)
             with self._lock:
                 if self._torn:
                     self._mend()
@@ -96,11 +104,14 @@ class Caller:
                 now = time.monotonic()
                 if call.deadline is not None and now >= call.deadline:
                     return
-                replica_set, endpoint = self._router.route(slot.endpoint, slot.shard_key)
+                endpoint = router.endpoints.get(slot.endpoint)
+                replica_set = None if endpoint is None else endpoint.only
+                if endpoint is None or replica_set is None:
+                    replica_set, endpoint = router.route(slot.endpoint, slot.shard_key)
                 if not again:
                     endpoint.calls += 1
                     if endpoint.entry.shadows:
-                        copies = list(self._router.shadows(endpoint))
+                        copies = list(router.shadows(endpoint))
                 self._torn = True
                 try:
                     target = replica_set.place(slot, now)

@@ -50,6 +50,9 @@ class Client:
     Args:
         engine_id: The engine.
         connector: Opens channels from this process.
+
+    Attributes:
+        threads: The caller of all threads, once there is one (`thread_caller`).
     """
 
     def __init__(self, engine_id: str, connector: Connector) -> None:
@@ -59,8 +62,8 @@ class Client:
         self.refs = refs_of(connector)
         self._connector = connector
         self._lock = threading.Lock()  # guards the callers
-        self._threads: Caller | None = None
-        self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Caller] = weakref.WeakKeyDictionary()
+        self.threads: Caller | None = None
+        self._loops: dict[asyncio.AbstractEventLoop, Caller] = {}
         self._draining = False  # takes no new calls, but from workers of the engine
         self._carries: Callable[[], bool] | None = None  # see `subscribe`
         self._standing: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()  # loops that nobody waits for
@@ -183,20 +186,21 @@ class Client:
 
     def thread_caller(self) -> Caller:
         """The caller of all threads."""
-        caller = self._threads
+        caller = self.threads
         if caller is None or self.pid != os.getpid():
             with self._lock:
                 self.check_open()
-                if self._threads is None:
-                    self._threads = self._new_caller(ThreadHome())
-                caller = self._threads
+                if self.threads is None:
+                    self.threads = self._new_caller(ThreadHome())
+                caller = self.threads
         return caller
 
-    def loop_caller(self) -> Caller:
-        """The caller of the asyncio loop that runs in this thread."""
-        import asyncio
+    def loop_caller(self, loop: asyncio.AbstractEventLoop | None = None) -> Caller:
+        """The caller of the asyncio loop that runs in this thread. Whoever knows that loop already says so."""
+        if loop is None:
+            import asyncio
 
-        loop = asyncio.get_running_loop()
+            loop = asyncio.get_running_loop()
         caller = self._loops.get(loop)
         if caller is None or self.pid != os.getpid():
             self._drop_closed_loops()
@@ -216,7 +220,7 @@ class Client:
             self.begin_drain()
         self._drop_closed_loops()
         with self._lock:
-            threads, loops = self._threads, list(self._loops.items())
+            threads, loops = self.threads, list(self._loops.items())
         if threads is not None:
             threads.apply(snapshot)
         for loop, caller in loops:
@@ -231,7 +235,7 @@ class Client:
         """What the callers of this process counted, and those that make its calls for refs of the platform."""
         self._drop_closed_loops()
         with self._lock:
-            callers = list(self._loops.values()) + ([self._threads] if self._threads else [])
+            callers = list(self._loops.values()) + ([self.threads] if self.threads else [])
         elsewhere = self.refs.statistics() if self.refs is not None else []
         return [caller.statistics() for caller in callers] + elsewhere
 
@@ -271,7 +275,7 @@ class Client:
         error = EngineClosed(_SHUT_DOWN)
         with self._lock:
             self._why_closed = self._why_closed or _SHUT_DOWN
-            threads, loops = self._threads, list(self._loops.items())
+            threads, loops = self.threads, list(self._loops.items())
         if threads is not None:
             threads.begin_close(error)
         for loop, caller in loops:
@@ -285,7 +289,7 @@ class Client:
         """
         with self._lock:
             self._why_closed = self._why_closed or (str(error) if error is not None else _SHUT_DOWN)
-            threads, loops = self._threads, list(self._loops.items())
+            threads, loops = self.threads, list(self._loops.items())
         self._moved.ring()  # nothing will come any more
         with _lock:
             if _clients.get(self.engine_id) is self:
@@ -315,19 +319,16 @@ class Client:
             for loop, caller in self._loops.items()
             if not moving or (loop.is_running() and loop not in self._standing)
         ]
-        return loops + ([self._threads] if self._threads is not None else [])
+        return loops + ([self.threads] if self.threads is not None else [])
 
     def _new_caller(self, home: Home) -> Caller:
-        caller = Caller(self._connector, home, self._current)
+        caller = Caller(self._connector, home, self)
         if self._draining:
             caller.begin_drain(EngineClosed(_SHUTTING_DOWN), self._may_call)
         return caller
 
     def _may_call(self) -> bool:
         return works_for(self.engine_id)
-
-    def _current(self) -> RoutingSnapshot:
-        return self.snapshot
 
     def check_open(self) -> None:
         """Raise `errors.EngineClosed` if no call can be made through it."""

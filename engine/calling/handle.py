@@ -6,17 +6,17 @@ or attaches one on first use.
 
 from __future__ import annotations
 
-import os
 import pickle
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from os import getpid
 from typing import TYPE_CHECKING, Any, Generic, overload
 
 from ..config import LONGEST_S
 from ..errors import DeadlineExceeded, EngineClosed, InvalidArgument, MethodNotFound
 from ..seam.connector import PlatformRefs
-from ..seam.may_block import check_may_block, running_asyncio_loop, warn_if_on_loop
+from ..seam.may_block import check_may_wait, running_asyncio_loop
 from ..seam.messages import AS_CONFIGURED, PYTHON, Call
 from ..seam.serialization import dumps_arguments
 from ..seam.workplace import settles_later, surrounding_engine
@@ -41,6 +41,7 @@ else:
 
 __all__ = ["AsyncHandle", "CallOptions", "Handle", "make_handle"]
 
+_new = tuple.__new__  # a named tuple's own constructor takes longer
 _EARLY_S = 0.01
 """A platform's clock may say a little before ours that the time is over."""
 _RETRIES = 2
@@ -231,7 +232,7 @@ class _BaseHandle:
                 assert limit.timeout_s is not None
                 raise deadline_error(self._endpoint, limit.timeout_s)
             self._client = client
-        if client.pid != os.getpid():
+        if client.pid != getpid():
             raise EngineClosed(
                 "this handle belongs to the process that this one was forked from: pass it on pickled, "
                 "or create an engine here"
@@ -268,16 +269,8 @@ class _BaseHandle:
                 )
             if kwargs and not _OPTIONS.isdisjoint(kwargs):
                 raise _misplaced(kwargs)
-        return Call(
-            0,
-            PYTHON,
-            options.method_name,
-            deadline,
-            "",
-            self._head,
-            dumps_arguments(args, kwargs, "the argument"),
-            self._retries,
-        )
+        payload = dumps_arguments(args, kwargs, "the argument")
+        return _new(Call, (0, PYTHON, options.method_name, deadline, "", self._head, payload, self._retries))
 
 
 class Handle(_BaseHandle, Generic[T_co]):
@@ -339,7 +332,7 @@ class Handle(_BaseHandle, Generic[T_co]):
             errors.EngineClosed: The engine was shut down before.
         """
         limit = self._limit()
-        client = self._reach(limit)
+        client = self._client or self._reach(limit)
         client.check_open()
         deadline = limit.deadline
         if client.refs is not None:
@@ -348,15 +341,18 @@ class Handle(_BaseHandle, Generic[T_co]):
             except DeadlineExceeded as error:
                 raise self._late(error, limit) from None
             return self._start_on_platform(client.refs, args, kwargs, limit)
-        caller = client.thread_caller()
+        caller = client.threads or client.thread_caller()
         ref = Ref(caller, self._endpoint)
-        pending = refs_in(args, kwargs)
-        if pending:
+        if not kwargs and (not args or (len(args) == 1 and type(args[0]) in PLAIN)):
+            ref.stand_for(self._call_of(args, kwargs, deadline), self._options.shard_key)
+            caller.submit(ref)
+        elif pending := refs_in(args, kwargs):
             forget = when_all_done(pending, lambda: self._start_resolved(caller, ref, args, kwargs, deadline))
             ref.add_done_callback(lambda _: forget())  # given up or late: the other arguments may be large
         else:
             self._start(caller, ref, args, kwargs, deadline)
-        self._expire(ref, limit)
+        if deadline is not None:
+            self._expire(ref, limit)
         return ref
 
     def call(self, *args: Any, **kwargs: Any) -> T_co:
@@ -367,14 +363,15 @@ class Handle(_BaseHandle, Generic[T_co]):
             errors.WouldBlock: Called on the event loop of an async backend.
             BaseException: Whatever the backend raised.
         """
-        check_may_block("a sync handle's call()")
-        warn_if_on_loop("a sync handle's call()")
+        check_may_wait("a sync handle's call()")
         options = self._options
         limit = NO_LIMIT  # as in `_limit`, which would be a call on the way of every call
         if options.timeout_s is not None or running_budget() is not None:
             limit = limit_of(options.timeout_s, inherits=options.inherit_deadline)
-        client = self._reach(limit)
-        caller = client.thread_caller()
+        client = self._client
+        if client is None or client.pid != getpid():
+            client = self._reach(limit)
+        caller = client.threads or client.thread_caller()
         timeout_s, deadline = limit
         if kwargs or (args and (len(args) != 1 or type(args[0]) not in PLAIN)):
             try:
@@ -485,7 +482,11 @@ class AsyncHandle(_BaseHandle, Generic[T_co]):
         limit = NO_LIMIT  # as in `_limit`, which would be a call on the way of every call
         if options.timeout_s is not None or running_budget() is not None:
             limit = limit_of(options.timeout_s, inherits=options.inherit_deadline)
-        client = self._reach(limit) if self._client is not None else await self._reach_aside(limit)
+        client = self._client
+        if client is None:
+            client = await self._reach_aside(limit)
+        elif client.pid != getpid():
+            client = self._reach(limit)
         timeout_s, deadline = limit
         if kwargs or (args and (len(args) != 1 or type(args[0]) not in PLAIN)):
             try:
@@ -495,7 +496,8 @@ class AsyncHandle(_BaseHandle, Generic[T_co]):
         if loop is None:
             return await self._call_by_ref(client.thread_caller(), args, kwargs, limit)  # type: ignore[no-any-return]
         call = self._call_of(args, kwargs, deadline)
-        answer = await answer_to(client.loop_caller(), self._endpoint, call, timeout_s, shard_key=options.shard_key)
+        caller = client.loop_caller(loop)
+        answer = await answer_to(caller, self._endpoint, call, timeout_s, shard_key=options.shard_key, loop=loop)
         return open_answer(answer)  # type: ignore[no-any-return]
 
     async def _call_by_ref(self, caller: Caller, args: tuple[Any, ...], kwargs: dict[str, Any], limit: Limit) -> Any:

@@ -46,7 +46,7 @@ class Ref(Slot, Generic[T_co]):
     __slots__ = ("__weakref__", "_callbacks", "_caller", "_error", "_lock", "_message", "_opened", "_timer", "_value")
 
     def __init__(self, caller: Caller | None, endpoint: str) -> None:
-        super().__init__(endpoint)
+        Slot.__init__(self, endpoint)
         self._caller = caller
         self._lock = threading.Lock()  # guards `_callbacks` against `_settle`
         self._callbacks: list[Callable[[Ref], None]] | None = []

@@ -292,7 +292,9 @@ class ReplicaSet:
 
     def take(self, now: float) -> Target | None:
         """Choose a replica and count one more call there."""
-        target = self.choose(now)
+        idle = self._idle
+        # As `choose` does, which would be a call on the way of every call to an idle replica.
+        target = idle[0] if len(idle) == 1 and self._rested_at > now else self.choose(now)
         if target is not None:
             if not target.in_flight:
                 target.heard_at = now

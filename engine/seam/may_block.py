@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = [
     "awaited_thread",
     "check_may_block",
+    "check_may_wait",
     "check_not_own_thread",
     "is_awaited_thread",
     "mark_busy_thread",
@@ -109,6 +110,15 @@ def check_may_block(what: str) -> None:
         )
 
 
+def check_may_wait(what: str) -> None:
+    """`check_may_block` and `warn_if_on_loop`, in one for what is done often."""
+    if _loop_threads:
+        check_may_block(what)
+    events = sys.modules.get("asyncio.events")
+    if events is not None and not _warned and events._get_running_loop() is not None:
+        _warn(what)
+
+
 def check_not_own_thread(what: str) -> None:
     """Refuse to wait for the engine in the thread that would have to do it.
 
@@ -162,11 +172,5 @@ def _warn(what: str) -> None:
 
 def running_asyncio_loop() -> asyncio.AbstractEventLoop | None:
     """The asyncio loop that runs in this thread, if any."""
-    if "asyncio" not in sys.modules:
-        return None
-    import asyncio
-
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None
+    events = sys.modules.get("asyncio.events")
+    return None if events is None else events._get_running_loop()

@@ -69,7 +69,9 @@ _imports: Mapping[str, Any] = getattr(importlib._bootstrap, "_module_locks", {})
 _marks = marks_of_unimportable
 """What is in pickles that may not travel as they are."""
 _PLAINLY_UNPICKLABLE = (pickle.PicklingError, AttributeError, TypeError, ImportError, RecursionError)
-_SIMPLE = (int, str, bytes, float, bool, type(None))
+_SIMPLE = frozenset((int, str, bytes, float, bool, type(None)))
+"""Types whose pickles are only what they are."""
+_NO_ARGUMENTS = pickle.dumps(((), {}), 5)
 _BRIEF_BYTES = 1 << 20
 _BRIEF_MESSAGE = 2000
 _BRIEF_TRACEBACK = 20_000
@@ -87,6 +89,8 @@ def dumps(value: Any, what: str, error: type[EngineError] = NotSerializable) -> 
     Raises:
         EngineError: Of type ``error``: the value cannot be pickled; the message says which part.
     """
+    if type(value) in _SIMPLE:
+        return pickle.dumps(value, 5)
     try:
         # While something is imported, the plain pickler might wait for that.
         data = pickle.dumps(value, 5) if not _imports else b"__main__"
@@ -168,6 +172,11 @@ def dumps_arguments(args: tuple[Any, ...], kwargs: dict[str, Any], what: str) ->
     Raises:
         NotSerializable: One of them cannot be pickled; the message says which, and which part of it.
     """
+    if not kwargs:
+        if not args:
+            return _NO_ARGUMENTS
+        if len(args) == 1 and type(args[0]) in _SIMPLE:
+            return pickle.dumps((args, kwargs), 5)
     try:
         return dumps((args, kwargs), what)
     except NotSerializable:
