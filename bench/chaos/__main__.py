@@ -5,26 +5,32 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from contextlib import nullcontext
 
 from .outcome import Outcome, table
+from .own_cluster import own_cluster
 from .scenarios import SCENARIOS
 
 
 def main() -> int:
     """Run scenarios one after the other; 1 if a promise was broken."""
     options = argparse.ArgumentParser(prog="python -m bench.chaos", description=sys.modules["bench.chaos"].__doc__)
-    options.add_argument("scenario", nargs="*", choices=[*SCENARIOS, []], help="all by default")
+    options.add_argument(
+        "scenario", nargs="*", choices=[*SCENARIOS, []], help="by default all that the adapter has a part in"
+    )
     options.add_argument("--backend", default="local", choices=["local", "ray"])
     options.add_argument("--seconds", type=float, help="how long each goes on")
     given = options.parse_args()
     outcomes: list[Outcome] = []
-    for name in given.scenario or SCENARIOS:
-        scenario, usual_s = SCENARIOS[name]
-        began = time.monotonic()
-        found = list(scenario(given.backend, given.seconds or usual_s))
-        outcomes += found
-        kept = all(one.held for one in found)
-        print(f"{name}: {'kept' if kept else 'BROKEN'} ({time.monotonic() - began:.0f} s)", file=sys.stderr)
+    usual = [name for name, scenario in SCENARIOS.items() if given.backend in scenario.backends]
+    with own_cluster() if given.backend == "ray" else nullcontext():
+        for name in given.scenario or usual:
+            scenario = SCENARIOS[name]
+            began = time.monotonic()
+            found = list(scenario.run(given.backend, given.seconds or scenario.usual_s))
+            outcomes += found
+            kept = all(one.held for one in found)
+            print(f"{name}: {'kept' if kept else 'BROKEN'} ({time.monotonic() - began:.0f} s)", file=sys.stderr)
     print(table(outcomes))
     return 0 if all(one.held for one in outcomes) else 1
 

@@ -29,7 +29,11 @@ def kills(backend: str, seconds: float) -> Iterator[Outcome]:
         engine.create_backend("worker", Worker, str(path), CALL_S, config={"num_replicas": REPLICAS})
         engine.create_endpoint("worker", backend="worker", route="/worker", methods=["GET", "POST"])
         traffic = Traffic(engine, "worker", marks)
-        once = [traffic.by_handle("handle", 8), traffic.over_http("HTTP POST", 8, "/worker")]
+        once = [
+            traffic.by_handle("handle", 8),
+            traffic.by_ref("ref", 4),
+            traffic.over_http("HTTP POST", 8, "/worker"),
+        ]
         repeatable = [traffic.by_handle("handle, idempotent", 4, idempotent=True)]
         watch = Watch(engine, "worker")
         killed = 0
@@ -90,7 +94,7 @@ def poison(backend: str, seconds: float) -> Iterator[Outcome]:
             sent.append((bad if poisonous else good, number, ref))
         for account, number, ref in sent:
             try:
-                ref.result(30)
+                engine.get(ref, timeout=30)
                 outcome = "ok"
             except errors.EngineError as error:
                 outcome = type(error).__name__

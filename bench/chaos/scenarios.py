@@ -1,9 +1,9 @@
-"""All scenarios by name, each with the seconds that it usually goes on."""
+"""All scenarios by name, each with the seconds that it usually goes on, and where it can."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Final
+from typing import Final, NamedTuple
 
 from .bodies import bodies
 from .drift import calls, cycles
@@ -15,15 +15,33 @@ from .overload import overload
 from .stops import stops
 from .versions import versions
 
-SCENARIOS: Final[dict[str, tuple[Callable[[str, float], Iterator[Outcome]], float]]] = {
-    "kills": (kills, 60.0),
-    "poison": (poison, 20.0),
-    "stops": (stops, 10.0),
-    "versions": (versions, 10.0),
-    "overload": (overload, 30.0),
-    "bodies": (bodies, 0.0),
-    "interrupts": (interrupts, 60.0),
-    "endings": (endings, 60.0),
-    "calls": (calls, 300.0),
-    "cycles": (cycles, 300.0),
+_LOCAL = ("local",)
+_BOTH = ("local", "ray")
+
+
+class Scenario(NamedTuple):
+    """A fault, or some of a kind.
+
+    Attributes:
+        run: Takes the adapter and the seconds to go on for.
+        usual_s: How long it goes on unless told otherwise.
+        backends: The adapters on which it says more than on another: on Ray it is what Ray has a part in.
+    """
+
+    run: Callable[[str, float], Iterator[Outcome]]
+    usual_s: float
+    backends: tuple[str, ...]
+
+
+SCENARIOS: Final = {
+    "kills": Scenario(kills, 60.0, _BOTH),
+    "poison": Scenario(poison, 20.0, _BOTH),
+    "stops": Scenario(stops, 10.0, _BOTH),
+    "versions": Scenario(versions, 10.0, _BOTH),
+    "overload": Scenario(overload, 30.0, _LOCAL),
+    "bodies": Scenario(bodies, 0.0, _LOCAL),
+    "interrupts": Scenario(interrupts, 60.0, _LOCAL),
+    "endings": Scenario(endings, 60.0, _BOTH),
+    "calls": Scenario(calls, 300.0, _LOCAL),
+    "cycles": Scenario(cycles, 300.0, _LOCAL),
 }

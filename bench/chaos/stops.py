@@ -14,6 +14,7 @@ from engine import Engine
 
 from .. import procs
 from .outcome import Outcome
+from .own_cluster import actors
 from .traffic import Account, Marks, Traffic, Worker, ready_pids
 
 NOTICED_WITHIN_S = 5.0
@@ -22,7 +23,10 @@ CALL_S = 0.005
 
 
 def stops(backend: str, seconds: float) -> Iterator[Outcome]:
-    """A replica, an ingress and the fork server are stopped in turn, while handles and HTTP clients call."""
+    """A replica, an ingress, the courier and the fork server are stopped in turn, while handles and HTTP clients call.
+
+    The courier is Ray's, and the fork server the local adapter's.
+    """
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "marks")
         with Engine(backend=backend, http_options={"port": 0, "workers": 2}) as engine:
@@ -33,6 +37,8 @@ def stops(backend: str, seconds: float) -> Iterator[Outcome]:
                 "a replica": lambda: next(iter(ready_pids(engine, "worker").values())),
                 "an ingress": lambda: int(next(iter(engine.statistics()["ingresses"].values()))["pid"]),
             }
+            if backend == "ray":
+                victims["the courier"] = lambda: next(iter(actors("Courier")))
             for name, victim in victims.items():
                 yield from _stop(engine, marks, name, victim(), seconds)
             if backend == "local":
@@ -41,7 +47,7 @@ def stops(backend: str, seconds: float) -> Iterator[Outcome]:
 
 def _stop(engine: Engine, marks: Marks, name: str, pid: int, seconds: float) -> Iterator[Outcome]:
     traffic = Traffic(engine, "worker", marks)
-    accounts = [traffic.by_handle("handle", 4), traffic.over_http("HTTP", 4, "/worker")]
+    accounts = [traffic.by_handle("handle", 4), traffic.by_ref("ref", 2), traffic.over_http("HTTP", 4, "/worker")]
     with traffic.going_on():
         time.sleep(0.5)
         stopped = time.monotonic()
@@ -60,6 +66,8 @@ def _stop(engine: Engine, marks: Marks, name: str, pid: int, seconds: float) -> 
 
 
 def _only_begun_ones_failed(account: Account, stopped: str) -> bool:
+    if stopped == "the courier":  # what it held may have begun, as far as the callers know
+        return account.sent == account.count("ok", *(["ReplicaDied"] if account.name == "ref" else []))
     if stopped == "an ingress":  # what it held broke with its connection, and clients can repeat that
         broken = account.count("ConnectionResetError", "RemoteDisconnected", "BadStatusLine", "IncompleteRead")
         return account.sent == account.count("ok") + broken

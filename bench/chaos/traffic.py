@@ -116,9 +116,17 @@ class Traffic:
         """Add callers by sync handles; ``options`` are those of `Handle.options`."""
         handle: Any = self._engine.get_handle(self._endpoint).options(timeout_s=PATIENCE_S, **options)
 
+        return self._by_python(name, callers, lambda number: handle.call(n=number))
+
+    def by_ref(self, name: str, callers: int) -> Account:
+        """Add callers that make refs, on Ray object refs, and wait for each."""
+        handle: Any = self._engine.get_handle(self._endpoint)
+        return self._by_python(name, callers, lambda number: self._engine.get(handle.remote(n=number), PATIENCE_S))
+
+    def _by_python(self, name: str, callers: int, make_call: Callable[[int], Any]) -> Account:
         def call(number: int) -> str:
             try:
-                return "ok" if handle.call(n=number) == str(number) else "wrong answer"
+                return "ok" if make_call(number) == str(number) else "wrong answer"
             except errors.DeadlineExceeded:
                 return "unanswered"
             except errors.EngineError as error:
