@@ -88,8 +88,9 @@ class BackendConfig:
             is replaced; ``math.inf`` means any. None means 60, but any on an adapter that runs it in the engine's
             own process. A sync callable keeps no loop from turning.
         max_queue_wait_s: Seconds that a call may be expected to wait with its caller, judged by how fast its queue is
-            emptied; beyond it, calls fail at once with `errors.Overloaded`. None: they wait. A call with a deadline is
-            refused in any case if it cannot be expected to make it.
+            emptied; beyond it, calls fail at once with `errors.Overloaded`. The more come than can be served, the fewer
+            may wait, down to one. None: they wait. A call with a deadline is refused in any case if it cannot be
+            expected to make it.
         max_calls_per_replica: Calls a replica begins before another one takes its place. None means any number.
         max_rss_mb: Memory (resident, in 10^6 bytes) a replica's process may have before another one takes its place.
             None means any. Not looked at where replicas run in the application's own process.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import statistics
 import time
 from collections import Counter
@@ -62,23 +63,25 @@ def overload(backend: str, seconds: float) -> Iterator[Outcome]:
             address = str(engine.http_url).removeprefix("http://").split(":")
             handle: Any = engine.get_handle("slow", sync=False).options(timeout_s=timeout_s or PATIENCE_S)
             deadline = "no deadline" if timeout_s is None else f"deadline {timeout_s:g} s"
-            ways: dict[str, Callable[[Run, float], Awaitable[None]]] = {
-                "handle": lambda run, rate, handle=handle: _by_handle(run, rate, handle),
-                "HTTP": lambda run, rate, address=address: _over_http(run, rate, address[0], int(address[1])),
+            ways: dict[str, Callable[[Run, float | None], Run]] = {
+                "handle": lambda run, rate, handle=handle: _run(_by_handle, run, rate, handle),
+                "HTTP": lambda run, rate, address=address: _elsewhere(run, rate, address[0], int(address[1])),
             }
+            pids = procs.descendants()
             for name, way in ways.items():
-                usual, flood = Run(min(seconds, 10.0)), Run(seconds)
-                asyncio.run(way(usual, CAPACITY * 0.9))
-                before = procs.rss_mb() + sum(map(procs.rss_mb, procs.descendants()))
-                asyncio.run(way(flood, CAPACITY * OVERLOAD))
-                grown_mb = procs.rss_mb() + sum(map(procs.rss_mb, procs.descendants())) - before
-                yield from _outcomes(f"{OVERLOAD}x load, {name}, {deadline}", usual, flood, grown_mb)
+                most = way(Run(min(seconds, 5.0)), None).goodput
+                usual = way(Run(min(seconds, 10.0)), CAPACITY * 0.9)
+                before = procs.rss_mb() + sum(map(procs.rss_mb, pids))
+                flood = way(Run(seconds), CAPACITY * OVERLOAD)
+                grown_mb = procs.rss_mb() + sum(map(procs.rss_mb, pids)) - before
+                yield from _outcomes(f"{OVERLOAD}x load, {name}, {deadline}", most, usual, flood, grown_mb)
 
 
-def _outcomes(what: str, usual: Run, flood: Run, grown_mb: float) -> Iterator[Outcome]:
+def _outcomes(what: str, most: float, usual: Run, flood: Run, grown_mb: float) -> Iterator[Outcome]:
     others = {name: count for name, count in flood.outcomes.items() if name not in ("ok", "Overloaded", "503")}
-    share = flood.goodput / CAPACITY
-    found = f"{flood.goodput:.0f}/s, {share:.0%}; refused {len(flood.refused_s):,}; others {others or 'none'}"
+    share = flood.goodput / most
+    found = f"{flood.goodput:.0f}/s of {most:.0f}/s, {share:.0%}; refused {len(flood.refused_s):,}"
+    found += f"; others {others or 'none'}"
     yield Outcome(f"{what}: goodput", ">= 90 % of capacity", found, share >= 0.9)
     refused_s = _p99(flood.refused_s)
     yield Outcome(f"{what}: refusals, p99", "< 100 ms", f"{refused_s * 1e3:.0f} ms", refused_s < 0.1)
@@ -88,13 +91,41 @@ def _outcomes(what: str, usual: Run, flood: Run, grown_mb: float) -> Iterator[Ou
     yield Outcome(f"{what}: memory", "grows by < 20 MB", f"{grown_mb:.1f} MB", grown_mb < 20)
 
 
+def _run(way: Callable[..., Awaitable[None]], run: Run, rate: float | None, *args: Any) -> Run:
+    async def go_on() -> None:
+        await way(run, rate, *args)
+
+    asyncio.run(go_on())
+    return run
+
+
+def _elsewhere(run: Run, rate: float | None, host: str, port: int) -> Run:
+    """Over HTTP from a process of its own, so that the engine's does not share its time with the clients."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_run, (_over_http, run, rate, host, port))
+
+
 def _slow(request: Any) -> str:
     time.sleep(CALL_S)
     return "ok"
 
 
-async def _steadily(rate: float, seconds: float, call: Callable[[], Awaitable[None]]) -> None:
-    """Begin calls at a rate, never waiting for one of them, and let all end."""
+async def _keep_on(seconds: float, call: Callable[[], Awaitable[None]]) -> None:
+    """Make the next call when one has ended, so that replicas always have one and none is refused."""
+    end = time.monotonic() + seconds
+
+    async def go_on() -> None:
+        while time.monotonic() < end:
+            await call()
+
+    await asyncio.gather(*(go_on() for _ in range(2 * REPLICAS)))
+
+
+async def _steadily(rate: float | None, seconds: float, call: Callable[[], Awaitable[None]]) -> None:
+    """Begin calls at a rate, never waiting for one of them, and let all end. No rate: as fast as they are served."""
+    if rate is None:
+        await _keep_on(seconds, call)
+        return
     running: set[asyncio.Task[None]] = set()
     start = time.monotonic()
     for number in range(int(rate * seconds)):
@@ -108,7 +139,7 @@ async def _steadily(rate: float, seconds: float, call: Callable[[], Awaitable[No
         await asyncio.wait(running, timeout=PATIENCE_S)
 
 
-async def _by_handle(run: Run, rate: float, handle: Any) -> None:
+async def _by_handle(run: Run, rate: float | None, handle: Any) -> None:
     async def call() -> None:
         began = time.monotonic()
         try:
@@ -121,7 +152,7 @@ async def _by_handle(run: Run, rate: float, handle: Any) -> None:
     await _steadily(rate, run.seconds, call)
 
 
-async def _over_http(run: Run, rate: float, host: str, port: int) -> None:
+async def _over_http(run: Run, rate: float | None, host: str, port: int) -> None:
     idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
     room = asyncio.Semaphore(CONNECTIONS)
 

@@ -158,7 +158,7 @@ class ReplicaSet:
             self.leave(target)
             target.dead = target.replica_tag in entry.dead
             del self.targets[target.replica_tag]
-        if listed and not self.targets:
+        if listed and not self.targets and self.waiting:
             self._pace.stand_still()
         for key, replica in listed.items():
             if key not in self.targets:
@@ -225,24 +225,29 @@ class ReplicaSet:
         )
 
     def _too_late(self, slot: Slot, now: float) -> Overloaded | None:
-        """What a call is told that would wait too long, judged by how fast others have left the queue."""
-        interval_s = self._pace.interval_s
-        if not interval_s or not self.waiting:
+        """What a call is told that would wait too long, or for nothing, judged by how others left the queue."""
+        if not self.waiting:
             return None
-        wait_s = len(self.waiting) * interval_s
-        if self.max_queue_wait_s is not None and wait_s > self.max_queue_wait_s:
-            bound = f"max_queue_wait_s={self.max_queue_wait_s:g}"
-        else:
-            deadline = slot.call.deadline
-            if deadline is None:
-                return None
-            in_flight = sum(target.in_flight for target in self.targets.values())
-            if wait_s + in_flight * interval_s <= deadline - now:
-                return None
+        burst_s, deadline = self.max_queue_wait_s, slot.call.deadline
+        if burst_s is None and deadline is None:
+            return None
+        pace, waiting = self._pace, len(self.waiting)
+        in_flight = sum(target.in_flight for target in self.targets.values())
+        wait_s = pace.expect(now, waiting, in_flight)
+        told = f"backend {self.tag!r}: {waiting} calls of this caller wait already"
+        if burst_s is not None and in_flight and waiting + 1 > pace.most_waiting(in_flight):
+            return Overloaded(
+                f"{told}, which keeps the replicas busy while {pace.load:.2g} come for each that is served "
+                f"(max_queue_wait_s={burst_s:g} is for bursts); retry later or raise num_replicas"
+            )
+        if burst_s is not None and wait_s > burst_s:
+            bound = f"max_queue_wait_s={burst_s:g}"
+        elif deadline is not None and wait_s + in_flight * pace.interval_s > deadline - now:
             bound = f"its deadline is in {max(0.0, deadline - now):.3g} s"
+        else:
+            return None
         return Overloaded(
-            f"backend {self.tag!r}: {len(self.waiting)} calls of this caller wait already, so that this one would wait "
-            f"for about {wait_s:.2g} s ({bound}); retry later or raise num_replicas"
+            f"{told}, so that this one would wait for about {wait_s:.2g} s ({bound}); retry later or raise num_replicas"
         )
 
     def absence(self) -> NoReplica | None:
