@@ -51,6 +51,19 @@ if TYPE_CHECKING:
 __all__ = ["Ingress", "IngressClient"]
 
 
+_new = tuple.__new__  # a named tuple's own constructor takes longer
+_HEEDED = frozenset(
+    (
+        b"content-length",
+        b"transfer-encoding",
+        b"x-request-id",
+        b"x-request-timeout-ms",
+        b"x-serve-call-method",
+        b"x-serve-shard-key",
+    )
+)
+_TOLD_BY_HEADERS = frozenset(("1.0", "1.1"))
+"""Versions of HTTP in which a request has no body unless a header says so."""
 _IDEMPOTENT = frozenset({"GET", "HEAD", "PUT", "DELETE", "OPTIONS"})  # RFC 9110, 9.2.2
 _CREDIT_BATCH = INITIAL_CREDIT // 2
 _REFUSALS_EVERY_S = 1.0
@@ -144,7 +157,10 @@ class Ingress:
         given_id: bytes | None = None
         given_timeout: bytes | None = None
         content_length = 0
+        chunked = False
         for name, value in scope["headers"]:
+            if name not in _HEEDED:
+                continue
             if name == b"content-length":
                 content_length = int(value) if value.isdigit() else -1
             elif name == b"x-request-id":
@@ -155,6 +171,8 @@ class Ingress:
                 shard_key = _text(value)
             elif name == b"x-request-timeout-ms":
                 given_timeout = value
+            elif name == b"transfer-encoding":
+                chunked = True
         request_id = request_id_of(given_id)
         exchange = Exchange(scope, send, request_id)
 
@@ -192,17 +210,23 @@ class Ingress:
                 return
             timeout_s = given_s if timeout_s is None else min(given_s, timeout_s)
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        owes_body = bool(content_length) or chunked or scope.get("http_version") not in _TOLD_BY_HEADERS
+        if not owes_body:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            if not (message.get("body") or message.get("more_body")):
+                call = _call_of(scope, found, call_method, deadline, request_id, b"")
+                await self._call(found.endpoint_name, call, shard_key, exchange, receive)
+                return
+            receive = _beginning_with(message, receive)  # a middleware has put a body there
         claim = Claim(self._bodies)
         try:
-            body = await self._body(receive, content_length, claim, deadline, found.endpoint_name, exchange)
-            if body is None:
-                return
-            trimmed = trim_scope(scope)
-            if found.path_params:
-                trimmed["path_params"] = {**trimmed.get("path_params", {}), **found.path_params}
-            retries = AS_CONFIGURED if scope["method"] in _IDEMPOTENT else AS_CONFIGURED_FOR_POSTS
-            call = Call(0, HTTP, call_method, deadline, request_id, pickle.dumps(trimmed, 5), body, retries)
-            await self._call(found.endpoint_name, call, shard_key, exchange, receive)
+            patience = Patience(self._stall_timeout_s, deadline) if owes_body else None
+            body = await self._body(receive, content_length, claim, patience, found.endpoint_name, exchange)
+            if body is not None:
+                call = _call_of(scope, found, call_method, deadline, request_id, body)
+                await self._call(found.endpoint_name, call, shard_key, exchange, receive)
         finally:
             claim.release()
 
@@ -211,14 +235,11 @@ class Ingress:
         receive: Any,
         content_length: int,
         claim: Claim,
-        deadline: float | None,
+        patience: Patience | None,
         endpoint_name: str,
         exchange: Exchange,
     ) -> bytes | None:
         """The body of a request; None if there will be no call, of which the client has been told."""
-        patience: Patience | None = None
-        if _may_have_body(exchange.scope, content_length):
-            patience = Patience(self._stall_timeout_s, deadline)
         try:
             claim.grow_to(content_length)
             return await read_body(receive, self._max_body_bytes, claim, patience)
@@ -445,10 +466,22 @@ def _seconds(milliseconds: bytes) -> float | None:
     return min(int(digits) / 1000, LONGEST_S) if len(digits) < 16 else LONGEST_S
 
 
-def _may_have_body(scope: Any, content_length: int) -> bool:
-    if content_length or not str(scope.get("http_version", "")).startswith("1"):
-        return True
-    return any(name == b"transfer-encoding" for name, _ in scope["headers"])
+def _call_of(scope: Any, found: Match, call_method: str, deadline: float | None, request_id: str, body: bytes) -> Call:
+    trimmed = trim_scope(scope)
+    if found.path_params:
+        trimmed["path_params"] = {**trimmed.get("path_params", {}), **found.path_params}
+    retries = AS_CONFIGURED if scope["method"] in _IDEMPOTENT else AS_CONFIGURED_FOR_POSTS
+    return _new(Call, (0, HTTP, call_method, deadline, request_id, pickle.dumps(trimmed, 5), body, retries))
+
+
+def _beginning_with(message: Any, receive: Any) -> Any:
+    """A ``receive`` that gives a message first which was taken from it."""
+    messages = [message]
+
+    async def receive_again() -> Any:
+        return messages.pop() if messages else await receive()
+
+    return receive_again
 
 
 def _below(path: str, root_path: str) -> str:
