@@ -21,6 +21,7 @@ from engine.errors import EngineClosed
 from engine.seam.control_messages import (
     Answered,
     Drain,
+    Drained,
     LogLine,
     Ready,
     Reconfigure,
@@ -147,6 +148,7 @@ class Dying:
 
     def _told(self, worker_id: str, body: object) -> None:
         if isinstance(body, Drain):
+            self.workers.worker_said(worker_id, Drained())
             self.soon_gone(worker_id, "left")
 
     def refill(self) -> None:
@@ -465,15 +467,17 @@ async def test_one_that_dies_while_a_new_version_starts_is_replaced(world: Dying
 
 @dying(3)
 async def test_no_more_stay_than_are_wanted(world: Dying) -> None:
-    """One that is exchanged, and one that died, had others started for them at the same time."""
+    """Whoever exchanges one starts also what is missing: for both at once there might be no room."""
     world.die("b#2")
     await until(lambda: world.started[3:] == ["b#4"])
     exchanging = asyncio.ensure_future(world.backend.replace_one(world.backend.running[0], "is old"))
     await until(lambda: world.started[4:] == ["b#5", "b#6"])
-    for number in (4, 5, 6):
+    assert world.adapter.killed == ["b#4"]
+    for number in (5, 6):
         world.become_ready(f"b#{number}")
     await exchanging
     assert world.in_service == ["b#3", "b#5", "b#6"]
+    assert world.started[6:] == []
     await until(lambda: len(world.workers) == 3)
 
 
@@ -528,8 +532,12 @@ class Replacing:
         self.adapter.on_start = lambda spec: self._soon(self.workers.worker_said, spec.worker_id, Ready("fake"))
         self.adapter.on_tell = self._told
         self.asked: list[Unhealthy] = []
-        self.workers = Workers(self.adapter, lambda worker: None, lambda worker, told: self.asked.append(told))
+        self.workers = Workers(self.adapter, lambda worker: None, self._asks)
         self.backend = replicas_of(self.adapter, self.workers, count=2)
+
+    def _asks(self, worker: Worker, told: Unhealthy) -> bool:
+        self.asked.append(told)
+        return worker in self.backend.running
 
     @staticmethod
     def _soon(function: Callable[..., object], *args: object) -> None:
@@ -540,6 +548,7 @@ class Replacing:
 
     def _told(self, worker_id: str, body: object) -> None:
         if isinstance(body, Drain):
+            self.workers.worker_said(worker_id, Drained())
             self._soon_gone(worker_id, "left")
 
     @property

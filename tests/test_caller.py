@@ -245,11 +245,12 @@ def test_the_newest_snapshot_rules_even_before_it_was_applied(world: World) -> N
     assert world.names("r2") == ["a"]
 
 
-@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("number", range(4))
 def test_what_cannot_be_routed_fails(world: World, number: int) -> None:
     entry, error = [
         (None, EndpointNotFound),
-        (backend_entry("b", [], expecting=False), NoReplica),
+        (backend_entry("b", [], expecting=False, failures=3), NoReplica),
+        (backend_entry("b", [], expecting=False), EngineClosed),  # it is being shut down
         (backend_entry("b", [], max_queued=0), Overloaded),
     ][number]
     world.show(*[entry] if entry else [])  # type: ignore[list-item]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -12,9 +14,10 @@ from control_fakes import plan_of, replicas_of
 from fakes import until
 
 from engine.control.ages import Age, Ages, lifetime_s
+from engine.control.rollout import Room
 from engine.control.workers import Worker, Workers
 from engine.errors import BackendStartError
-from engine.seam.control_messages import Drain, Ready, StartFailed
+from engine.seam.control_messages import Drain, Drained, Ready, StartFailed
 from engine.seam.serialization import pack_exception
 from engine.seam.worker import WorkerExit, WorkerSpec
 from engine.testing.fakes import FakeAdapter
@@ -28,8 +31,13 @@ class Fleet:
         self.broken: set[str] = set()  # names of those that do not start
         self.fragile: set[str] = set()  # names of those that die as soon as they are in service
         self.leave_at_once = True
+        self.leaving: dict[str, None] = {}  # those that take their time
+        self.holds_starts = False
+        self.held: dict[str, None] = {}  # those that start, and take their time
+        self.refills = False
+        self._refills: list[asyncio.Future[None]] = []
         self.kept_from_publishing = False
-        self.adapter = FakeAdapter(on_start=self._start, on_tell=self._tell, on_kill=self._end)
+        self.adapter = FakeAdapter(on_start=self._start, on_tell=self._tell, on_kill=self.end)
         self.workers = Workers(self.adapter, self._lost)
         self.backend = replicas_of(self.adapter, self.workers, count=count, publish=self._publish, **config)
 
@@ -38,7 +46,9 @@ class Fleet:
 
     def _start(self, spec: WorkerSpec) -> None:
         self.log.append(f"+{spec.worker_id}")
-        if spec.worker_id in self.broken:
+        if self.holds_starts:
+            self.held[spec.worker_id] = None
+        elif spec.worker_id in self.broken:
             self._soon(self.workers.worker_said, spec.worker_id, StartFailed(pack_exception(LookupError("no model"))))
         else:
             self._soon(self.workers.worker_said, spec.worker_id, Ready(f"fake:{spec.worker_id}"))
@@ -46,21 +56,34 @@ class Fleet:
     def _tell(self, worker_id: str, body: object) -> None:
         if isinstance(body, Drain):
             self.log.append(f"-{worker_id}")
+            self.leaving[worker_id] = None
             if self.leave_at_once:
-                self._end(worker_id)
+                self.let(worker_id)
 
-    def _end(self, worker_id: str) -> None:
-        self._soon(self.workers.worker_exited, WorkerExit(worker_id, "left"))
+    def let(self, worker_id: str) -> None:
+        """Let one that starts be ready, or one that leaves go."""
+        if worker_id in self.held:
+            del self.held[worker_id]
+            self._soon(self.workers.worker_said, worker_id, Ready(f"fake:{worker_id}"))
+        else:
+            self.workers.worker_said(worker_id, Drained())
+            self.end(worker_id)
+
+    def end(self, worker_id: str, reason: str = "left") -> None:
+        for those in (self.held, self.leaving):
+            those.pop(worker_id, None)
+        self._soon(self.workers.worker_exited, WorkerExit(worker_id, reason))
 
     def _lost(self, worker: Worker) -> None:
-        assert self.backend.lost(worker)
+        if self.backend.lost(worker) and self.refills:
+            self._refills.append(asyncio.ensure_future(self.backend.refill()))
 
     def _publish(self) -> int:
         if self.kept_from_publishing:
             raise ConnectionError("the store is away")
         self.log.append(" ".join(self.serving) or "none")
         for name in self.fragile.intersection(self.serving):
-            self._end(name)
+            self.end(name)
         return 1
 
     @property
@@ -119,10 +142,10 @@ async def test_where_there_is_no_room_one_ends_before_another_starts(fleet: Flee
     for _ in range(20):
         await asyncio.sleep(0)
     assert fleet.log == ["b#2", "-b#1"]  # it has not ended
-    fleet._end("b#1")
+    fleet.let("b#1")
     await until(lambda: fleet.log[2:] == ["+b#3", "b#3", "-b#2"])
     assert fleet.backend.plan.version == 1
-    fleet._end("b#2")
+    fleet.let("b#2")
     await replacing
     assert fleet.log[5:] == ["+b#4", "b#3 b#4"]
     assert fleet.backend.plan.version == 2
@@ -223,6 +246,80 @@ async def test_what_an_exchange_left_behind_is_exchanged_in_the_background(fleet
     assert not backend.outdated
 
 
+@pytest.mark.parametrize("surge", [0, 1, 2, "100%"])
+@pytest.mark.parametrize("what", ["another version", "those that are due"])
+def test_there_are_never_too_many_whoever_dies_meanwhile(what: str, surge: int | str) -> None:
+    """Those that are started in the places of the dead take up room, too; and all of it comes to an end."""
+    for seed in range(12):
+        chance = random.Random(seed)
+
+        @in_fleet(4, max_surge=surge, max_unavailable=1)
+        async def exchange_among_deaths(fleet: Fleet, chance: random.Random = chance) -> None:
+            backend = fleet.backend
+            config = backend.config
+            most = (Room.between(config, config) if what == "another version" else Room.for_few(config)).most
+            fleet.leave_at_once = False
+            fleet.holds_starts = True
+            fleet.refills = True
+            if what == "another version":
+                changing = asyncio.ensure_future(fleet.replace(4, max_surge=surge, max_unavailable=1))
+            else:
+                for worker in backend.running:
+                    backend.mark_worn(worker, "is old")
+                changing = asyncio.ensure_future(backend.renew())
+            deaths = 6
+            while not changing.done():
+                for _ in range(20):
+                    await asyncio.sleep(0)
+                assert len(fleet.workers) <= most, fleet.log
+                steps = [*fleet.held, *fleet.leaving]
+                if deaths and backend.running and chance.random() < 0.3:
+                    deaths -= 1
+                    fleet.end(chance.choice(backend.running).spec.worker_id)
+                elif steps:
+                    fleet.let(chance.choice(steps))
+            with suppress(BackendStartError):  # so many died
+                await changing
+            fleet.holds_starts, fleet.leave_at_once = False, True
+            for one in [*fleet.held, *fleet.leaving]:
+                fleet.let(one)
+            await backend.renew()
+            await until(lambda: len(backend.running) == 4 == len(fleet.workers))
+            assert not backend.due
+
+        exchange_among_deaths()
+
+
+@in_fleet(2, max_surge=0, max_unavailable=1)
+async def test_what_is_left_of_a_version_that_was_rolled_back_is_not_taken_for_the_next(fleet: Fleet) -> None:
+    """Neither is it returned to the one that rules, while that does not start."""
+    fleet.broken = {"b#4", "b#5"}
+    with pytest.raises(LookupError):
+        await fleet.replace(2, max_surge=0, max_unavailable=1)
+    assert (fleet.serving, fleet.versions) == (["b#3"], [2])
+    await fleet.replace(2)
+    assert fleet.serving == ["b#6", "b#7"]
+
+
+@in_fleet(1, graceful_shutdown_timeout_s=1000.0)
+async def test_callers_are_told_of_one_that_dies_while_it_leaves(fleet: Fleet) -> None:
+    """Its calls fail then, also if its whole machine fell silent: no channel to it breaks."""
+    fleet.leave_at_once = False
+    replacing = asyncio.ensure_future(fleet.replace(1))
+    await until(lambda: fleet.log[-1:] == ["-b#1"])
+    fleet.log.clear()
+    fleet.end("b#1", "'s node died")
+    await replacing
+    assert fleet.backend.entry().dead == ("b#1",)
+    assert fleet.log == ["b#2"]
+    replacing = asyncio.ensure_future(fleet.replace(1))
+    await until(lambda: fleet.log[-1:] == ["-b#2"])
+    fleet.let("b#2")  # as it should
+    await replacing
+    assert fleet.backend.entry().dead == ("b#1",)
+    assert fleet.log[-1] == "-b#2"
+
+
 # -- recycling -------------------------------------------------------------------------------------------------------
 
 
@@ -239,9 +336,9 @@ async def test_worn_replicas_are_exchanged_one_by_one_and_others_come_first(flee
     await backend.renew()  # somebody is at it
     async with backend.lock:  # while one takes its time to end, changes go on
         assert len(fleet.log) == 3
-    fleet._end("b#1")
+    fleet.let("b#1")
     await until(lambda: fleet.log[3:] == ["+b#5", "b#3 b#4 b#5", "-b#2"])
-    fleet._end("b#2")
+    fleet.let("b#2")
     await renewing
     assert not backend.due
     assert backend.plan.version == 1

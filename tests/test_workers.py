@@ -119,12 +119,12 @@ async def test_a_second_ready_changes_nothing(world: World) -> None:
 @on_loop
 async def test_one_that_is_ended_for_its_silence_has_died(world: World) -> None:
     worker = await world.ready()
-    world.workers.end_silent("w#1", "has not answered for 4 s (its process is stopped)")
+    world.workers.end_useless("w#1", "has not answered for 4 s (its process is stopped)")
     await worker.gone.wait()
     assert world.adapter.killed == ["w#1"]
     assert world.exits == [worker]
     assert worker.exit_reason == "has not answered for 4 s (its process is stopped) and was killed"
-    world.workers.end_silent("w#1", "is gone already")
+    world.workers.end_useless("w#1", "is gone already")
 
 
 @on_loop

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterable
 from operator import attrgetter
 
-from ..errors import NoReplica, Overloaded
+from ..errors import EngineClosed, NoReplica, Overloaded
 from ..seam.channel import Channel
 from ..seam.snapshot import BackendEntry
 from .pace import Pace
@@ -204,7 +204,7 @@ class ReplicaSet:
         """There is no replica to wait for."""
         return not self.targets and not self.expecting
 
-    def refusal(self) -> NoReplica | Overloaded | None:
+    def refusal(self) -> NoReplica | EngineClosed | Overloaded | None:
         """What a call is told that may not even wait: there is nothing to wait for, or the queue is full."""
         if self.hopeless:
             return self.absence()
@@ -250,10 +250,12 @@ class ReplicaSet:
             f"{told}, so that this one would wait for about {wait_s:.2g} s ({bound}); retry later or raise num_replicas"
         )
 
-    def absence(self) -> NoReplica | None:
+    def absence(self) -> NoReplica | EngineClosed | None:
         """What a call is told if there is nothing to wait for."""
         if not self.hopeless:
             return None
+        if not self.failures:
+            return EngineClosed(f"backend {self.tag!r} has no replica, and the engine is being shut down")
         why = f", the last one because of {self.last_error}" if self.last_error else ""
         return NoReplica(
             f"backend {self.tag!r} has no replica: the last {self.failures} tries to start one failed{why}. "

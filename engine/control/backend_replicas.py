@@ -88,12 +88,16 @@ class BackendReplicas(ReplicaPool):
         self.try_anew()
         departures: list[asyncio.Task[None]] = []
         try:
-            await self._rolling.roll(replace(plan, version=self.plan.version + 1), self.publish, departures)
+            await self._rolling.roll(replace(plan, version=self._next_version()), self.publish, departures)
         except BaseException:
             if departures or self.outdated:
                 await self._rolling.settle()
             raise
         await asyncio.shield(asyncio.gather(*departures))
+
+    def _next_version(self) -> int:
+        """Of which there is no replica: some may be left of one that was rolled back."""
+        return 1 + max(self.plan.version, *[worker.version for worker in self.all_ready()], 0)
 
     async def renew(self) -> None:
         """Exchange the replicas that are due; if others do not start, they go on until some do."""

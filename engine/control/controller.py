@@ -158,6 +158,8 @@ class Controller:
         for task in self._background:
             task.cancel()
         await self._workers.close()
+        for backend in self._backends.values():
+            backend.ending = True
         version = self._publisher.publish_drain()
         ingresses = asyncio.ensure_future(self._ingresses.stop(grace_s))
         if grace_s:  # whoever does not take it at once holds nobody up
@@ -439,6 +441,7 @@ class Controller:
         version = self._publisher.publish(self._endpoints.entries(), backends)
         if not self._closing:
             self._ages.look()
+            self._heed_complaints()
         return version
 
     def _picture(self) -> Picture:
@@ -534,29 +537,38 @@ class Controller:
     # -- workers -------------------------------------------------------------------------------------------------------
 
     def _replace_worker(self, worker: Worker) -> None:
-        """A ready worker died."""
-        if self._closing:
-            return
+        """A ready worker died. During a shutdown, calls that wait for it hear so; nobody takes its place."""
         for backend in self._backends.values():
             if backend.lost(worker):
                 if not self._restoring:
                     self._publish_anyway()
                     self._refill(backend)
                 return
-        if self._ingresses.forget(worker):
+        if not self._closing and self._ingresses.forget(worker):
             told = worker.last_words.told()
             _logger.warning("%s %s; replacing it%s", worker.spec.name, worker.exit_reason, told)
             if not self._restoring:
                 self._spawn(self._refill_ingresses())
 
-    def _replace_unhealthy(self, worker: Worker, told: Unhealthy) -> None:
-        """A worker asks to be replaced."""
+    def _replace_unhealthy(self, worker: Worker, told: Unhealthy) -> bool:
+        """A worker asks to be replaced; returns whether it is in service."""
+        if self._closing:
+            return True
         for backend in self._backends.values():
-            if worker in backend.running and not self._closing:
+            if worker in backend.running:
                 if told.worn:
                     self._recycle(worker, told.reason)
                 else:
                     self._spawn(backend.replace_one(worker, told.reason, at_once=told.hung))
+                return True
+        return False
+
+    def _heed_complaints(self) -> None:
+        """Replace those that asked for it before they were in service."""
+        for worker in [one for backend in self._backends.values() for one in backend.running if one.complaint]:
+            told, worker.complaint = worker.complaint, None
+            assert told is not None
+            self._replace_unhealthy(worker, told)
 
     def _aging(self) -> list[Age]:
         """The replicas that may become too old."""

@@ -6,6 +6,7 @@ Runs on the controller's loop.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 
 from .replica_pool import ReplicaPool
@@ -33,12 +34,19 @@ class Refill:
     def _short(self) -> int:
         """How many replicas there are too few, but for those that are left out while others are exchanged."""
         pool = self._pool
-        return (pool.config.num_replicas if pool.least is None else pool.least) - len(pool.running)
+        return (pool.config.num_replicas if pool.room is None else pool.room.least) - len(pool.running)
+
+    @property
+    def _room(self) -> float:
+        """How many more there may be. An exchange that leaves none starts what is missing itself once there is some."""
+        pool = self._pool
+        there = len(pool.running) + pool.still_leaving + pool.coming
+        return math.inf if pool.room is None else pool.room.most - there
 
     async def fill(self) -> None:
         """Start the replicas that are missing, side by side, each as often as it takes."""
         waits, self._pool.waits = self._pool.waits, []
-        count = 0 if self.paused else max(0, self._short - len(self.fills))
+        count = 0 if self.paused else max(0, int(min(self._short, self._room)) - len(self.fills))
         waits_s = (waits + [0.0] * count)[:count]
         fills = [asyncio.get_running_loop().create_task(self._fill(wait_s)) for wait_s in waits_s]
         self.fills.update(fills)

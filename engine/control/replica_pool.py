@@ -25,6 +25,7 @@ from ..serving.replica_spec import ReplicaSpec
 from .backend_plan import BackendPlan
 from .checkpoint import KnownBackend, KnownWorker
 from .restarts import Restarts
+from .rollout import Room
 from .workers import Life, Worker, Workers
 
 __all__ = ["Means", "ReplicaPool"]
@@ -72,8 +73,10 @@ class ReplicaPool:
         running: The replicas in service, oldest first.
         live: It was created: replicas that die are replaced.
         deleted: It was, or is about to be.
+        ending: The engine is being shut down: no replica starts any more.
         arriving: What takes over.
-        least: Replicas that are to be in service while others are exchanged; None while none are.
+        room: What there may be while replicas are exchanged; None while none are.
+        coming: How many an exchange is starting.
         leaving: Replicas out of service that are not gone yet.
         marked: Replicas in service that others are to take the places of.
         dismissals: What ends replicas. (The loop itself holds tasks weakly.)
@@ -98,8 +101,10 @@ class ReplicaPool:
         self.running: list[Worker] = []
         self.live = False
         self.deleted = False
+        self.ending = False
         self.arriving: BackendPlan | None = None
-        self.least: int | None = None
+        self.room: Room | None = None
+        self.coming = 0
         self.leaving: set[Worker] = set()
         self.marked: set[Worker] = set()
         self.dismissals: set[asyncio.Task[None]] = set()
@@ -134,7 +139,7 @@ class ReplicaPool:
             tuple(self._replica_entry(one) for one in self.running if one.life is Life.READY),
             self.config.concurrency(on_loop=self.plan.on_loop),
             self.config.max_queued_requests,
-            expecting=not self.hopeless,
+            expecting=not self.hopeless and not self.ending,
             failures=self.restarts.failures,
             dead=tuple(self._dead),
             last_error=self._why if self.restarts.failures else "",
@@ -194,6 +199,11 @@ class ReplicaPool:
             "replicas": {worker_id: worker["state"] for worker_id, worker in workers.items()},
             "details": workers,
         }
+
+    @property
+    def still_leaving(self) -> int:
+        """How many replicas there are that are out of service."""
+        return sum(worker.life is not Life.GONE for worker in self.leaving)
 
     @property
     def outdated(self) -> bool:
@@ -332,6 +342,9 @@ class ReplicaPool:
         if not at_once:
             await self._means.told()
         await self.end([worker], at_once=at_once, others=True)
+        if not at_once and not worker.drained:  # its calls fail: if its machine fell silent, on this word alone
+            self._dead.append(worker.spec.worker_id)
+            self.announce()
 
     async def kill_all(self) -> None:
         """End every replica at once, whatever stage it is in: whoever waits for one of them hears that it is gone."""
@@ -393,7 +406,8 @@ class ReplicaPool:
     def note_loss(self, worker: Worker, reason: str, last_words: str = "") -> None:
         """A replica is lost, or about to be: keep and log why."""
         self.note(f"{worker.spec.name} {reason}{last_words}")
-        _logger.warning("%s %s; replacing it%s", worker.spec.name, reason, last_words)
+        what_next = "the engine is being shut down" if self.ending else "replacing it"
+        _logger.warning("%s %s; %s%s", worker.spec.name, reason, what_next, last_words)
 
     def note(self, what: str) -> None:
         """Keep what became of the last replica that failed or died."""

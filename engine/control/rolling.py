@@ -16,7 +16,7 @@ from .backend_plan import BackendPlan
 from .refill import Refill
 from .replica_pool import ReplicaPool
 from .rollout import Room
-from .workers import Life, Worker
+from .workers import Worker
 
 __all__ = ["Rolling"]
 
@@ -83,19 +83,24 @@ class Rolling:
             old = [worker for worker in running if worker.version != plan.version or worker in worn]
             return old, [worker for worker in running if worker not in old]
 
-        pool.arriving, pool.least = plan, room.least
+        pool.arriving, pool.room = plan, room
         try:
-            if plan is not pool.plan:
-                await self._refill.recall()  # of the former version, they would take up the room of the new one
-            while pool.plan is not plan or apart(pool.running)[0] or pool.missing > 0:
+            while pool.plan is not plan or apart(pool.running)[0] or pool.missing > len(self._refill.fills):
                 if begun - len(arrived.intersection(pool.running)) >= _UNSTABLE_AFTER:
                     raise BackendStartError(
                         f"backend {plan.tag!r}: replicas of the new version end soon after they are ready; the last "
                         f"one: {pool.last_error}"
                     )
                 old, new = apart(pool.running)
-                count = room.to_start(len(old), len(new), sum(one.life is not Life.GONE for one in pool.leaving))
-                started = await pool.start(plan, count)
+                count = room.to_start(len(old), len(new), pool.still_leaving)
+                if count and self._refill.fills:  # there is no room for both, and perhaps they never start
+                    await self._refill.recall()
+                    continue
+                pool.coming = count
+                try:
+                    started = await pool.start(plan, count)
+                finally:
+                    pool.coming = 0
                 begun += count
                 arrived.update(started)
                 old, new = apart([*pool.running, *started])  # some may have died meanwhile
@@ -114,7 +119,7 @@ class Rolling:
                 await self._step(plan if rules else pool.plan, staying, started, publish)
                 departures += pool.let_go(going)
         finally:
-            pool.arriving = pool.least = None
+            pool.arriving = pool.room = None
 
     async def _step(
         self, plan: BackendPlan, running: list[Worker], started: list[Worker], publish: Callable[[], Any]

@@ -73,6 +73,7 @@ class Worker:
         answered: It said that it has answered a call.
         drained: It said that it holds no call any more.
         version: Of what it runs, if it is a replica.
+        complaint: What it said of itself before it was in service, and nobody has heeded yet.
     """
 
     def __init__(self, spec: WorkerSpec, version: int = 1) -> None:
@@ -91,6 +92,7 @@ class Worker:
         self.pid: int | None = None
         self.answered = False
         self.drained = False
+        self.complaint: Unhealthy | None = None
         self.last_words = LastWords()
         self.replies: dict[int, asyncio.Future[Reconfigured]] = {}
 
@@ -119,7 +121,8 @@ class Workers:
     Args:
         adapter: Runs them.
         on_exit: Called with a worker that was ready and exited without being asked to.
-        on_unhealthy: Called with a worker that asks to be replaced, and what it says.
+        on_unhealthy: Called with a worker that asks to be replaced, and what it says; returns whether it is in service.
+            If it is not yet, it is ended if it hangs, and otherwise asks again as its ``complaint``.
         patience: Says for how many seconds a worker may run no Python code, given the worker.
     """
 
@@ -127,7 +130,7 @@ class Workers:
         self,
         adapter: Adapter,
         on_exit: Callable[[Worker], None],
-        on_unhealthy: Callable[[Worker, Unhealthy], None] = lambda worker, told: None,
+        on_unhealthy: Callable[[Worker, Unhealthy], bool] = lambda worker, told: True,
         patience: Callable[[Worker], float] = lambda worker: math.inf,
     ) -> None:
         self._adapter = adapter
@@ -137,7 +140,7 @@ class Workers:
         self._tokens = 0
         self._closed = False
         self._patience = patience
-        self._pulses = PulseWatch(adapter, self.end_silent, self._name, patience=self._patience_with)
+        self._pulses = PulseWatch(adapter, self.end_useless, self._name, patience=self._patience_with)
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -212,8 +215,8 @@ class Workers:
         """Ask no worker any more whether it is there (idempotent)."""
         self._pulses.close()
 
-    def end_silent(self, worker_id: str, why: str) -> None:
-        """End a worker that does not answer, as if it had died. Told again, it tries again."""
+    def end_useless(self, worker_id: str, why: str) -> None:
+        """End a worker that does not answer, or hangs, as if it had died. Told again, it tries again."""
         worker = self._by_id.get(worker_id)
         if worker is not None:
             worker.fault = why
@@ -309,8 +312,11 @@ class Workers:
         elif isinstance(body, Started):
             worker.pid = body.pid
         elif isinstance(body, Unhealthy):
-            if worker.life is Life.READY:
-                self._on_unhealthy(worker, body)
+            if worker.life is Life.READY and not self._on_unhealthy(worker, body):
+                if body.hung:
+                    self.end_useless(worker_id, body.reason)
+                else:
+                    worker.complaint = body
         elif isinstance(body, StartFailed):
             worker.error = unpack_exception(body.error)
             worker.ready.set()
