@@ -19,7 +19,7 @@ from engine.testing.instruments import PATIENCE_S
 from engine.testing.strikes import struck
 from engine_wire import SocketChannel, Undriven
 from engine_wire.acceptor import channel_of_calls
-from engine_wire.begun import BegunPage, adopted, greet_with
+from engine_wire.begun import FIRST_PLACE, BegunPage, adopted, greet_with
 from engine_wire.protocol import GREETING, encode
 
 pytestmark = [
@@ -64,15 +64,29 @@ def pair() -> Iterator[Pair]:
     pair.far.close()
 
 
-def test_calls_above_the_highest_that_began_have_not(pair: Pair) -> None:
+def test_which_calls_have_begun_is_known_in_whatever_order_they_came(pair: Pair) -> None:
     pair.call(3, 5, 4, 9)
-    assert [pair.far.begin(number) for number in (3, 5, 4)] == [True] * 3
+    assert [pair.far.begin(number) for number in (3, 5)] == [True] * 2
     assert pair.begun(3, 4, 5, 9) == [3, 4, 5, 9]  # it lives: more may begin at any time
     pair.far.close()
     pair.hear()
     assert pair.caller.losses == 1
-    assert pair.begun(3, 4, 5, 9) == [3, 4, 5]
+    assert pair.begun(3, 4, 5, 9) == [3, 5]
     assert not pair.far.begin(9)
+
+
+def test_of_calls_that_began_long_ago_the_highest_is_known(pair: Pair) -> None:
+    pair.call(1)
+    late, last = 7, 2000
+    for number in (*range(10, last), late):
+        pair.far.begin(number)
+    pair.far.close()
+    pair.hear()
+    assert all(map(pair.near.may_have_begun, range(1, last)))
+    assert pair.begun(last, last + 1) == []
+    assert pair.near._begun_there is not None
+    assert late in pair.near._begun_there.numbers
+    assert last - 2 * 256 < pair.near._begun_there.forgotten < last - 200
 
 
 def test_a_peer_that_closed_before_anything_began(pair: Pair) -> None:
@@ -234,15 +248,14 @@ def test_a_page_cannot_shrink() -> None:
     for size in (0, 8192):
         with pytest.raises(PermissionError):
             os.ftruncate(page.fd, size)
-    assert page.highest() is None
+    assert page.read() is None
     words = adopted([os.dup(page.fd)])
     assert words is not None
-    assert page.highest() == 0
-    words[0] = 7
-    assert page.highest() == 7
+    words[FIRST_PLACE] = 7
+    assert [number for number in (1, 7, 8) if page.read().may_have(number)] == [7]  # type: ignore[union-attr]
     page.close()
     page.close()
-    assert page.highest() is None
+    assert page.read() is None
 
 
 # -- the greeting ----------------------------------------------------------------------------------------------------
@@ -260,7 +273,10 @@ def test_a_greeting_may_come_in_pieces_and_with_calls_behind_it() -> None:
     assert channel.drive(lambda: len(listener.heard) == 2, PATIENCE_S)
     assert near.recv(100) == GREETING
     channel.begin(1)
-    assert page.highest() == 1
+    begun = page.read()
+    assert begun is not None
+    assert begun.may_have(1)
+    assert not begun.may_have(2)
     channel.close()
     page.close()
     near.close()

@@ -135,7 +135,7 @@ class InlineChannel:
         self._listener = listener
         self._deliver = deliver
         self._unanswered: dict[int, None] = {}  # numbers of calls
-        self._begun = 0  # the highest number of a call that has begun at the peer
+        self._begun: set[int] = set()  # numbers of those that have begun at the peer
 
     def send(self, message: Message) -> None:
         """See `engine.seam.channel.Channel.send`."""
@@ -156,6 +156,7 @@ class InlineChannel:
             self._listener.received(self, message)
             if isinstance(message, (Reply, Failure, End)):
                 self._unanswered.pop(message.id, None)
+                self._begun.discard(message.id)
 
     def awaits(self, call_id: int) -> bool:
         """See `engine.seam.channel.Channel.awaits`."""
@@ -165,12 +166,12 @@ class InlineChannel:
         """See `engine.seam.channel.Channel.begin`."""
         # In this order: whoever cuts the channel first closes it and then looks, so one of the two sees the other.
         peer = self.peer
-        peer._begun = max(peer._begun, call_id)
+        peer._begun.add(call_id)
         return not (self.closed or peer.closed)
 
     def may_have_begun(self, call_id: int) -> bool:
         """See `engine.seam.channel.Channel.may_have_begun`."""
-        return call_id <= self._begun
+        return call_id in self._begun
 
     def watch(self) -> None:
         """See `engine.seam.channel.Channel.watch`; nothing to do."""

@@ -2,7 +2,9 @@
 
 Whoever opens a channel over a Unix socket makes a page (`BegunPage`) and passes its descriptor along with its greeting.
 Whoever accepts the channel maps the page (`adopted`) and, before user code sees a call, writes that call's number into
-it, if that is the highest so far. It costs no message and no system call, and it stands when the process is gone.
+it. It costs no message and no system call, and it stands when the process is gone. Calls need not begin in the order of
+their numbers: threads that send at the same time may overtake each other between taking a number and sending. So the
+page has the numbers of the last calls that began, and of all others only the highest.
 
 Neither end trusts the other with its life. The one that only reads does not map the page; the one that maps it first
 sees that nobody can shrink it, since touching what is gone would end the process. Where there is no such memory (other
@@ -22,12 +24,41 @@ import struct
 from collections import deque
 from collections.abc import Iterable
 from itertools import repeat
+from typing import Final, NamedTuple
 
-__all__ = ["BegunPage", "adopted", "close_all", "descriptors_in", "greet_with"]
+__all__ = ["FIRST_PLACE", "HALF", "Begun", "BegunPage", "adopted", "close_all", "descriptors_in", "greet_with", "room"]
 
 _PAGE_BYTES = 4096
-_HIGHEST, _ADOPTED = range(2)  # of its words of eight bytes: the highest number that began; whether anybody says so
-_words = struct.Struct("=QQ")
+_FORGOTTEN, _ADOPTED = range(2)  # of its words of eight bytes: see `Begun.forgotten`; whether anybody says so
+FIRST_PLACE: Final = 2  # the others are places for numbers, taken in turn
+HALF: Final = 256  # of its words
+_words = struct.Struct(f"={2 * HALF}Q")
+
+
+class Begun(NamedTuple):
+    """Which calls have begun.
+
+    Attributes:
+        numbers: Those of the last ones.
+        forgotten: The highest of those before: calls up to that may have begun.
+    """
+
+    numbers: frozenset[int]
+    forgotten: int
+
+    def may_have(self, number: int) -> bool:
+        """Whether the call of this number may have begun."""
+        return number in self.numbers or number <= self.forgotten
+
+
+def room(words: memoryview, place: int) -> int:
+    """Make room in the half of the page that begins at a place; returns the place for the next number.
+
+    To be called at a multiple of `HALF`, before anything is written there. Doing it twice does no harm.
+    """
+    first = place % len(words) or FIRST_PLACE
+    words[_FORGOTTEN] = max(words[_FORGOTTEN], *words[first : first - first % HALF + HALF])
+    return first
 
 
 class BegunPage:
@@ -56,13 +87,13 @@ class BegunPage:
             return cls()
         return None
 
-    def highest(self) -> int | None:
-        """The highest number of a call that has begun, 0 if none has; None if nobody has kept the page."""
+    def read(self) -> Begun | None:
+        """Which calls have begun; None if nobody has kept the page."""
         try:
             words = _words.unpack(os.pread(self.fd, _words.size, 0))
         except (OSError, struct.error):
             return None
-        return words[_HIGHEST] if words[_ADOPTED] == 1 else None
+        return Begun(frozenset(words[FIRST_PLACE:]), words[_FORGOTTEN]) if words[_ADOPTED] == 1 else None
 
     def close(self) -> None:
         """Let go of it (idempotent)."""
@@ -108,7 +139,7 @@ def adopted(descriptors: list[int]) -> memoryview | None:
     """The side that writes: map the page that came, and close what came, which takes it off the list.
 
     Returns:
-        Its words, of which the first is the highest number that has begun; None if none came that can be trusted.
+        Its words, to be written to from `FIRST_PLACE` on; None if none came that can be trusted.
     """
     try:
         return _mapped(descriptors[0]) if descriptors else None

@@ -40,7 +40,7 @@ from engine.seam.channel import ChannelClosed, ChannelListener
 from engine.seam.messages import Call, End, Failure, Message, Reply
 
 from .addresses import is_foreign
-from .begun import BegunPage, greet_with
+from .begun import FIRST_PLACE, HALF, Begun, BegunPage, greet_with, room
 from .protocol import GREETING, Decoder, ProtocolError, encode
 
 if TYPE_CHECKING:
@@ -54,7 +54,6 @@ _NOWAIT = socket.MSG_DONTWAIT
 _LONGEST_POLL_S = 86400.0  # poll takes no more than 2**31 ms; whoever waits longer looks again
 _TERMINAL = frozenset((Reply, Failure, End))
 _READER: Final = "reader"
-_ANY_CALL: Final = 1 << 64  # higher than all numbers of calls
 
 
 class Driver(Protocol):
@@ -129,11 +128,11 @@ class SocketChannel:
         self._poll_input.register(self.fd, select.POLLIN)
         self._delivering = False  # the listener is taking the first of the decoder's messages
         self._unanswered: dict[int, None] = {}  # numbers of calls; somebody must read while there are any
-        # The highest number of a call that has begun: here, and where the peer is to read it; there, once it has ended.
-        self._begun = 0
+        # Which calls have begun: here, where the peer is to read it, with the place for the next; there, once it ended
         self._begun_words: memoryview | None = None
+        self._begun_place = FIRST_PLACE
         self._page = page
-        self._begun_there = _ANY_CALL
+        self._begun_there: Begun | None = None
         self._stopped_writing = False
         if greet and opening is None:
             try:
@@ -207,16 +206,19 @@ class SocketChannel:
 
     def begin(self, call_id: int) -> bool:
         """See `engine.seam.channel.Channel.begin`."""
-        if call_id > self._begun:
-            self._begun = call_id
-            words = self._begun_words
-            if words is not None:
-                words[0] = call_id
+        words = self._begun_words
+        if words is not None:
+            place = self._begun_place
+            if not place % HALF:
+                place = room(words, place)
+            words[place] = call_id  # from here on there is no call, at which a signal handler could strike
+            self._begun_place = place + 1
         return not self._closed
 
     def may_have_begun(self, call_id: int) -> bool:
         """See `engine.seam.channel.Channel.may_have_begun`."""
-        return call_id <= self._begun_there
+        begun = self._begun_there
+        return begun is None or begun.may_have(call_id)
 
     def on_writable(self) -> bool:
         """Write what is kept; returns whether everything is out. A broken socket is left for the reader to find."""
@@ -396,9 +398,7 @@ class SocketChannel:
         page = self._page
         if page is None or not self._poll(0, 0.0) & select.POLLHUP or self._closed:  # closed: it is our own doing
             return
-        highest = page.highest()
-        if highest is not None:
-            self._begun_there = highest
+        self._begun_there = page.read()
 
     def _cut_again(self, error: ProtocolError) -> None:
         try:
