@@ -12,6 +12,7 @@ from .interrupts import interrupts
 from .kills import kills, poison
 from .outcome import Outcome
 from .overload import overload
+from .stateful import stateful
 from .stops import stops
 from .versions import versions
 
@@ -41,6 +42,7 @@ SCENARIOS: Final = {
     "overload": Scenario(overload, 30.0, _LOCAL),
     "bodies": Scenario(bodies, 0.0, _LOCAL),
     "interrupts": Scenario(interrupts, 60.0, _LOCAL),
+    "stateful": Scenario(stateful, 60.0, _LOCAL),
     "endings": Scenario(endings, 60.0, _BOTH),
     "calls": Scenario(calls, 300.0, _LOCAL),
     "cycles": Scenario(cycles, 300.0, _LOCAL),

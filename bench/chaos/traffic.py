@@ -42,6 +42,10 @@ class Marks:
         """How often a call began."""
         return self._bytes[number]
 
+    def close(self) -> None:
+        """Let go of the file."""
+        self._bytes.close()
+
 
 class Worker:
     """A backend that takes a moment for each call, and gives its number back."""
