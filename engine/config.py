@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -105,6 +106,8 @@ class BackendConfig:
         retry_on: What is followed by that: types of exceptions, or their full names. They are kept as names; an
             exception of a derived type counts, too. `errors.ReplicaDied` is the death of the replica.
         retry_posts: Whether it goes for POST and PATCH, too.
+        max_queued_bytes: Bytes that the arguments of calls may have together which wait with one caller; the next call
+            fails with `errors.Overloaded`, unless none waits. None means any number.
 
     Raises:
         errors.InvalidArgument: A field has the wrong type or value, at construction or when it is set; or there is no
@@ -136,6 +139,7 @@ class BackendConfig:
     max_retries: int = 0
     retry_on: Sequence[type[BaseException] | str] = (_REPLICA_DIED,)
     retry_posts: bool = False
+    max_queued_bytes: int | None = 256 * 1024 * 1024
 
     def __setattr__(self, name: str, value: Any) -> None:
         _known_fields(type(self), "config", {name: value})
@@ -209,6 +213,7 @@ _COUNTS = {
     "max_calls_per_replica": (1, True),
     "health_check_threshold": (1, False),
     "max_retries": (0, False),
+    "max_queued_bytes": (1, True),
 }
 """Fields of `BackendConfig` that are integers: the least value, and whether they may be None."""
 _SWITCHES = frozenset({"cancel_running", "retry_posts"})
@@ -223,6 +228,7 @@ _LIMITS = {"max_call_s": False, "stuck_after_s": True, "max_age_s": False, "heal
 """Fields of `BackendConfig` that are positive seconds or None: whether ``math.inf`` is one of them, too."""
 
 _STUCK_AFTER_S = 60.0
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, 5.1
 
 
 @dataclass(frozen=True)
@@ -249,6 +255,8 @@ class HTTPOptions:
             how they are. None: only where ``host`` is a loopback address, and not where `Engine.asgi` is mounted.
         server_options: Settings of the server by name (hypercorn's: ``certfile``, ``keyfile``, ``backlog``, ...);
             also accepted directly as keys of ``http_options``.
+        priority_header: A header by which clients may say how urgent their requests are, ``normal`` or ``low``
+            (anything else is answered with 400), e.g. ``"x-priority"``. None: no header says so.
 
     Raises:
         errors.InvalidArgument: A field has the wrong type or value.
@@ -266,6 +274,7 @@ class HTTPOptions:
     stall_timeout_s: float | None = 60.0
     status_details: bool | None = None
     server_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    priority_header: str | None = None
 
     def __post_init__(self) -> None:
         if self.location not in ("HeadOnly", "EveryNode", "NoServer", None):
@@ -283,6 +292,9 @@ class HTTPOptions:
         _check_limit("http_options", "stall_timeout_s", self.stall_timeout_s, endless=False)
         if self.status_details is not None:
             _check_switch("http_options", "status_details", self.status_details)
+        header = self.priority_header
+        if header is not None and (not isinstance(header, str) or not _HEADER_NAME.fullmatch(header)):
+            raise InvalidArgument(f"http_options: priority_header must be the name of a header or None, not {header!r}")
         if isinstance(self.middlewares, (str, bytes)) or not isinstance(self.middlewares, Sequence):
             raise InvalidArgument(f"http_options: middlewares must be a list, not {self.middlewares!r}")
         for position, middleware in enumerate(self.middlewares):

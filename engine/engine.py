@@ -620,6 +620,7 @@ class Engine:
             stall_timeout_s=http.stall_timeout_s,
             debug=http.debug,
             tells_details=bool(http.status_details),  # who can reach it is for the other application to say
+            priority_header=http.priority_header,
         )
         self._mounted = wrap_middlewares(ingress, http.middlewares, debug=http.debug)
         return self._mounted
@@ -633,7 +634,8 @@ class Engine:
             ``{"backends": {tag: {"state": its state, "version": what rules, "replicas": {replica_tag: stage of its
             life}, "details": {replica_tag: {"state": that stage, "since_s": seconds, "pid": process id or None,
             "version": what it runs}}, "failures": tries in a row, "last_error": text or None, "last_error_s":
-            seconds ago, "queued": calls, "in_flight": calls, "queued_copies": calls, "dropped_copies": calls}},
+            seconds ago, "queued": calls, "queued_bytes": of their arguments, "in_flight": calls, "queued_copies":
+            calls, "dropped_copies": calls}},
             "endpoints": {name: {"calls": made so far}}, "ingresses": {id: {"node": address, "url": base URL, and what
             "details" have but "version"}}}``.
 

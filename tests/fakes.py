@@ -32,11 +32,20 @@ def backend_entry(
     failures: int = 0,
     dead: Sequence[str] = (),
     max_queue_wait_s: float | None = None,
+    max_queued_bytes: int | None = None,
 ) -> BackendEntry:
     """A backend whose replicas live at ``fake:ID``."""
     entries = tuple(ReplicaEntry(replica, f"fake:{replica}") for replica in replicas)
     return BackendEntry(
-        tag, entries, limit, max_queued, expecting, failures, tuple(dead), max_queue_wait_s=max_queue_wait_s
+        tag,
+        entries,
+        limit,
+        max_queued,
+        expecting,
+        failures,
+        tuple(dead),
+        max_queue_wait_s=max_queue_wait_s,
+        max_queued_bytes=max_queued_bytes,
     )
 
 

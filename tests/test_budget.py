@@ -15,6 +15,7 @@ from engine import Engine, remaining_s
 from engine.calling.budget import NO_LIMIT, Budget, Remainder, deadline_error, limit_of, running_budget
 from engine.calling.ref import Ref
 from engine.errors import Cancelled, DeadlineExceeded, EngineClosed
+from engine.seam.messages import LOW, NORMAL
 from engine.testing.instruments import PATIENCE_S, Gate, eventually
 
 LONG_S = 1000.0
@@ -46,6 +47,29 @@ def test_the_shorter_limit_counts(timeout_s, left_s, inherits, expected_s):
     assert limit.deadline == pytest.approx(before + (expected_s or min(left_s, 0)), abs=100)
     own = timeout_s == expected_s and not (left_s is not None and left_s < 0)
     assert isinstance(limit.timeout_s, Remainder) != own
+
+
+@pytest.mark.parametrize(
+    ("given", "of_the_caller", "expected"),
+    [
+        (None, None, NORMAL),
+        (None, NORMAL, NORMAL),
+        (None, LOW, LOW),
+        (NORMAL, LOW, NORMAL),
+        (LOW, NORMAL, LOW),
+        (LOW, None, LOW),
+    ],
+)
+@pytest.mark.parametrize("timeout_s", [None, 5])
+@pytest.mark.parametrize("inherits", [True, False])
+def test_a_call_has_the_priority_of_the_one_that_makes_it_unless_it_says_otherwise(
+    given, of_the_caller, expected, timeout_s, inherits
+):
+    with Budget(time.monotonic() + LONG_S, of_the_caller or NORMAL) as budget:
+        assert limit_of(timeout_s, inherits=inherits, priority=given).priority == expected
+        budget.end()  # answered: what goes on is as urgent as before
+        assert limit_of(timeout_s, inherits=inherits, priority=given).priority == expected
+    assert limit_of(timeout_s, inherits=inherits).priority == NORMAL
 
 
 def test_who_is_told_of_a_deadline_is_told_whose_it_was():

@@ -19,6 +19,7 @@ from fakes import a_call, backend_entry, snapshot
 
 from engine.calling import replica_set
 from engine.calling.caller import Caller
+from engine.calling.line import bytes_of
 from engine.calling.ref import Ref, wait
 from engine.calling.slot import Slot
 from engine.errors import (
@@ -82,6 +83,10 @@ class World:
 
     def counted(self, tag: str = "b") -> dict[str, int]:
         numbers: dict[str, int] = self.caller.statistics()["backends"][tag]
+        replica_set = self.caller._router.replica_sets[tag]
+        queued = [bytes_of(slot.call) for slot in (*replica_set.waiting, *replica_set.pausing)]
+        assert numbers.pop("queued_bytes") == sum(queued), "whatever became of calls"
+        assert replica_set.copies.bytes == sum(bytes_of(slot.call) for slot in replica_set.copies)
         return numbers
 
 

@@ -80,6 +80,7 @@ PRINTED: dict[tuple[str, str], list[list[str]]] = {
     ("docs/handles.md", "Cancelling"): [["given up", "served"]],
     ("docs/handles.md", "Types"): [["5", "6"]],
     ("docs/handles.md", "Deadlines"): [["True None", "None"]],
+    ("docs/overload.md", "Background work"): [["at once", "4950"]],
     ("docs/ray.md", "In a program"): [["2", "4 4", "5", "8 8", "[0, 2, 4]"]],
     ("docs/ray.md", "Detached engines"): [["hello Ada"]],
     ("docs/requests.md", "Methods by name"): [

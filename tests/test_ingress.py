@@ -25,7 +25,7 @@ from engine.http.heads import encode_head
 from engine.http.ingress import Ingress
 from engine.http.results import encode_result
 from engine.seam.ingress_server import StreamBroken
-from engine.seam.messages import HTTP, INITIAL_CREDIT, End, Failure, FailureKind, Item, Reply
+from engine.seam.messages import HTTP, INITIAL_CREDIT, LOW, NORMAL, End, Failure, FailureKind, Item, Reply
 from engine.seam.snapshot import BackendEntry, EndpointEntry, ReplicaEntry, RoutingSnapshot
 
 pytestmark = pytest.mark.anyio
@@ -441,6 +441,36 @@ async def test_a_limit_that_is_none_is_the_clients_mistake(wrong: bytes) -> None
     assert exchange.status == 400
     assert b"X-REQUEST-TIMEOUT-MS" in exchange.sent[1]["body"]
     assert client.calls.empty()
+
+
+@pytest.mark.parametrize(
+    ("header", "given", "expected"),
+    [
+        (None, [b"low"], NORMAL),  # there is no such header
+        ("X-Priority", [], NORMAL),
+        ("X-Priority", [b"low"], LOW),
+        ("x-priority", [b" LOW "], LOW),
+        ("x-priority", [b"normal"], NORMAL),
+        ("x-priority", [b"low", b"normal"], NORMAL),
+        ("x-priority", [b"high"], None),
+        ("x-priority", [b""], None),
+        ("x-priority", [b"\xff"], None),
+    ],
+)
+async def test_a_header_says_how_urgent_a_request_is_if_it_may(
+    header: str | None, given: list[bytes], expected: int | None
+) -> None:
+    client, app = make(priority_header=header)
+    exchange = Exchange(app, headers=[(b"x-priority", value) for value in given]).says()
+    if expected is None:
+        await exchange.task
+        assert exchange.status == 400
+        assert exchange.sent[1]["body"] == b"X-PRIORITY must be normal or low."
+        return
+    call = await client.calls.get()
+    assert call.call.priority == expected
+    call.reply("fine")
+    await exchange.task
 
 
 @pytest.mark.parametrize(

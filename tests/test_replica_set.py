@@ -348,7 +348,7 @@ def test_what_slow_replicas_could_hold_does_not_count_as_queued(max_queued: int)
     assert {known.place(slot, NOW) for slot in slots} == {known.targets["r1"]}
     for slot in slots[1:]:
         known.handed_back(known.targets["r1"], 1, NOW)
-        assert known.refusal() is None
+        assert known.refusal(FakeSlot()) is None
         known.put_back(slot, NOW)
     assert [place(known) for _ in range(max_queued)] == [None] * max_queued
     with pytest.raises(Overloaded, match=f"and {max_queued} calls of this caller wait"):
@@ -555,7 +555,7 @@ def test_the_queue_may_be_without_bound() -> None:
     for _ in range(5000):
         place(known)
     assert len(known.waiting) == 4999
-    assert known.refusal() is None
+    assert known.refusal(FakeSlot()) is None
 
 
 def test_calls_wait_for_a_replica_that_is_expected() -> None:
@@ -597,7 +597,7 @@ def test_copies_that_wait_are_bounded_in_number_and_in_bytes(monkeypatch: pytest
     for left in (10, 5):
         known.answered(known.targets["r1"], 0, NOW)
         known.next_placements(NOW, [])
-        assert known._copy_bytes == left
+        assert known.copies.bytes == left
 
 
 def test_a_copy_whose_deadline_has_passed_is_not_sent() -> None:
@@ -613,7 +613,7 @@ def test_a_copy_whose_deadline_has_passed_is_not_sent() -> None:
     known.drop_late_copies(NOW + 20)
     assert len(known.copies) == 1
     known.drop_late_copies(NOW + 31)
-    assert (known.dropped_copies, list(known.copies), known._copy_bytes) == (2, [], 0)
+    assert (known.dropped_copies, list(known.copies), known.copies.bytes) == (2, [], 0)
     known.answered(known.targets["r1"], 0, NOW)
     known.place_copy(copy_of(1), NOW)
     known.place_copy(copy_of(1, NOW), NOW)

@@ -14,7 +14,7 @@ from test_caller import IDLE, World, each_strike, settle
 from engine.calling.handle import CallOptions
 from engine.calling.retries import MOST_LOSSES, RetryBudget, allowance, pause_s
 from engine.errors import EngineClosed, InvalidArgument, ReplicaDied
-from engine.seam.messages import AS_CONFIGURED, AS_CONFIGURED_FOR_POSTS, Call, Failure, FailureKind, Item
+from engine.seam.messages import AS_CONFIGURED, AS_CONFIGURED_FOR_POSTS, LOW, Call, Failure, FailureKind, Item
 from engine.seam.snapshot import BackendEntry
 from engine.testing.fakes import FakeSlot
 
@@ -223,6 +223,15 @@ def test_what_the_backend_names_is_repeated_until_it_works_or_was_enough(world: 
     assert world.names("r1") == ["a", "b", "a", "a"]
     assert slot.heard == [last]
     assert world.counted() == IDLE
+
+
+def test_what_is_repeated_keeps_its_priority(world: World) -> None:
+    world.show(replace(entry("r1"), max_retries=1))
+    submit(world, a_call("a")._replace(priority=LOW))
+    fail(world, "r1")
+    world.home.fire()
+    fail(world, "r1", FailureKind.BUSY)
+    assert [call.priority for call in world.calls("r1")] == [LOW] * 3
 
 
 def test_other_failures_are_not_repeated(world: World) -> None:

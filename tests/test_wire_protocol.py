@@ -16,6 +16,7 @@ from engine.errors import InvalidArgument
 from engine.seam.control_messages import Ping, Publish
 from engine.seam.messages import (
     HTTP,
+    LOW,
     PYTHON,
     Call,
     Cancel,
@@ -49,6 +50,8 @@ MESSAGES: list[Message] = [
     Call(1, PYTHON, "__call__", None, "", b"", b"argument"),
     Call(2, HTTP, "größe", None, "request-✓", b"scope", b""),
     Call(BIG_ID, HTTP, "", None, "", b"", b""),
+    Call(3, PYTHON, "m", None, "", b"", b"background", priority=LOW),
+    Call(3, HTTP, "m", None, "r", b"scope", b"background", priority=LOW),
     Reply(1, 0, b"", b"result"),
     Reply(BIG_ID, (1 << 32) - 1, b"[200, []]", b""),
     Reply(0, 0, b"", b""),

@@ -18,7 +18,20 @@ import struct
 import time
 
 from engine.errors import InvalidArgument
-from engine.seam.messages import AS_CONFIGURED, Call, Cancel, Control, Credit, End, Failure, Item, Message, Reply
+from engine.seam.messages import (
+    AS_CONFIGURED,
+    LOW,
+    NORMAL,
+    Call,
+    Cancel,
+    Control,
+    Credit,
+    End,
+    Failure,
+    Item,
+    Message,
+    Reply,
+)
 
 __all__ = ["GREETING", "MAX_FRAME_BYTES", "PROTOCOL_VERSION", "Decoder", "ProtocolError", "check_greeting", "encode"]
 
@@ -29,6 +42,8 @@ MAX_FRAME_BYTES = 1 << 30
 _GREETING, _CALL, _REPLY, _FAILURE, _ITEM, _END, _CANCEL, _CREDIT, _CONTROL = range(9)
 _NO_DEADLINE = -1.0
 _LONGEST_NAME = 0xFFFF
+_LOW_BIT = 0x80
+"""Of the byte with a call's kind: it is of low priority."""
 
 _new = tuple.__new__  # a named tuple's own constructor is several times slower
 _header = struct.Struct("<IBQ")
@@ -70,7 +85,9 @@ def encode(message: Message) -> bytes:
             raise _too_large(size)
         return _reply_head.pack(size, _REPLY, call_id, load, len(head)) + head + payload
     if type(message) is Call:
-        call_id, kind, method, deadline, request_id, head, payload, _ = message
+        call_id, kind, method, deadline, request_id, head, payload, _, priority = message
+        if priority:
+            kind |= _LOW_BIT
         name, tag = method.encode(), request_id.encode()
         size = (17 if deadline is None else 17 + _MOMENT_BYTES) + len(name) + len(tag) + len(head) + len(payload)
         if size > MAX_FRAME_BYTES:
@@ -249,6 +266,10 @@ def _decode(kind: int, call_id: int, data: bytes, start: int, end: int, same_mac
         if kind != _CALL:
             return _decode_other(kind, call_id, data, start, end)
         asks, remaining, method_size, request_id_size, head_size = _call_fields.unpack_from(data, start)
+        priority = NORMAL
+        if asks & _LOW_BIT:
+            asks ^= _LOW_BIT
+            priority = LOW
         method_at = start + 17
         deadline = None
         if remaining >= 0:
@@ -270,6 +291,7 @@ def _decode(kind: int, call_id: int, data: bytes, start: int, end: int, same_mac
                 data[head_at:payload_at],
                 data[payload_at:end],
                 AS_CONFIGURED,
+                priority,
             ),
         )
     except Exception as error:  # the body of a control message may raise anything

@@ -1,4 +1,4 @@
-"""How long calls may take: by an option of their own, and by what is left to the call whose user code makes them.
+"""How long calls may take, and what they yield to: by options of their own, and by the call whose user code makes them.
 
 The budget of the call that runs is a context variable: coroutines, tasks and what is started with a copy of the context
 have it, other threads have none. It is taken away when the call is answered, from whatever has it by then.
@@ -12,9 +12,11 @@ from contextvars import ContextVar
 from typing import Any, Final, NamedTuple
 
 from ..errors import DeadlineExceeded
+from ..seam.messages import LOW, NORMAL
 
 __all__ = [
     "NO_LIMIT",
+    "PRIORITIES",
     "Budget",
     "Limit",
     "Remainder",
@@ -27,17 +29,23 @@ __all__ = [
 ]
 
 
+PRIORITIES: Final = {"normal": NORMAL, "low": LOW}
+"""`engine.seam.messages.Call.priority` by the names that users have for it."""
+
+
 class Budget:
     """What user code runs within: ``with Budget(deadline): ...`` in its own context.
 
     Args:
         deadline: When the call is over, or None if it never is.
+        priority: Of the call, and of what goes on once it is answered.
     """
 
-    __slots__ = ("deadline",)
+    __slots__ = ("deadline", "priority")
 
-    def __init__(self, deadline: float | None) -> None:
+    def __init__(self, deadline: float | None, priority: int = NORMAL) -> None:
         self.deadline = deadline
+        self.priority = priority
 
     def __enter__(self) -> Budget:
         _running.set(self)
@@ -90,33 +98,40 @@ class Remainder(float):
 
 
 class Limit(NamedTuple):
-    """How long one call may take.
+    """How long one call may take, and what it yields to.
 
     Attributes:
         timeout_s: Seconds, for those who are told that it took longer; a `Remainder` if no option says so.
         deadline: When they are over.
+        priority: `engine.seam.messages.Call.priority`.
     """
 
     timeout_s: float | None
     deadline: float | None
+    priority: int = NORMAL
 
 
 NO_LIMIT: Final = Limit(None, None)
 
 
-def limit_of(timeout_s: float | None, *, inherits: bool = True) -> Limit:
+def limit_of(timeout_s: float | None, *, inherits: bool = True, priority: int | None = None) -> Limit:
     """The limit of a call that begins now.
 
     Args:
         timeout_s: The option, if it is set.
         inherits: Whether it may take no longer than is left to the call that makes it.
+        priority: That of the call; None for that of the call that makes it.
     """
     now = time.monotonic()
-    budget = _running.get() if inherits else None
-    until = None if budget is None else budget.deadline
+    budget = _running.get()
+    if priority is None:
+        priority = NORMAL if budget is None else budget.priority
+    until = budget.deadline if budget is not None and inherits else None
     if timeout_s is not None and (until is None or now + timeout_s <= until):
-        return Limit(timeout_s, now + timeout_s)
-    return NO_LIMIT if until is None else Limit(Remainder(max(0.0, until - now)), until)
+        return Limit(timeout_s, now + timeout_s, priority)
+    if until is None:
+        return Limit(None, None, priority)
+    return Limit(Remainder(max(0.0, until - now)), until, priority)
 
 
 def deadline_error(endpoint: str, timeout_s: float) -> DeadlineExceeded:

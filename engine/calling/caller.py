@@ -30,6 +30,7 @@ from ..seam.messages import Call, Cancel, Credit, End, Failure, FailureKind, Ite
 from ..seam.snapshot import RoutingSnapshot
 from .answers import CopySlot
 from .home import Home
+from .line import bytes_of
 from .replica_set import RETRY_S, UNREACHABLE_S, ReplicaSet, Target
 from .retries import MOST_DEATHS, MOST_LOSSES, Past, RetryBudget, allowance, pause_s
 from .router import Router
@@ -224,6 +225,8 @@ class Caller:
                 "backends": {
                     tag: {
                         "queued": len(replica_set.waiting) + len(replica_set.pausing),
+                        "queued_bytes": replica_set.waiting.bytes
+                        + sum(bytes_of(slot.call) for slot in replica_set.pausing),
                         "in_flight": sum(target.in_flight for target in replica_set.targets.values()),
                         "queued_copies": len(replica_set.copies),
                         "dropped_copies": replica_set.dropped_copies,
@@ -584,7 +587,9 @@ class Caller:
                 else:
                     replica_set.refused(target, answer.load, now)
                 hung_up = self._disconnect(target) if target.gone and not target.in_flight else None
-                if taken and (replica_set.waiting or replica_set.copies):  # else this call comes first: `_requeue`
+                line = replica_set.waiting
+                some_wait = line.normal or line.low or replica_set.copies.normal
+                if taken and some_wait:  # else this call comes first: `_requeue`
                     replica_set.next_placements(now, ready)
                     self._schedule_retry(replica_set, RETRY_S, now)  # it may not be reachable now that it has room
                 self._torn = False
@@ -648,7 +653,7 @@ class Caller:
                             replica_set.dropped_copies += 1
                             slot.give_up()
                     elif stays and not slot.given_up:
-                        failure = self._closed or (replica_set.absence() if lost else replica_set.refusal())
+                        failure = self._closed or (replica_set.absence() if lost else replica_set.refusal(slot))
                         if failure is None:
                             replica_set.put_back(slot, now)
                 self._schedule_retry(replica_set, RETRY_S, now)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from os import getpid
-from typing import TYPE_CHECKING, Any, Generic, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, overload
 
 from ..config import LONGEST_S
 from ..errors import DeadlineExceeded, EngineClosed, InvalidArgument, MethodNotFound
@@ -22,7 +22,7 @@ from ..seam.serialization import dumps_arguments
 from ..seam.workplace import settles_later, surrounding_engine
 from .answers import ThreadSlot, answer_to, open_answer
 from .arguments import PLAIN, enveloped, prepared, prepared_async, refs_in, resolved, when_all_done
-from .budget import NO_LIMIT, Limit, deadline_error, limit_of, running_budget, seconds_until
+from .budget import NO_LIMIT, PRIORITIES, Limit, deadline_error, limit_of, running_budget, seconds_until
 from .caller import Caller
 from .client import Client
 from .connectors import connector_for
@@ -63,6 +63,8 @@ class CallOptions:
         idempotent: Whether running the call again does no harm, so that it may be repeated after it has begun; None
             leaves that to the backend's ``max_retries``.
         max_retries: How often, if ``idempotent``; None means 2.
+        priority: ``"low"`` for background work, which yields to other calls and is refused first, or ``"normal"``. None
+            means that of the call whose user code makes it, and else normal.
     """
 
     method_name: str = "__call__"
@@ -73,6 +75,7 @@ class CallOptions:
     inherit_deadline: bool = True
     idempotent: bool | None = None
     max_retries: int | None = None
+    priority: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.method_name, str) or not self.method_name.isidentifier():
@@ -91,6 +94,8 @@ class CallOptions:
             raise InvalidArgument(f"inherit_deadline must be True or False, not {self.inherit_deadline!r}")
         if self.idempotent is not None and not isinstance(self.idempotent, bool):
             raise InvalidArgument(f"idempotent must be True, False or None, not {self.idempotent!r}")
+        if self.priority is not None and (not isinstance(self.priority, str) or self.priority not in PRIORITIES):
+            raise InvalidArgument(f'priority must be "normal", "low" or None, not {self.priority!r}')
         most = self.max_retries
         if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 0):
             raise InvalidArgument(f"max_retries must be an integer of at least 0 or None, not {most!r}")
@@ -146,6 +151,7 @@ class _BaseHandle:
         "_endpoint",
         "_engine_id",
         "_head",
+        "_limited",
         "_options",
         "_retries",
     )
@@ -160,6 +166,7 @@ class _BaseHandle:
         self._options = options
         self._head = options.head()
         self._retries = options.retries()
+        self._limited = options.timeout_s is not None or options.priority is not None
         if options.shard_key is not None:
             hash_fraction(options.shard_key)  # which imports what it needs: calls do not
         self._client: Client | None = None
@@ -208,10 +215,14 @@ class _BaseHandle:
 
     def _limit(self) -> Limit:
         """How long a call that begins now may take."""
-        options = self._options
-        if options.timeout_s is None and running_budget() is None:
+        if not self._limited and running_budget() is None:
             return NO_LIMIT
-        return limit_of(options.timeout_s, inherits=options.inherit_deadline)
+        return self._limit_by_options()
+
+    def _limit_by_options(self) -> Limit:
+        options = self._options
+        priority = None if options.priority is None else PRIORITIES[options.priority]
+        return limit_of(options.timeout_s, inherits=options.inherit_deadline, priority=priority)
 
     def _late(self, error: DeadlineExceeded, limit: Limit) -> DeadlineExceeded:
         """What to raise for what was raised on the way to the call: also an argument may have been late on its own."""
@@ -256,10 +267,10 @@ class _BaseHandle:
         self, refs: PlatformRefs, args: tuple[Any, ...], kwargs: dict[str, Any], limit: Limit
     ) -> Any:
         args, kwargs, lifted = refs.lift(args, kwargs)
-        call = self._call_of(args, kwargs, limit.deadline)
+        call = self._call_of(args, kwargs, limit.deadline, limit.priority)
         return refs.start(self._endpoint, call, self._options.shard_key, lifted, limit.timeout_s)
 
-    def _call_of(self, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None) -> Call:
+    def _call_of(self, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None, priority: int) -> Call:
         options = self._options
         if options.method_name == "__call__":
             if len(args) > 1:
@@ -270,7 +281,7 @@ class _BaseHandle:
             if kwargs and not _OPTIONS.isdisjoint(kwargs):
                 raise _misplaced(kwargs)
         payload = dumps_arguments(args, kwargs, "the argument")
-        return _new(Call, (0, PYTHON, options.method_name, deadline, "", self._head, payload, self._retries))
+        return _new(Call, (0, PYTHON, options.method_name, deadline, "", self._head, payload, self._retries, priority))
 
 
 class Handle(_BaseHandle, Generic[T_co]):
@@ -293,6 +304,7 @@ class Handle(_BaseHandle, Generic[T_co]):
         inherit_deadline: bool = ...,
         idempotent: bool | None = ...,
         max_retries: int | None = ...,
+        priority: Literal["normal", "low"] | None = ...,
     ) -> Handle[Any]: ...
     @overload
     def options(
@@ -305,6 +317,7 @@ class Handle(_BaseHandle, Generic[T_co]):
         inherit_deadline: bool = ...,
         idempotent: bool | None = ...,
         max_retries: int | None = ...,
+        priority: Literal["normal", "low"] | None = ...,
     ) -> Handle[T_co]: ...
 
     def options(self, **changes: Any) -> Handle[Any]:
@@ -344,13 +357,13 @@ class Handle(_BaseHandle, Generic[T_co]):
         caller = client.threads or client.thread_caller()
         ref = Ref(caller, self._endpoint)
         if not kwargs and (not args or (len(args) == 1 and type(args[0]) in PLAIN)):
-            ref.stand_for(self._call_of(args, kwargs, deadline), self._options.shard_key)
+            ref.stand_for(self._call_of(args, kwargs, deadline, limit.priority), self._options.shard_key)
             caller.submit(ref)
         elif pending := refs_in(args, kwargs):
-            forget = when_all_done(pending, lambda: self._start_resolved(caller, ref, args, kwargs, deadline))
+            forget = when_all_done(pending, lambda: self._start_resolved(caller, ref, args, kwargs, limit))
             ref.add_done_callback(lambda _: forget())  # given up or late: the other arguments may be large
         else:
-            self._start(caller, ref, args, kwargs, deadline)
+            self._start(caller, ref, args, kwargs, limit)
         if deadline is not None:
             self._expire(ref, limit)
         return ref
@@ -366,19 +379,19 @@ class Handle(_BaseHandle, Generic[T_co]):
         check_may_wait("a sync handle's call()")
         options = self._options
         limit = NO_LIMIT  # as in `_limit`, which would be a call on the way of every call
-        if options.timeout_s is not None or running_budget() is not None:
-            limit = limit_of(options.timeout_s, inherits=options.inherit_deadline)
+        if self._limited or running_budget() is not None:
+            limit = self._limit_by_options()
         client = self._client
         if client is None or client.pid != getpid():
             client = self._reach(limit)
         caller = client.threads or client.thread_caller()
-        timeout_s, deadline = limit
+        timeout_s, deadline, priority = limit
         if kwargs or (args and (len(args) != 1 or type(args[0]) not in PLAIN)):
             try:
                 args, kwargs = prepared(args, kwargs, client.refs, deadline)
             except DeadlineExceeded as error:
                 raise self._late(error, limit) from None
-        slot = ThreadSlot(self._endpoint, self._call_of(args, kwargs, deadline), options.shard_key)
+        slot = ThreadSlot(self._endpoint, self._call_of(args, kwargs, deadline, priority), options.shard_key)
         try:
             caller.submit(slot)
             slot.wait(caller, timeout_s, deadline)
@@ -387,20 +400,19 @@ class Handle(_BaseHandle, Generic[T_co]):
             raise
         return slot.open() if slot.error is not None else open_answer(slot.answer)  # type: ignore[no-any-return]
 
-    def _start(
-        self, caller: Caller, ref: Ref, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None
-    ) -> None:
-        ref.stand_for(self._call_of(enveloped(args), kwargs, deadline), self._options.shard_key)
+    def _start(self, caller: Caller, ref: Ref, args: tuple[Any, ...], kwargs: dict[str, Any], limit: Limit) -> None:
+        call = self._call_of(enveloped(args), kwargs, limit.deadline, limit.priority)
+        ref.stand_for(call, self._options.shard_key)
         caller.submit(ref)
 
     def _start_resolved(
-        self, caller: Caller, ref: Ref, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None
+        self, caller: Caller, ref: Ref, args: tuple[Any, ...], kwargs: dict[str, Any], limit: Limit
     ) -> None:
         if ref.done():
             return
         try:
             args, kwargs = resolved(args, kwargs)
-            self._start(caller, ref, args, kwargs, deadline)
+            self._start(caller, ref, args, kwargs, limit)
         except BaseException as error:
             ref.fail(error.with_traceback(None))  # which knows this frame, and so the ref
 
@@ -422,6 +434,7 @@ class AsyncHandle(_BaseHandle, Generic[T_co]):
         inherit_deadline: bool = ...,
         idempotent: bool | None = ...,
         max_retries: int | None = ...,
+        priority: Literal["normal", "low"] | None = ...,
     ) -> AsyncHandle[Any]: ...
     @overload
     def options(
@@ -434,6 +447,7 @@ class AsyncHandle(_BaseHandle, Generic[T_co]):
         inherit_deadline: bool = ...,
         idempotent: bool | None = ...,
         max_retries: int | None = ...,
+        priority: Literal["normal", "low"] | None = ...,
     ) -> AsyncHandle[T_co]: ...
 
     def options(self, **changes: Any) -> AsyncHandle[Any]:
@@ -470,7 +484,7 @@ class AsyncHandle(_BaseHandle, Generic[T_co]):
 
     def _started(self, caller: Caller, args: tuple[Any, ...], kwargs: dict[str, Any], limit: Limit) -> Ref:
         ref = Ref(caller, self._endpoint)
-        ref.stand_for(self._call_of(args, kwargs, limit.deadline), self._options.shard_key)
+        ref.stand_for(self._call_of(args, kwargs, limit.deadline, limit.priority), self._options.shard_key)
         caller.submit(ref)
         self._expire(ref, limit)
         return ref
@@ -480,14 +494,14 @@ class AsyncHandle(_BaseHandle, Generic[T_co]):
         loop = running_asyncio_loop()
         options = self._options
         limit = NO_LIMIT  # as in `_limit`, which would be a call on the way of every call
-        if options.timeout_s is not None or running_budget() is not None:
-            limit = limit_of(options.timeout_s, inherits=options.inherit_deadline)
+        if self._limited or running_budget() is not None:
+            limit = self._limit_by_options()
         client = self._client
         if client is None:
             client = await self._reach_aside(limit)
         elif client.pid != getpid():
             client = self._reach(limit)
-        timeout_s, deadline = limit
+        timeout_s, deadline, priority = limit
         if kwargs or (args and (len(args) != 1 or type(args[0]) not in PLAIN)):
             try:
                 args, kwargs = await prepared_async(args, kwargs, client.refs, deadline)
@@ -495,7 +509,7 @@ class AsyncHandle(_BaseHandle, Generic[T_co]):
                 raise self._late(error, limit) from None
         if loop is None:
             return await self._call_by_ref(client.thread_caller(), args, kwargs, limit)  # type: ignore[no-any-return]
-        call = self._call_of(args, kwargs, deadline)
+        call = self._call_of(args, kwargs, deadline, priority)
         caller = client.loop_caller(loop)
         answer = await answer_to(caller, self._endpoint, call, timeout_s, shard_key=options.shard_key, loop=loop)
         return open_answer(answer)  # type: ignore[no-any-return]

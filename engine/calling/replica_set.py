@@ -7,21 +7,19 @@ from __future__ import annotations
 
 import math
 import random
-from bisect import bisect_right
-from collections import deque
 from collections.abc import Iterable
-from operator import attrgetter
 
 from ..errors import EngineClosed, NoReplica, Overloaded
 from ..seam.channel import Channel
+from ..seam.messages import Call
 from ..seam.snapshot import BackendEntry
+from .line import Line, bytes_of, share_of_low
 from .pace import Pace
 from .slot import Slot
 
 __all__ = ["RETRY_S", "UNREACHABLE_S", "ReplicaSet", "Target"]
 
 _random = random.random
-_since = attrgetter("since")
 RETRY_S = 0.005
 """How long a replica that refused is left alone. Other callers' calls end without our hearing of it, so look again."""
 UNREACHABLE_S = 0.05
@@ -115,13 +113,12 @@ class ReplicaSet:
     def __init__(self, entry: BackendEntry) -> None:
         self.tag = entry.tag
         self.targets: dict[str, Target] = {}
-        self.waiting: deque[Slot] = deque()
+        self.waiting = Line()
         self.pausing: dict[Slot, None] = {}  # calls that wait a moment before they are repeated
-        self.copies: deque[Slot] = deque()  # of shadowed calls, which wait behind all others
+        self.copies = Line(ranked=False)  # of shadowed calls, which wait behind all others
         self.dropped_copies = 0  # those that found no room there, or waited too long
         self.retry_scheduled = False  # the caller's timer will look at `waiting` again
         self.copies_watched = False  # the same for `copies`
-        self._copy_bytes = 0
         self._pace = Pace()
         # Every target that may get a call is in one of three lists, so that choosing one takes the same time for any
         # number of them. Those that time alone makes better are noted as well.
@@ -140,6 +137,7 @@ class ReplicaSet:
         """Take a newer picture of the backend; returns the targets that left it."""
         self.limit = entry.max_concurrent_queries
         self.max_queued = entry.max_queued_requests
+        self.max_queued_bytes = entry.max_queued_bytes
         self.max_queue_wait_s = entry.max_queue_wait_s
         self.expecting = entry.expecting
         self.failures = entry.failures
@@ -182,33 +180,40 @@ class ReplicaSet:
             NoReplica: There is no replica and none is expected.
         """
         slot.since = slot.since or now
-        if not self.waiting:
+        line = self.waiting
+        if not (line.normal or line.low):
             target = self.take(now)
             if target is not None:
                 return target
             self._pace.come(now)
-        refusal = self.refusal() or self._too_late(slot, now)
+        refusal = self.refusal(slot) or self._too_late(slot, now)
         if refusal is not None:
             raise refusal
-        _put_in_order(self.waiting, slot)  # at its end, unless the call comes from a backend that is gone
+        line.add(slot)  # at its end, unless the call comes from a backend that is gone
         return None
 
     def put_back(self, slot: Slot, now: float) -> None:
         """Queue a call that its replica did not take: before those that came later, after those that came before it."""
         if not self.waiting:
             self._pace.come(now)
-        _put_in_order(self.waiting, slot)
+        self.waiting.add(slot)
 
     @property
     def hopeless(self) -> bool:
         """There is no replica to wait for."""
         return not self.targets and not self.expecting
 
-    def refusal(self) -> NoReplica | EngineClosed | Overloaded | None:
+    def refusal(self, slot: Slot) -> NoReplica | EngineClosed | Overloaded | None:
         """What a call is told that may not even wait: there is nothing to wait for, or the queue is full."""
         if self.hopeless:
             return self.absence()
-        if self.max_queued is None or len(self.waiting) < self.max_queued:
+        return self._too_many(slot.call) or self._too_large(slot.call)
+
+    def _too_many(self, call: Call) -> Overloaded | None:
+        if self.max_queued is None:
+            return None
+        most = share_of_low(self.max_queued) if call.priority else self.max_queued
+        if len(self.waiting) < most:
             return None
         # Those that slow replicas could hold, but better do not, are not among the calls for which there is no place.
         queued = len(self.waiting) - sum(
@@ -216,32 +221,48 @@ class ReplicaSet:
             for target in self.targets.values()
             if target.slow_for and not target.blocked_until
         )
-        if queued < self.max_queued:
+        if queued < most:
             return None
         return Overloaded(
             f"backend {self.tag!r}: all of its {len(self.targets)} replicas are full and "
-            f"{queued} calls of this caller wait already (max_queued_requests={self.max_queued}); "
+            f"{queued} calls of this caller wait already (max_queued_requests={self.max_queued}{_half(call)}); "
             "retry later or raise num_replicas"
+        )
+
+    def _too_large(self, call: Call) -> Overloaded | None:
+        waiting = self.waiting
+        if self.max_queued_bytes is None or not waiting:  # one that is alone may be as large as it likes
+            return None
+        most = share_of_low(self.max_queued_bytes) if call.priority else self.max_queued_bytes
+        size = bytes_of(call)
+        if waiting.bytes + size <= most:
+            return None
+        return Overloaded(
+            f"backend {self.tag!r}: the arguments of the {len(waiting)} calls of this caller that wait already have "
+            f"{waiting.bytes} bytes, and those of this one {size} (max_queued_bytes={self.max_queued_bytes}"
+            f"{_half(call)}); retry later, raise num_replicas or max_queued_bytes, or pass large data by reference"
         )
 
     def _too_late(self, slot: Slot, now: float) -> Overloaded | None:
         """What a call is told that would wait too long, or for nothing, judged by how others left the queue."""
         if not self.waiting:
             return None
-        burst_s, deadline = self.max_queue_wait_s, slot.call.deadline
+        call = slot.call
+        burst_s, deadline = self.max_queue_wait_s, call.deadline
         if burst_s is None and deadline is None:
             return None
-        pace, waiting = self._pace, len(self.waiting)
+        share = 0.5 if call.priority else 1.0
+        pace, before = self._pace, self.waiting.before(low=bool(call.priority))
         in_flight = sum(target.in_flight for target in self.targets.values())
-        wait_s = pace.expect(now, waiting, in_flight)
-        told = f"backend {self.tag!r}: {waiting} calls of this caller wait already"
-        if burst_s is not None and in_flight and waiting + 1 > pace.most_waiting(in_flight):
+        wait_s = pace.expect(now, before, in_flight)
+        told = f"backend {self.tag!r}: {len(self.waiting)} calls of this caller wait already"
+        if burst_s is not None and in_flight and before + 1 > share * pace.most_waiting(in_flight):
             return Overloaded(
                 f"{told}, which keeps the replicas busy while {pace.load:.2g} come for each that is served "
-                f"(max_queue_wait_s={burst_s:g} is for bursts); retry later or raise num_replicas"
+                f"(max_queue_wait_s={burst_s:g} is for bursts{_half(call)}); retry later or raise num_replicas"
             )
-        if burst_s is not None and wait_s > burst_s:
-            bound = f"max_queue_wait_s={burst_s:g}"
+        if burst_s is not None and wait_s > share * burst_s:
+            bound = f"max_queue_wait_s={burst_s:g}{_half(call)}"
         elif deadline is not None and wait_s + in_flight * pace.interval_s > deadline - now:
             bound = f"its deadline is in {max(0.0, deadline - now):.3g} s"
         else:
@@ -266,22 +287,20 @@ class ReplicaSet:
     def give_up_waiting(self) -> list[Slot]:
         """Take everything from the queue, and what was to be repeated."""
         self._drop_copies(self.copies)
-        waiting = list(self.waiting)
-        for slot in waiting:
-            slot.leave_queue()
-        waiting += self.pausing
-        self.waiting.clear()
+        waiting = [*self.waiting.clear(), *self.pausing]
         self.pausing.clear()
         return waiting
 
     def next_placements(self, now: float, placed: list[Slot]) -> None:
         """Take from the queue what can be placed now, in order, and add it to ``placed``; drop what is late there."""
-        while queue := self.waiting or self._timely_copies(now):
+        while line := self.waiting or self._timely_copies(now):
+            queue = line.head()
             slot = queue[0]
             deadline = slot.call.deadline
-            if deadline is not None and now >= deadline and queue is self.waiting:
+            if deadline is not None and now >= deadline and line is self.waiting:
                 slot.queue = None  # whoever waits for it looks at the clock, too, and tells its user
                 del queue[0]
+                line.bytes -= slot.bytes
                 continue
             target = self.take(now)
             if target is None:
@@ -292,9 +311,9 @@ class ReplicaSet:
             target.holds[slot] = None
             placed += (slot,)
             del queue[0]
-            if queue is self.copies:
-                self._copy_bytes -= _size(slot)
-            else:
+            line.bytes -= slot.bytes
+            line.passed = 0 if queue is line.low else line.passed + 1 if line.low else line.passed
+            if line is self.waiting:
                 self._pace.leave(now)
 
     def take(self, now: float) -> Target | None:
@@ -320,34 +339,31 @@ class ReplicaSet:
             if target is not None:
                 return target
         most = _MAX_COPIES if self.max_queued is None else min(self.max_queued, _MAX_COPIES)
-        if self.hopeless or len(self.copies) >= most or self._copy_bytes + _size(copy) > _MAX_COPY_BYTES:
+        if self.hopeless or len(self.copies) >= most or self.copies.bytes + bytes_of(copy.call) > _MAX_COPY_BYTES:
             self.dropped_copies += 1
         else:
-            copy.waited = True
-            self._copy_bytes += _size(copy)
-            self.copies.append(copy)
+            self.copies.add(copy)
         return None
 
     def put_copy_back(self, copy: Slot) -> None:
         """As `put_back`, for a copy."""
-        self._copy_bytes += _size(copy)
-        _put_in_order(self.copies, copy)
+        self.copies.add(copy)
 
     def drop_late_copies(self, now: float) -> None:
         """Drop those whose deadline has passed, or that have waited for long."""
         self._drop_copies([copy for copy in self.copies if _is_late(copy, now)])
 
-    def _timely_copies(self, now: float) -> deque[Slot]:
-        while self.copies and _is_late(self.copies[0], now):
-            self._copy_bytes -= _size(self.copies.popleft())
+    def _timely_copies(self, now: float) -> Line:
+        copies = self.copies
+        while copies and _is_late(copies.head()[0], now):
+            copies.discard(copies.head()[0])
             self.dropped_copies += 1
-        return self.copies
+        return copies
 
     def _drop_copies(self, late: Iterable[Slot]) -> None:
-        dropped = set(late)
-        self.dropped_copies += len(dropped)
-        self.copies = deque(copy for copy in self.copies if copy not in dropped)
-        self._copy_bytes = sum(map(_size, self.copies))
+        for copy in list(late):
+            self.copies.discard(copy)
+            self.dropped_copies += 1
 
     def mend(self) -> None:
         """After an exception that struck in any of these methods: make anew what it may have torn."""
@@ -356,9 +372,8 @@ class ReplicaSet:
             target.in_flight = len(target.holds)
             target.pool = None
             self._file(target)
-        for slot in self.waiting:
-            slot.wait_in(self.waiting)
-        self._copy_bytes = sum(map(_size, self.copies))
+        self.waiting.mend()
+        self.copies.mend()
         self.retry_scheduled = self.copies_watched = False
 
     # -- what becomes of calls that were placed ------------------------------------------------------------------------
@@ -523,17 +538,8 @@ class ReplicaSet:
             self._file(target)
 
 
-def _put_in_order(queue: deque[Slot], slot: Slot) -> None:
-    slot.waited = True
-    if queue and queue[-1].since > slot.since:
-        queue.insert(bisect_right(queue, slot.since, key=_since), slot)
-    else:
-        queue.append(slot)
-    slot.wait_in(queue)
-
-
-def _size(slot: Slot) -> int:
-    return len(slot.call.head) + len(slot.call.payload)
+def _half(call: Call) -> str:
+    return ", of which calls of low priority have half" if call.priority else ""
 
 
 def _is_late(copy: Slot, now: float) -> bool:

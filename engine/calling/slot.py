@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from typing import Any, Final, Protocol
 
 from ..errors import EngineError
@@ -10,10 +9,17 @@ from ..seam.channel import Channel
 from ..seam.messages import Call, End, Failure, Item, Reply
 from .retries import Past
 
-__all__ = ["NO_CALL", "Slot", "Submitter"]
+__all__ = ["NO_CALL", "Queue", "Slot", "Submitter"]
 
 NO_CALL: Final = Call(0, 0, "", None, "", b"", b"")
 """Also in the place of a call that was given up: its arguments may be large, and its answer may take long."""
+
+
+class Queue(Protocol):
+    """Where a call waits (`engine.calling.line.Line`)."""
+
+    def discard(self, slot: Slot) -> None:
+        """Take a call out that is given up (idempotent)."""
 
 
 class Slot:
@@ -35,6 +41,7 @@ class Slot:
     """
 
     __slots__ = (
+        "bytes",
         "call",
         "call_id",
         "channel",
@@ -53,6 +60,8 @@ class Slot:
     """What has become of the call so far: only there once something has."""
     spoken: bool
     """Something of a stream was delivered: only there once it was."""
+    bytes: int
+    """How much its call takes in a queue: only there once it was in one."""
     drives = False
     """Whether the thread that submits the call will drive its channel itself."""
 
@@ -64,14 +73,14 @@ class Slot:
         self.since = 0.0  # when its call was placed or queued first: its place among others
         # Where the call is now. Only the caller touches these: the queue under its lock.
         self.call_id = 0
-        self.queue: deque[Slot] | None = None
+        self.queue: Queue | None = None
         self.waited = False  # in a queue, ever: whoever takes it from there sends it
         self.target: Any = None  # the `engine.calling.replica_set.Target` it was placed on last
         self.channel: Channel | None = None
 
     # -- the way of its call -------------------------------------------------------------------------------------------
 
-    def wait_in(self, queue: deque[Slot]) -> None:
+    def wait_in(self, queue: Queue) -> None:
         """Note the queue that the call was put into."""
         self.queue = queue
 
@@ -92,8 +101,7 @@ class Slot:
         self.given_up = True
         self.call = NO_CALL
         if self.queue is not None:
-            if self in self.queue:
-                self.queue.remove(self)
+            self.queue.discard(self)
             self.queue = None
 
     def remember(self) -> Past:

@@ -351,7 +351,10 @@ class Controller:
     async def statistics(self, counts: list[dict[str, Any]]) -> dict[str, Any]:
         """Replicas by backend, and what the asking process's callers counted (`Client.statistics`)."""
         backends = {
-            tag: {**backend.describe(), "queued": 0, "in_flight": 0, "queued_copies": 0, "dropped_copies": 0}
+            tag: {
+                **backend.describe(),
+                **dict.fromkeys(("queued", "queued_bytes", "in_flight", "queued_copies", "dropped_copies"), 0),
+            }
             for tag, backend in {**self._leaving, **self._backends}.items()
         }
         endpoints: dict[str, dict[str, Any]] = {name: {"calls": 0} for name in self._endpoints.entries()}

@@ -147,6 +147,7 @@ class ReplicaPool:
             max_retries=self.config.max_retries,
             retry_deaths=self.config.retries_deaths,
             retry_posts=self.config.retry_posts,
+            max_queued_bytes=self.config.max_queued_bytes,
         )
 
     def _replica_entry(self, worker: Worker) -> ReplicaEntry:

@@ -15,10 +15,12 @@ import asyncio
 import math
 import pickle
 import time
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import parse_qs
 
 from ..calling.answers import StreamSlot
+from ..calling.budget import PRIORITIES
 from ..calling.slot import Submitter
 from ..config import LONGEST_S
 from ..errors import DeadlineExceeded, EngineError, InvalidArgument, Overloaded
@@ -30,6 +32,7 @@ from ..seam.messages import (
     AS_CONFIGURED_FOR_POSTS,
     HTTP,
     INITIAL_CREDIT,
+    NORMAL,
     Call,
     End,
     Failure,
@@ -94,6 +97,7 @@ class Ingress:
         stall_timeout_s: Seconds for which a client may owe the next part of its request (then 408), or None.
         debug: Tell clients the traceback of a failed backend.
         tells_details: Tell clients the names of endpoints and backends, and how they are.
+        priority_header: The header by which a client may say how urgent its request is; None if there is none.
     """
 
     def __init__(
@@ -106,6 +110,7 @@ class Ingress:
         stall_timeout_s: float | None = None,
         debug: bool = False,
         tells_details: bool = False,
+        priority_header: str | None = None,
     ) -> None:
         self._client = client
         self._max_body_bytes = max_body_bytes
@@ -114,6 +119,7 @@ class Ingress:
         self._stall_timeout_s = stall_timeout_s
         self._debug = debug
         self._tells_details = tells_details
+        self._priority_header = None if priority_header is None else priority_header.lower().encode("ascii")
         # Only the loop's thread touches these.
         self._snapshot: RoutingSnapshot | None = None
         self._routes: RouteTable | None = None
@@ -202,6 +208,13 @@ class Ingress:
         if content_length > self._max_body_bytes:
             await self._too_large(exchange)
             return
+        priority = NORMAL
+        if self._priority_header is not None:
+            given_priority = _priority(scope["headers"], self._priority_header)
+            if given_priority is None:
+                await exchange.say(400, f"{self._priority_header.decode().upper()} must be normal or low.")
+                return
+            priority = given_priority
         timeout_s = self._request_timeout_s
         if given_timeout is not None:
             given_s = _seconds(given_timeout)
@@ -216,7 +229,7 @@ class Ingress:
             if message["type"] == "http.disconnect":
                 return
             if not (message.get("body") or message.get("more_body")):
-                call = _call_of(scope, found, call_method, deadline, request_id, b"")
+                call = _call_of(scope, found, call_method, deadline, request_id, b"", priority)
                 await self._call(found.endpoint_name, call, shard_key, exchange, receive)
                 return
             receive = _beginning_with(message, receive)  # a middleware has put a body there
@@ -225,7 +238,7 @@ class Ingress:
             patience = Patience(self._stall_timeout_s, deadline) if owes_body else None
             body = await self._body(receive, content_length, claim, patience, found.endpoint_name, exchange)
             if body is not None:
-                call = _call_of(scope, found, call_method, deadline, request_id, body)
+                call = _call_of(scope, found, call_method, deadline, request_id, body, priority)
                 await self._call(found.endpoint_name, call, shard_key, exchange, receive)
         finally:
             claim.release()
@@ -466,12 +479,14 @@ def _seconds(milliseconds: bytes) -> float | None:
     return min(int(digits) / 1000, LONGEST_S) if len(digits) < 16 else LONGEST_S
 
 
-def _call_of(scope: Any, found: Match, call_method: str, deadline: float | None, request_id: str, body: bytes) -> Call:
+def _call_of(
+    scope: Any, found: Match, call_method: str, deadline: float | None, request_id: str, body: bytes, priority: int
+) -> Call:
     trimmed = trim_scope(scope)
     if found.path_params:
         trimmed["path_params"] = {**trimmed.get("path_params", {}), **found.path_params}
     retries = AS_CONFIGURED if scope["method"] in _IDEMPOTENT else AS_CONFIGURED_FOR_POSTS
-    return _new(Call, (0, HTTP, call_method, deadline, request_id, pickle.dumps(trimmed, 5), body, retries))
+    return _new(Call, (0, HTTP, call_method, deadline, request_id, pickle.dumps(trimmed, 5), body, retries, priority))
 
 
 def _beginning_with(message: Any, receive: Any) -> Any:
@@ -482,6 +497,15 @@ def _beginning_with(message: Any, receive: Any) -> Any:
         return messages.pop() if messages else await receive()
 
     return receive_again
+
+
+def _priority(headers: Iterable[tuple[bytes, bytes]], header: bytes) -> int | None:
+    """What a client says of its request by this header, the last of them; None if it is no priority."""
+    priority: int | None = NORMAL
+    for name, value in headers:
+        if name == header:
+            priority = PRIORITIES.get(_text(value).strip().lower())
+    return priority
 
 
 def _below(path: str, root_path: str) -> str:

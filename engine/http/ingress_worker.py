@@ -114,6 +114,7 @@ class _Worker:
             stall_timeout_s=options.stall_timeout_s,
             debug=options.debug,
             tells_details=options.tells_details,
+            priority_header=options.priority_header,
         )
         app = wrap_middlewares(self._ingress, options.middlewares, debug=options.debug)
         self._host.on_control(self._control)

@@ -18,6 +18,8 @@ __all__ = [
     "AS_CONFIGURED_FOR_POSTS",
     "HTTP",
     "INITIAL_CREDIT",
+    "LOW",
+    "NORMAL",
     "PYTHON",
     "Call",
     "Cancel",
@@ -40,6 +42,11 @@ AS_CONFIGURED: Final = -1
 """`Call.retries`: as often as its backend says."""
 AS_CONFIGURED_FOR_POSTS: Final = -2
 """The same of an HTTP request by POST or PATCH, which is taken to do something each time."""
+
+NORMAL: Final = 0
+"""`Call.priority` of most calls."""
+LOW: Final = 1
+"""The same of background work, which yields to all others."""
 
 INITIAL_CREDIT: Final = 16
 """Items a replica may send ahead of the consumer before it must wait for `Credit`."""
@@ -71,6 +78,7 @@ class Call(NamedTuple):
     head: bytes
     payload: bytes
     retries: int = AS_CONFIGURED
+    priority: int = NORMAL
 
 
 class Reply(NamedTuple):

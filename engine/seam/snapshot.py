@@ -43,6 +43,7 @@ class BackendEntry:
         retry_posts: Whether HTTP requests by POST and PATCH may be, too.
         last_error: Why the last of these failures failed, in a line; empty if there are none.
         max_queue_wait_s: Calls that would wait longer with a caller are refused; None for no such bound.
+        max_queued_bytes: What the arguments of the calls may have together which wait with a caller; None for any.
     """
 
     tag: str
@@ -57,6 +58,7 @@ class BackendEntry:
     max_retries: int = 0
     retry_deaths: bool = True
     retry_posts: bool = False
+    max_queued_bytes: int | None = None
 
 
 @dataclass(frozen=True)

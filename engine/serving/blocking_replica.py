@@ -338,11 +338,11 @@ class BlockingReplica(Replica):
             return
         try:
             args, kwargs = self._arguments(job)
-            deadline = job.call.deadline
-            if deadline is None and running_budget() is None:  # that of a call before is there if it was struck
+            deadline, priority = job.call.deadline, job.call.priority
+            if deadline is None and not priority and running_budget() is None:  # one before is there if it was struck
                 result = self._run_user_code(job, method.function, *args, **kwargs)
             else:
-                with Budget(deadline):
+                with Budget(deadline, priority):
                     result = self._run_user_code(job, method.function, *args, **kwargs)
         except BaseException as error:
             self._fail(job, error)
@@ -384,7 +384,7 @@ class BlockingReplica(Replica):
             return
         self._batch = jobs
         try:
-            with Budget(last_of(job.call.deadline for job in jobs)):
+            with Budget(last_of(job.call.deadline for job in jobs), min(job.call.priority for job in jobs)):
                 results = self._run_user_code(jobs, method.function, items)
                 if type(results) is not list:
                     results = self._run_user_code(jobs, listed, results, len(jobs))

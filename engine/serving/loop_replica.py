@@ -152,13 +152,13 @@ class LoopReplica(Replica):
                 return
             job.task = task  # only now: a task cancelled before its first step would never answer
             args, kwargs = self._arguments(job)
-            deadline = job.call.deadline
-            if deadline is None:
+            deadline, priority = job.call.deadline, job.call.priority
+            if deadline is None and not priority:
                 result = method.function(*args, **kwargs)
                 if type(result) is CoroutineType or inspect.isawaitable(result):
                     result = await result
             else:
-                with Budget(deadline):
+                with Budget(deadline, priority):
                     result = method.function(*args, **kwargs)
                     if inspect.isawaitable(result):
                         result = await result
@@ -222,7 +222,7 @@ class LoopReplica(Replica):
         assert task is not None
         self._running.update(dict.fromkeys(jobs, (task, jobs)))
         try:
-            with Budget(last_of(job.call.deadline for job in jobs)):
+            with Budget(last_of(job.call.deadline for job in jobs), min(job.call.priority for job in jobs)):
                 results = method.function(items)
                 if inspect.isawaitable(results):
                     results = await results

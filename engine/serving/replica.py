@@ -473,7 +473,8 @@ class Replica:
 
     async def _background(self, task: Any, job: Job) -> None:
         try:
-            await self._outside(task())
+            with Budget(None, job.call.priority):
+                await self._outside(task())
         except BaseException as error:
             self._log(f"the background task of {self._name(job)} failed", job, error)
         finally:
@@ -485,7 +486,7 @@ class Replica:
         started = False
         failure: BaseException | None = None
         try:
-            with Budget(call.deadline) as budget:  # to the first part of the answer
+            with Budget(call.deadline, call.priority) as budget:  # to the first part of the answer
                 try:
                     while (part := await self._next_part(job, parts)) is not None:
                         head, chunk = part

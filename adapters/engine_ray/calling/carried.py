@@ -11,7 +11,7 @@ import io
 import pickle
 from typing import Any, NamedTuple
 
-from engine.seam.messages import AS_CONFIGURED
+from engine.seam.messages import AS_CONFIGURED, NORMAL
 from engine.seam.serialization import loads, loads_leniently, refuse, unpack_exception
 
 __all__ = ["CarriedError", "CarriedResult", "Errand", "Filled", "Placeholder", "carried", "refuse_refs"]
@@ -59,6 +59,7 @@ class Errand(NamedTuple):
     deadline: float | None = None
     node_id: str = ""
     retries: int = AS_CONFIGURED
+    priority: int = NORMAL
 
     def packed(self) -> bytes:
         """As bytes, for `pickle.loads`."""

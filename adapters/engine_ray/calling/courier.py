@@ -94,14 +94,13 @@ class Courier:
         self._came_at = time.monotonic()
         self._idle.clear()
         try:
-            source, number, endpoint, method, head, payload, shard_key, timeout_s, *times, retries = pickle.loads(
-                errand
-            )
+            source, number, endpoint, method, head, payload, shard_key, timeout_s, *more = pickle.loads(errand)
+            *times, retries, priority = more
             deadline = self._deadline(*times)
             await self._turns.take(source, number)
             if lifted:
                 payload = _filled(payload, await self._wait_for(lifted, endpoint, timeout_s, deadline))
-            call = Call(0, PYTHON, method, deadline, "", head, payload, retries)
+            call = Call(0, PYTHON, method, deadline, "", head, payload, retries, priority)
             caller = self._client.loop_caller()
             answer = await answer_to(caller, endpoint, call, timeout_s, shard_key=shard_key)
         except EngineError as error:

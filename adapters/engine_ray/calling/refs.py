@@ -107,6 +107,7 @@ class RayRefs:
             deadline,
             "" if deadline is None else self._connector.node_id(),
             call.retries,
+            call.priority,
         ).packed()
         return courier.carry.remote(errand, lifted) if lifted else courier.carry.remote(errand)
 

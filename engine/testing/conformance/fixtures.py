@@ -188,7 +188,7 @@ def serve(engine: Engine, client: httpx.Client, request: pytest.FixtureRequest) 
 def _rests(engine: Engine, tag: str) -> bool:
     """Whether this process's calls to a backend have all ended."""
     counted = engine.statistics()["backends"][tag]
-    return not (counted["in_flight"] or counted["queued"])
+    return not (counted["in_flight"] or counted["queued"] or counted["queued_bytes"])
 
 
 @pytest.fixture

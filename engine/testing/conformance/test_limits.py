@@ -123,6 +123,36 @@ def test_calls_that_would_wait_too_long_are_refused_at_once(serve, engine, gate)
     assert engine.get(refs, timeout=40) == list(range(100))
 
 
+def test_what_waits_is_bounded_in_bytes(serve, engine, gate):
+    """One that is alone may be as large as it likes: who has to send it could not send it otherwise."""
+
+    async def backend(request):
+        await gate.apass_through()
+        return len(request.data)
+
+    served = serve(backend, route=None, config={"max_concurrent_queries": 1, "max_queued_bytes": 5000})
+
+    def queued_bytes():
+        return engine.statistics()["backends"][served.tag]["queued_bytes"]
+
+    refs = [served.handle.remote(bytes(10_000))]
+    gate.wait_for_arrivals(1)
+    assert queued_bytes() == 0
+    refs.append(served.handle.remote(bytes(10_000)))
+    eventually(lambda: queued_bytes() > 10_000)
+    with pytest.raises(errors.Overloaded, match="max_queued_bytes=5000"):
+        engine.get(served.handle.remote(b""), timeout=20)
+    engine.update_backend_config(served.tag, {"max_queued_bytes": 15_000})
+    refs += [served.handle.remote(bytes(4000)), served.handle.options(timeout_s=0.1).remote(b"late")]
+    with pytest.raises(errors.Overloaded, match="max_queued_bytes=15000"):
+        engine.get(served.handle.remote(bytes(2000)), timeout=20)
+    with pytest.raises(errors.DeadlineExceeded):
+        engine.get(refs.pop(), timeout=20)
+    gate.open()
+    assert engine.get(refs, timeout=20) == [10_000, 10_000, 4000]
+    assert queued_bytes() == 0
+
+
 def test_no_queue_limit(serve, engine, gate):
     async def backend(request):
         await gate.apass_through()

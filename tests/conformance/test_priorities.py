@@ -1,0 +1,3 @@
+"""See `engine.testing.conformance.test_priorities`."""
+
+from engine.testing.conformance.test_priorities import *
