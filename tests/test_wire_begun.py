@@ -19,7 +19,9 @@ from engine.testing.instruments import PATIENCE_S
 from engine.testing.strikes import struck
 from engine_wire import SocketChannel, Undriven
 from engine_wire.acceptor import channel_of_calls
-from engine_wire.begun import FIRST_PLACE, BegunPage, adopted, greet_with
+from engine_wire.begun import FIRST_PLACE, BegunPage, adopted, close_all, greet_with
+from engine_wire.handshake import ClientHandshake, ServerHandshake
+from engine_wire.opening import Opening
 from engine_wire.protocol import GREETING, encode
 
 pytestmark = [
@@ -27,6 +29,7 @@ pytestmark = [
     pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="there is no memory to share"),
 ]
 ANY = 1 << 60
+SECRET = bytes(range(32))
 
 
 def call(number: int) -> Call:
@@ -256,6 +259,61 @@ def test_a_page_cannot_shrink() -> None:
     page.close()
     page.close()
     assert page.read() is None
+
+
+# -- where the caller has to prove who it is -------------------------------------------------------------------------
+
+
+class ProvingPair(Pair):
+    """As `Pair`, of a caller that has gone through a handshake and sent its greeting, which nobody has read."""
+
+    def __init__(self) -> None:
+        near, far = socket.socketpair()
+        self.caller, self.service = FakeListener(), FakeListener()
+        server, page = ServerHandshake(SECRET), BegunPage()
+        opening = Opening(near, "a socket pair", False, ClientHandshake(SECRET), greets=True, page=page)
+        self.near = SocketChannel(near, self.caller, Undriven(), greet=False, opening=opening, page=page)
+        self.near.send(call(1))
+        while not server.complete:
+            self.near.on_writable()
+            far.sendall(server.feed(far.recv(server.wanted)))
+        self.near.flush_blocking()
+        self.far = channel_of_calls(far, self.service, Undriven(), greet=False)
+
+
+@pytest.fixture
+def proving_pair() -> Iterator[ProvingPair]:
+    pair = ProvingPair()
+    yield pair
+    pair.near.close()
+    pair.far.close()
+
+
+def test_a_peer_that_died_before_it_read_the_greeting(proving_pair: ProvingPair) -> None:
+    """It may be at other calls meanwhile, for long."""
+    proving_pair.far.close()
+    proving_pair.hear()
+    assert not proving_pair.near.opened
+
+
+def test_a_peer_that_died_after_it_read_the_greeting(proving_pair: ProvingPair) -> None:
+    proving_pair.call(2)
+    proving_pair.far.begin(1)
+    proving_pair.far.close()
+    proving_pair.hear()
+    assert proving_pair.near.opened
+    assert proving_pair.begun(1, 2) == [1]
+
+
+def test_a_peer_that_read_the_greeting_and_keeps_no_page(
+    proving_pair: ProvingPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine_wire.opening.adopted", close_all)
+    proving_pair.call(2)
+    proving_pair.far.close()
+    proving_pair.hear()
+    assert proving_pair.near.opened
+    assert proving_pair.begun(1, 2) == [1, 2]
 
 
 # -- the greeting ----------------------------------------------------------------------------------------------------

@@ -21,7 +21,6 @@ from .addresses import accept_from, close_listening
 from .channel import Driver, SocketChannel
 from .drivers import LoopDriver
 from .opening import Welcome
-from .protocol import GREETING
 
 if TYPE_CHECKING:
     import asyncio
@@ -61,10 +60,17 @@ def lobby_for(secret: bytes | None, admit: Callable[[socket.socket], None], watc
 def channel_of_calls(
     sock: socket.socket, listener: ChannelListener | None, driver: Driver, *, greet: bool
 ) -> SocketChannel:
-    """A channel on which calls come; a caller of this machine is told which of them have begun."""
+    """A channel on which calls come; a caller of this machine is told which of them have begun.
+
+    Args:
+        sock: Accepted.
+        listener: Who hears it.
+        driver: What reads it.
+        greet: Exchange greetings also with a caller of another machine.
+    """
     if sock.family != socket.AF_UNIX:
         return SocketChannel(sock, listener, driver, greet=greet)
-    return SocketChannel(sock, listener, driver, greet=False, opening=Welcome(sock, GREETING if greet else b""))
+    return SocketChannel(sock, listener, driver, greet=False, opening=Welcome(sock))
 
 
 class Acceptor:

@@ -104,7 +104,8 @@ class SocketChannel:
         self.fd = sock.fileno()
         self.listener = listener
         self._driver = driver
-        self._decoder = Decoder(greeting=greet, same_machine=sock.family == socket.AF_UNIX)
+        greeted = greet or (opening is not None and opening.greeted)
+        self._decoder = Decoder(greeting=greeted, same_machine=sock.family == socket.AF_UNIX)
         self._role: dict[str, threading.Lock] = {}  # the reader role, if somebody has it: `_take` and `_leave`
         self._taking_over = threading.Lock()
         self._write_lock = threading.Lock()  # guards changes of _opening, _unsent and _closed, and the order of frames
@@ -119,9 +120,8 @@ class SocketChannel:
         self._closed = False
         self._told = False
         self._why_lost: str | None = None
-        # Whoever accepts a connection greets before it reads. Across a network even that may not arrive, and an opening
-        # tells by itself.
-        self._greeting_proves = greet and opening is None
+        # Whoever accepts a connection greets before it reads calls. Across a network even that may not arrive.
+        self._greeting_proves = greet if opening is None else opening.greeted
         self._never_accepted = False
         self.armed = False  # whether the driver reads; only the driver's arm and disarm touch it
         self._poll_input = select.poll()  # for the holder of the reader role alone

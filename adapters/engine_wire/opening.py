@@ -38,10 +38,11 @@ class Opening:
         address: That it leads to.
         connecting: Whether the connection is not there yet.
         handshake: To go through; None if a greeting is all.
-        greets: Whether the peer is a `Welcome`, which takes a greeting after the handshake, too.
+        greets: Whether the peer is a `Welcome`, which takes a greeting after the handshake, too, and returns it.
         page: What goes with that greeting; owned by the channel.
 
     Attributes:
+        greeted: Whether the peer greets when it has read all that this side sends to open the connection.
         connecting: Whether the connection is not there yet.
         failure: Why it never will be open, once that is known. The socket is then shut down, so that its reader finds
             the news.
@@ -61,7 +62,7 @@ class Opening:
         page: BegunPage | None = None,
     ) -> None:
         self._sock = sock
-        self._greets = greets
+        self.greeted = greets
         self._page = page
         self._address = address
         self.connecting = connecting
@@ -126,7 +127,7 @@ class Opening:
                 self._fail(f"{_UNPROVED} ({error})")
                 return None
             if handshake.complete:
-                return self._introduced(answer) if self._greets else answer
+                return self._introduced(answer) if self.greeted else answer
 
     def _introduced(self, proof: bytes) -> bytes:
         # Nothing else was written since the hello was read, so both fit in.
@@ -146,23 +147,25 @@ class Opening:
 class Welcome:
     """What happens first on a Unix socket of the side that takes calls. Used under its channel's write lock.
 
+    This side greets in return: so whoever has seen no greeting knows that it has read no calls either.
+
     Args:
         sock: Of the channel.
-        answer: What this side says in return.
 
     Attributes:
+        greeted: False: it is the greeting that this waits for.
         connecting: False: whoever accepts is connected.
         wants_write: False: it waits for the caller.
         failure: As that of an `Opening`.
         words: Where the channel notes which calls begin, once it is open; None if the caller does not ask for it.
     """
 
+    greeted = False
     connecting = False
     wants_write = False
 
-    def __init__(self, sock: socket.socket, answer: bytes) -> None:
+    def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self._answer = answer
         self._got = b""
         self._received: list[tuple[bytes, list[tuple[int, int, bytes]], int, Any]] = []  # and not looked at yet
         self._descriptors: list[int] = []  # that came
@@ -174,7 +177,7 @@ class Welcome:
         """Take what has come of the greeting; once all is there, returns what goes before the first message."""
         while self.failure is None:
             if self._over:
-                return self._answer
+                return GREETING
             try:
                 self._receive()
                 if len(self._got) == len(GREETING):
