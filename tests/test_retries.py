@@ -248,7 +248,7 @@ def test_a_call_of_whose_answer_a_part_was_delivered_is_not_repeated(world: Worl
 
 
 def test_a_call_whose_time_is_nearly_over_is_not_repeated(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.calling.caller.pause_s", lambda repeats, chance: 1e6)
+    monkeypatch.setattr("engine.calling.repeating.pause_s", lambda repeats, chance: 1e6)
     slot = submit(world, a_call("a")._replace(deadline=1e12))
     late = submit(world, a_call("b")._replace(deadline=time.monotonic() + 1e5))
     lose(world, "r1", "r2")

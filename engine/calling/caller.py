@@ -17,13 +17,12 @@ had in hand it sends before it passes the exception on; its own it gives up.
 from __future__ import annotations
 
 import itertools
-import random
 import threading
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from ..errors import EngineClosed, EngineError, ReplicaDied
+from ..errors import EngineClosed, EngineError
 from ..seam.channel import Channel, ChannelClosed
 from ..seam.connector import Connector
 from ..seam.messages import Call, Cancel, Credit, End, Failure, FailureKind, Item, Message, Reply
@@ -31,8 +30,9 @@ from ..seam.snapshot import RoutingSnapshot
 from .answers import CopySlot
 from .home import Home
 from .line import bytes_of
+from .repeating import died_before, died_with, repeat
 from .replica_set import RETRY_S, UNREACHABLE_S, ReplicaSet, Target
-from .retries import MOST_DEATHS, MOST_LOSSES, Past, RetryBudget, allowance, pause_s
+from .retries import MOST_LOSSES
 from .router import Router
 from .slot import Slot
 
@@ -365,7 +365,6 @@ class Caller:
         channel.close()
         if target is None:
             return
-        fate = "it was ended on purpose" if target.gone and not target.dead else "it is being replaced"
         some_begun = channel.opened and any(channel.may_have_begun(call_id) for _, call_id in dead)
         while dead:
             slot, call_id = dead[0]
@@ -378,79 +377,23 @@ class Caller:
                 if len(losses) < MOST_LOSSES:
                     self._requeue(slot, call_id, lost=True)
                 else:
-                    slot.fail(
-                        ReplicaDied(
-                            f"replica {target.replica_tag} died before it began this call ({reason}), as {MOST_LOSSES} "
-                            "did one after the other, so it is not given to another one: reading it may be what they "
-                            "die of"
-                        )
-                    )
+                    slot.fail(died_before(target, reason))
             elif self._closed is not None:
                 slot.fail(self._closed)
             else:
                 advice = self._repeats(slot, call_id, died=True)
                 if advice is not None:
-                    slot.fail(
-                        ReplicaDied(
-                            f"replica {target.replica_tag} died while it held this call ({reason}); {fate}{advice}. "
-                            "How it ended is told by the log (engine.controller) and by last_error in "
-                            "engine.statistics()"
-                        )
-                    )
+                    slot.fail(died_with(target, reason, advice))
             del dead[0]
 
-    # -- repeating -------------------------------------------------------------------------------------------------
-
     def _repeats(self, slot: Slot, call_id: int, *, died: bool = False) -> str | None:
-        """Repeat a call that has begun, or may have, if that is allowed.
-
-        Returns:
-            None if it is repeated; else why not, as part of a sentence.
-        """
-        replica_set: ReplicaSet = slot.target.replica_set
-        most = allowance(slot.call.retries, replica_set.max_retries, posts=replica_set.retry_posts)
-        if not most or (died and not replica_set.retry_deaths) or isinstance(slot, CopySlot):
-            return ", and the call may have run: repeat it only if that is safe"
-        past = slot.remember()
-        if died:
-            past.deaths.add(call_id)
-            if len(past.deaths) >= MOST_DEATHS:
-                return (
-                    f"; {MOST_DEATHS} have died with this call, so it is given to no other: it may be what they die of"
-                )
-        delay_s = pause_s(len(past.repeats), random.random())
+        """Repeat a call that has begun, or may have, if that is allowed; None if so, else why not."""
         with self._lock:
-            if call_id not in past.repeats:  # else whoever decided it was struck
-                why = self._why_not(slot, past, most, delay_s)
-                if why is not None:
-                    return f"; the call is not repeated{' any more' if past.repeats else ''}: {why}"
-                past.repeats.add(call_id)
-            if slot.call_id == call_id and slot.queue is None and slot not in slot.target.holds:
-                slot.come_back()  # now: its thread may drive a channel on which nothing will come
-                router = self._router
-                if router.replica_sets.get(replica_set.tag) is not replica_set and slot.endpoint in router.endpoints:
-                    # Its backend was deleted: whoever ends the calls that wait does not look there any more.
-                    replica_set, _ = router.route(slot.endpoint, slot.shard_key)
-                replica_set.pausing[slot] = None
-        self.home.call_later(delay_s, self._resume, slot, call_id, replica_set)
-        return None
-
-    def _why_not(self, slot: Slot, past: Past, most: int, delay_s: float) -> str | None:
-        now = time.monotonic()
-        deadline = slot.call.deadline
-        endpoint = self._router.endpoints.get(slot.endpoint)
-        if len(past.repeats) >= most:
-            return f"max_retries={most}"
-        if hasattr(slot, "spoken"):
-            return "a part of its answer has been delivered"
-        if deadline is not None and now + delay_s >= deadline:
-            return "its time is nearly over"
-        if endpoint is None or self._closed is not None:
-            return "its endpoint is gone"
-        if endpoint.budget is None:
-            endpoint.budget = RetryBudget(endpoint.calls, now)
-        if not endpoint.budget.spend(endpoint.calls, now):
-            return f"too many of those of endpoint {slot.endpoint!r} are"
+            closed = self._closed is not None
+            verdict = repeat(slot, call_id, self._router, time.monotonic(), died=died, closed=closed)
+        if isinstance(verdict, str):
+            return verdict
+        self.home.call_later(verdict.delay_s, self._resume, slot, call_id, verdict.replica_set)
         return None
 
     def _resume(self, slot: Slot, call_id: int, replica_set: ReplicaSet) -> None:
