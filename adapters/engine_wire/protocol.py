@@ -89,16 +89,17 @@ def encode(message: Message) -> bytes:
         if priority:
             kind |= _LOW_BIT
         name, tag = method.encode(), request_id.encode()
-        size = (17 if deadline is None else 17 + _MOMENT_BYTES) + len(name) + len(tag) + len(head) + len(payload)
+        name_size, tag_size, head_size = len(name), len(tag), len(head)
+        size = (17 if deadline is None else 17 + _MOMENT_BYTES) + name_size + tag_size + head_size + len(payload)
         if size > MAX_FRAME_BYTES:
             raise _too_large(size)
-        if len(name) > _LONGEST_NAME or len(tag) > _LONGEST_NAME:
+        if name_size > _LONGEST_NAME or tag_size > _LONGEST_NAME:
             raise InvalidArgument(f"the method's name or the request id has more than {_LONGEST_NAME} bytes")
         if deadline is None:
-            prefix = _call_head.pack(size, _CALL, call_id, kind, _NO_DEADLINE, len(name), len(tag), len(head))
+            prefix = _call_head.pack(size, _CALL, call_id, kind, _NO_DEADLINE, name_size, tag_size, head_size)
             return b"".join((prefix, name, tag, head, payload))
         left = max(0.0, deadline - time.monotonic())
-        prefix = _call_head.pack(size, _CALL, call_id, kind, left, len(name), len(tag), len(head))
+        prefix = _call_head.pack(size, _CALL, call_id, kind, left, name_size, tag_size, head_size)
         return b"".join((prefix, _moment.pack(deadline, _time_namespace()), name, tag, head, payload))
     return _encode_other(message)
 

@@ -35,11 +35,11 @@ class ErrorGuard:
             return
         started: Any = None  # the message that began the answer
 
-        async def noting_send(message: Any) -> None:
+        def noting_send(message: Any) -> Any:  # to be awaited: a coroutine of its own would cost each message another
             nonlocal started
             if started is None:
                 started = message
-            await send(message)
+            return send(message)
 
         try:
             await self._app(scope, receive, noting_send)

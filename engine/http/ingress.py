@@ -46,7 +46,7 @@ from .heads import decode_head
 from .patience import ClientStalled, Patience
 from .readiness import readiness
 from .routes import RESERVED, Match, NotFound, RouteTable, WrongMethod
-from .watch import Watch
+from .watch import Lookout, Watch
 
 if TYPE_CHECKING:
     from ..seam.snapshot import RoutingSnapshot
@@ -123,6 +123,7 @@ class Ingress:
         # Only the loop's thread touches these.
         self._snapshot: RoutingSnapshot | None = None
         self._routes: RouteTable | None = None
+        self._lookout: Lookout | None = None
         self._in_flight = 0
         self._draining = False
         self._refusals: dict[str, tuple[float, int]] = {}  # by endpoint: the last logged at, and how many since
@@ -297,7 +298,10 @@ class Ingress:
         loop = asyncio.get_running_loop()
         slot = StreamSlot(loop, endpoint_name, call, shard_key)
         watch = Watch(slot, caller, receive, call.deadline)
-        timer = loop.call_later(watch.after_s, watch.start)
+        lookout = self._lookout
+        if lookout is None or lookout.loop is not loop:
+            lookout = self._lookout = Lookout(loop)
+        lookout.enter(watch)
         over = False
         try:
             caller.submit(slot)
@@ -325,7 +329,7 @@ class Ingress:
                 over = not isinstance(answer, DeadlineExceeded)
                 await self._refused(answer, endpoint_name, exchange)
         finally:
-            timer.cancel()
+            lookout.leave(watch)
             watch.stop()
             if not over:
                 caller.cancel(slot)

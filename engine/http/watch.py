@@ -10,10 +10,51 @@ from ..calling.answers import StreamSlot
 from ..calling.slot import Submitter
 from ..errors import DeadlineExceeded
 
-__all__ = ["Watch"]
+__all__ = ["Lookout", "Watch"]
 
 _WATCH_AFTER_S = 0.05
 """Most requests end sooner, and are spared the task that waits for the client to leave."""
+
+
+class Lookout:
+    """Starts watches when their requests take longer than most: one timer does for all requests of a loop.
+
+    It runs while there are any, and looks twice in `_WATCH_AFTER_S` which are still there that were there before.
+
+    Args:
+        loop: Runs it, and the requests.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._new: dict[Watch, None] = {}  # since the last look
+        self._seen: dict[Watch, None] = {}  # not started at the last look
+        self._runs = False
+
+    def enter(self, watch: Watch) -> None:
+        """Start it in a while, in time for its deadline, unless it leaves before."""
+        if watch.soon_s is not None:
+            watch.alarm_at(watch.soon_s)
+            return
+        self._new[watch] = None
+        if not self._runs:
+            self._runs = True
+            self.loop.call_later(_WATCH_AFTER_S / 2, self._look)
+
+    def leave(self, watch: Watch) -> None:
+        """Its request is over (idempotent)."""
+        if watch in self._new:
+            del self._new[watch]
+        else:
+            self._seen.pop(watch, None)
+
+    def _look(self) -> None:
+        overdue, self._seen, self._new = self._seen, self._new, {}
+        self._runs = bool(self._seen)
+        if self._runs:
+            self.loop.call_later(_WATCH_AFTER_S / 2, self._look)
+        for watch in overdue:
+            watch.start()
 
 
 class Watch:
@@ -22,7 +63,7 @@ class Watch:
     A call whose client left is given up at once, also while the request waits in a server that lets nobody go.
     """
 
-    __slots__ = ("_alarm", "_caller", "_deadline", "_receive", "_slot", "_task", "after_s")
+    __slots__ = ("_alarm", "_caller", "_deadline", "_receive", "_slot", "_task", "soon_s")
 
     def __init__(self, slot: StreamSlot, caller: Submitter, receive: Any, deadline: float | None) -> None:
         self._slot = slot
@@ -31,13 +72,19 @@ class Watch:
         self._deadline = deadline
         self._task: asyncio.Task[None] | None = None
         self._alarm: asyncio.TimerHandle | None = None
-        self.after_s = _WATCH_AFTER_S
-        if deadline is not None:
-            self.after_s = max(0.0, min(_WATCH_AFTER_S, deadline - time.monotonic()))
+        self.soon_s: float | None = None  # its deadline is so near
+        if deadline is not None and (remaining_s := deadline - time.monotonic()) < _WATCH_AFTER_S:
+            self.soon_s = max(0.0, remaining_s)
+
+    def alarm_at(self, delay_s: float) -> None:
+        """Begin to watch after so many seconds."""
+        self._alarm = self._slot.loop.call_later(delay_s, self.start)
 
     def start(self) -> None:
         """Begin to watch (idempotent)."""
         if self._task is None:
+            if self._alarm is not None:
+                self._alarm.cancel()
             self._task = self._slot.loop.create_task(self._pump())
             if self._deadline is not None:
                 remaining_s = max(0.0, self._deadline - time.monotonic())
