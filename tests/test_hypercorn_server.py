@@ -308,6 +308,51 @@ async def test_bad_requests(data: bytes) -> None:
         assert b"hello" in await exchange(server, b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
 
 
+@pytest.mark.parametrize(
+    ("line", "status"),
+    [
+        (b"get / HTTP/1.1", 501),
+        (b"Delete / HTTP/1.1", 501),
+        (b"CONNECT x:80 HTTP/1.1", 501),
+        (b"PRI / HTTP/1.1", 501),
+        (b"PRI * HTTP/2.0", 505),
+        (b"GET / HTTP/2.0", 505),
+        (b"GET / HTTP/0.9", 505),
+        (b"GET * HTTP/1.1", 400),
+        (b"GET a HTTP/1.1", 400),
+        (b"GET ftp://x/ HTTP/1.1", 400),
+        (b"GET http:///a HTTP/1.1", 400),
+    ],
+)
+async def test_requests_that_are_not_served_here(line: bytes, status: int) -> None:
+    async with serving() as server:
+        data = line + b"\r\nhost: x\r\n\r\n" + ORDINARY[0]
+        assert (await exchange(server, data)).startswith(b"HTTP/1.1 %d" % status)
+        assert not server.app.scopes
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"GET / HTTP/1.1\nhost: x\nconnection: close\n\n",
+        b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\n\r\n",
+        b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\n",
+    ],
+)
+async def test_a_head_whose_lines_end_with_lf_alone_waits_for_nothing(data: bytes) -> None:
+    async with serving() as server:
+        assert b"hello" in await exchange(server, data)
+
+
+@pytest.mark.parametrize("more", [b"\r\n", b"GET /b HTTP/1.0\r\n\r\n", b"nonsense\r\n\r\n"])
+async def test_what_follows_the_last_request_is_ignored(more: bytes) -> None:
+    async with serving() as server:
+        for last in (b"GET /a HTTP/1.0\r\n\r\n", b"GET /a HTTP/1.1\r\nhost: x\r\nconnection: x, close\r\n\r\n"):
+            answer = await exchange(server, last + more)
+            assert answer.startswith(b"HTTP/1.1 200") and answer.endswith(b"hello")
+            assert answer.count(b"HTTP/1.1") == 1
+
+
 async def test_headers_without_end_are_refused() -> None:
     async with serving() as server:
         data = b"GET / HTTP/1.1\r\nhost: x\r\nlong: " + b"x" * 100_000
@@ -459,6 +504,35 @@ async def test_upgrade_to_http_2() -> None:
                 over = over or isinstance(event, h2.events.StreamEnded)
         assert body == b"hello"
         writer.close()
+
+
+@pytest.mark.parametrize(
+    ("version", "fields"),
+    [
+        ("1.0", "connection: upgrade, http2-settings\r\nhttp2-settings: AAMAAABk"),
+        ("1.1", "http2-settings: AAMAAABk"),
+        ("1.1", "connection: http2-settings\r\nhttp2-settings: AAMAAABk"),
+        ("1.1", "connection: upgrade\r\nhttp2-settings: AAMAAABk"),
+        ("1.1", "connection: upgrade, http2-settings"),
+        ("1.1", "connection: upgrade, http2-settings\r\nhttp2-settings: AAMAAABk\r\nhttp2-settings: AAMAAABk"),
+        ("1.1", "connection: upgrade, http2-settings\r\nhttp2-settings: AAMAAAB"),
+        ("1.1", "connection: upgrade, http2-settings\r\nhttp2-settings: AAMA!ABk"),
+    ],
+)
+async def test_an_upgrade_that_the_client_may_not_have_asked_for_is_ignored(version: str, fields: str) -> None:
+    async with serving() as server:
+        answer = await exchange(
+            server, f"GET /a HTTP/{version}\r\nhost: x\r\nupgrade: h2c\r\n{fields}\r\n\r\n".encode() + CLOSING
+        )
+        assert answer.startswith(b"HTTP/1.1 200")
+        assert {scope["http_version"] for scope in server.app.scopes} <= {version, "1.1"}
+
+
+async def test_a_preface_of_http_2_counts_at_the_beginning_alone() -> None:
+    async with serving() as server:
+        answer = await exchange(server, ORDINARY[0] + b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + ORDINARY[0])
+        assert answer.count(b"HTTP/1.1 200") == 1 and b"HTTP/1.1 505" in answer
+        assert len(server.app.scopes) == 1
 
 
 async def test_a_websocket_is_refused() -> None:
@@ -895,6 +969,9 @@ NOT_ORDINARY = [
     b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\nt: v\r\n\r\n",
     b"GET / HTTP/1.1\r\nhost: x\r\nconnection: foo, close\r\n\r\n",
 ]
+
+
+CLOSING = b"GET /last HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
 
 
 async def converse(data: bytes, *pieces: bytes) -> tuple[list[Any], list[str]]:

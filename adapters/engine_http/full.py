@@ -8,6 +8,7 @@ client left: hypercorn's own queue would make it wait for both.
 from __future__ import annotations
 
 import asyncio
+import base64
 import collections
 import re
 from collections.abc import Awaitable, Callable, Sized
@@ -39,6 +40,7 @@ __all__ = ["FullLane"]
 log = Log("engine.http")
 
 _ABSOLUTE = re.compile(rb"https?://([^/?#]+)(.*)", re.IGNORECASE)
+_TARGET = re.compile(rb"/|https?://[^/?#]", re.IGNORECASE)
 _WRITE_AT_ONCE = 64 * 1024
 """More than this is not held back to join it with what follows."""
 
@@ -237,6 +239,11 @@ class _Tasks:
         """See `Connection.congested`."""
         return self._connection.congested
 
+    @property
+    def requests(self) -> int:
+        """See `Connection.requests`."""
+        return self._connection.requests
+
     async def spawn_app(
         self, app: Any, config: Config, scope: Any, send: Callable[[Any], Awaitable[None]]
     ) -> Callable[[Any], Awaitable[None]]:
@@ -265,6 +272,64 @@ class _Tasks:
 # -- protocols -----------------------------------------------------------------------------------------------------
 
 
+def refusal(request: h11.Request, max_head_bytes: int) -> int | None:
+    """The status to refuse a request with whose head h11 takes and we do not, or None."""
+    size = len(request.target) + sum(len(name) + len(value) + 4 for name, value in request.headers)
+    if size > max_head_bytes:  # which h11 only asks of heads that are not complete
+        return 431
+    if not request.http_version.startswith(b"1."):
+        return 505
+    # a method is not the one that it would be in capitals: whoever filters requests by method has let another one pass
+    if request.method in (b"CONNECT", b"PRI") or request.method != request.method.upper():
+        return 501
+    if _TARGET.match(request.target) is None and (request.method, request.target) != (b"OPTIONS", b"*"):
+        return 400
+    return None
+
+
+def asks_for_http2(request: h11.Request, *, after: int, tls: bool) -> bool:
+    """Whether a request is how a client changes to HTTP/2 on a connection on which it began requests ``after``.
+
+    Hypercorn would change whenever it finds ``upgrade: h2c``, also where a proxy that knows nothing of it has passed
+    that on: the proxy would take what follows for HTTP/1.1 (RFC 7540, 3.2; RFC 9110, 7.8).
+    """
+    if request.method == b"PRI":
+        return not after and not request.headers
+    found: dict[bytes, list[bytes]] = {}
+    for name, value in request.headers:
+        found.setdefault(name, []).append(value)
+    tokens = {token.strip() for token in b",".join(found.get(b"connection", ())).lower().split(b",")}
+    settings = found.get(b"http2-settings", ())
+    return (
+        not tls
+        and request.http_version == b"1.1"
+        and {b"upgrade", b"http2-settings"} <= tokens
+        and len(settings) == 1
+        and _are_settings(settings[0])
+    )
+
+
+def _are_settings(value: bytes) -> bool:
+    try:
+        return len(base64.b64decode(value + b"=" * (-len(value) % 4), b"-_", validate=True)) % 6 == 0
+    except ValueError:
+        return False
+
+
+class _Reader(h11.Connection):
+    """An h11 that takes what follows the last request of a connection for nothing (RFC 9112, 9.6).
+
+    Its own calls that an error, for which hypercorn refuses the last request while the application is at it.
+    """
+
+    def receive_data(self, data: bytes) -> None:
+        if self.their_state is not h11.MUST_CLOSE:
+            super().receive_data(data)
+
+    def next_event(self) -> Any:
+        return h11.NEED_DATA if self.their_state is h11.MUST_CLOSE else super().next_event()
+
+
 class _H1(H11Protocol):
     """Hypercorn's HTTP/1.1, which tells clients when it is going to close, and serves targets as proxies get them.
 
@@ -274,10 +339,18 @@ class _H1(H11Protocol):
 
     _framed_twice = False
 
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.connection = _Reader(h11.SERVER, max_incomplete_event_size=self.config.h11_max_incomplete_size)
+
+    async def _check_protocol(self, event: h11.Request) -> None:
+        if asks_for_http2(event, after=self.task_group.requests, tls=self.ssl):  # type: ignore[attr-defined]
+            await super()._check_protocol(event)
+
     async def _create_stream(self, request: h11.Request) -> None:
-        size = len(request.target) + sum(len(name) + len(value) + 4 for name, value in request.headers)
-        if size > self.config.h11_max_incomplete_size:  # which h11 only asks of heads that are not complete
-            await self._send_error_response(431)
+        status = refusal(request, self.config.h11_max_incomplete_size)
+        if status is not None:
+            await self._send_error_response(status)
             await self.send(Closed())
             return
         names = {name for name, _ in request.headers}

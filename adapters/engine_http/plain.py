@@ -33,8 +33,10 @@ _FIELD = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n"
 _HEAD = re.compile(rb"([A-Z]{1,20}) (/[\x21-\x7e]*) HTTP/1\.1\r\n((?:" + _FIELD + rb")+)\r\n")
 _FIELDS = re.compile(rb"(?:" + _FIELD + rb")*")
 _PAIR = re.compile(rb"([^:]+):([^\r]*)\r\n")
+_BARE_LF = re.compile(rb"(?<!\r)\n")
 _LENGTH = re.compile(rb"[0-9]{1,15}")
 
+_NOT_PLAIN_METHODS = frozenset((b"CONNECT", b"PRI"))
 _NOT_PLAIN = frozenset((b"transfer-encoding", b"upgrade", b"expect", b"http2-settings"))
 _LINGER_S = 2.0
 """How long a client that was answered early may take to send the rest of its body and to read its answer."""
@@ -90,7 +92,9 @@ class PlainLane:
         data = self._waiting
         end = data.find(b"\r\n\r\n") + 4
         if end == 3:
-            if len(data) > self._connection.context.config.h11_max_incomplete_size or not 65 <= data[0] <= 90:
+            too_long = len(data) > self._connection.context.config.h11_max_incomplete_size
+            # a head whose lines end with LF alone may be complete: it must not wait for an end that never comes
+            if too_long or not 65 <= data[0] <= 90 or _BARE_LF.search(data):
                 self._connection.take_full_lane(data)
             return
         limit = self._connection.context.config.h11_max_incomplete_size
@@ -205,8 +209,8 @@ class Cycle:
         headers: list[tuple[bytes, bytes]] = []
         hosts = 0
         length: int | None = None
-        closes = method == b"CONNECT"
-        if closes:
+        closes = False
+        if method in _NOT_PLAIN_METHODS:
             return None
         for name, value in _PAIR.findall(fields):
             name = name.lower()

@@ -8,6 +8,7 @@ from typing import Final, NamedTuple
 from .bodies import bodies
 from .drift import calls, cycles
 from .endings import endings
+from .fuzz import fuzz
 from .interrupts import interrupts
 from .kills import kills, poison
 from .outcome import Outcome
@@ -41,6 +42,7 @@ SCENARIOS: Final = {
     "versions": Scenario(versions, 10.0, _BOTH),
     "overload": Scenario(overload, 30.0, _LOCAL),
     "bodies": Scenario(bodies, 0.0, _LOCAL),
+    "fuzz": Scenario(fuzz, 300.0, _LOCAL),
     "interrupts": Scenario(interrupts, 60.0, _LOCAL),
     "stateful": Scenario(stateful, 60.0, _LOCAL),
     "endings": Scenario(endings, 60.0, _BOTH),
