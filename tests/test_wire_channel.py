@@ -462,13 +462,15 @@ def test_the_peer_dies_while_its_channel_is_driven(setting: Setting) -> None:
 
 
 @WATCHING
-def test_a_peer_that_breaks_the_protocol_is_cut_off(setting: Setting) -> None:
+def test_a_peer_that_breaks_the_protocol_is_cut_off(setting: Setting, caplog: pytest.LogCaptureFixture) -> None:
     listener = FakeListener()
     channel, peer = setting.open(listener, greet=True)
     setting.on_home(channel.watch)
     peer.say(reply(1))  # without a greeting
     assert listener.gone.wait(PATIENCE_S)
     assert listener.reason == "the peer broke the protocol: the peer did not greet"
+    eventually(lambda: "the peer broke the protocol: the peer did not greet" in caplog.text)
+    assert len(caplog.records) == 1
     assert not listener.heard
     peer.sock.recv(len(GREETING))
     peer.hear_end()

@@ -373,3 +373,21 @@ def test_deadlines_by_the_real_clock() -> None:
     assert isinstance(call, Call)
     assert call.deadline is not None
     assert before + 59 < call.deadline < time.monotonic() + 61
+
+
+def test_a_length_alone_costs_no_memory() -> None:
+    decoder = Decoder(greeting=False)
+    head = HEADER.pack(MAX_FRAME_BYTES, TYPES["reply"], 1)
+    assert decoded(decoder, head) == []
+    assert decoder.large is not None and len(decoder.large) <= 1 << 22
+    assert decoded(decoder, bytes(5 << 20)) == []
+    assert len(decoder.large) <= 1 << 24
+
+
+def test_a_frame_for_which_the_buffer_grows_arrives_whole() -> None:
+    message = Reply(1, 2, b"h", payload(10 << 20))
+    assert decoded(Decoder(greeting=False), encode(Cancel(8)) + encode(message) + encode(Credit(9, 1))) == [
+        Cancel(8),
+        message,
+        Credit(9, 1),
+    ]

@@ -37,6 +37,7 @@ from operator import getitem
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from engine.seam.channel import ChannelClosed, ChannelListener
+from engine.seam.log import Log
 from engine.seam.messages import Call, End, Failure, Message, Reply
 
 from .addresses import is_foreign
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Driver", "SocketChannel"]
 
+_log = Log("engine.wire")
 _READ_SIZE = 1 << 16
 _JOINED = 64  # frames in one write, at most
 _NOWAIT = socket.MSG_DONTWAIT
@@ -404,6 +406,7 @@ class SocketChannel:
         try:
             self._decoder.cut()
         except ProtocolError:
+            _log.warning("%s: the peer broke the protocol: %s; the connection is closed", self, error)
             self.lose(f"the peer broke the protocol: {error}")
         else:  # it was not the peer's fault: a signal handler raised while a message was made of bytes
             raise error.__cause__ or error

@@ -16,6 +16,8 @@ import select
 import socket
 from typing import TYPE_CHECKING, Any
 
+from engine.seam.log import Log
+
 from .addresses import is_foreign, unanswered
 from .begun import BegunPage, adopted, close_all, descriptors_in, greet_with
 from .protocol import GREETING, ProtocolError, check_greeting
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Opening", "Welcome"]
 
+_log = Log("engine.wire")
 _NOWAIT = socket.MSG_DONTWAIT
 _UNINHERITED = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 _UNPROVED = "the peer could not prove that it belongs to this engine"
@@ -186,6 +189,7 @@ class Welcome:
             except BlockingIOError:
                 break
             except ProtocolError as error:
+                _log.warning("a peer broke the protocol: %s; the connection is closed", error)
                 self._fail(f"the peer broke the protocol: {error}")
             except BaseException as error:
                 if not isinstance(error, OSError) or is_foreign(error):

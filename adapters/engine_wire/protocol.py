@@ -38,6 +38,9 @@ __all__ = ["GREETING", "MAX_FRAME_BYTES", "PROTOCOL_VERSION", "Decoder", "Protoc
 PROTOCOL_VERSION = 1
 MAX_FRAME_BYTES = 1 << 30
 """Largest body. A gigabyte: what is larger belongs in a file or an object store, not in one message."""
+_AT_FIRST = 1 << 22
+_GROWTH = 4
+"""Four megabytes of a frame have room at once, and then four times as many: what is copied then is little."""
 
 _GREETING, _CALL, _REPLY, _FAILURE, _ITEM, _END, _CANCEL, _CREDIT, _CONTROL = range(9)
 _NO_DEADLINE = -1.0
@@ -155,8 +158,8 @@ class Decoder:
     Whoever reads puts what came into `arrived`, cuts it, and takes the messages from the front. An exception that a
     signal handler raises in between loses nothing: `cut` changes all or nothing, and can be called again.
 
-    A frame that is larger than one read is collected in a buffer of its exact size (`large`): `spare` is the part of it
-    still to fill, for reads straight into it.
+    A frame that is larger than one read is collected in a buffer of its own (`large`): `spare` is the part of it still
+    to fill, for reads straight into it. It grows with what comes, for a length alone must not cost memory.
 
     Args:
         greeting: Whether the peer greets first.
@@ -178,6 +181,7 @@ class Decoder:
         self.messages: list[Message] = []
         self.large: bytearray | None = None
         self.filled = 0
+        self._large_bytes = 0  # of the whole frame that `large` grows into
 
     @property
     def spare(self) -> memoryview:
@@ -193,8 +197,14 @@ class Decoder:
         """
         data = self.arrived
         if data is None:
-            if self.large is not None and self.filled == len(self.large):
-                self._cut(bytes(self.large))
+            large = self.large
+            if large is not None and self.filled == len(large):
+                if self.filled == self._large_bytes:
+                    self._cut(bytes(large))
+                else:
+                    larger = bytearray(min(self._large_bytes, _GROWTH * len(large)))
+                    larger[: len(large)] = large
+                    self.large = larger
             return
         if not (self._tail or self.messages or self.greeting_due) and len(data) >= 13:
             size, kind, call_id = _header.unpack_from(data)
@@ -223,11 +233,12 @@ class Decoder:
                 messages.append(_decode(kind, call_id, data, start, position, self._same_machine))
             else:
                 greeting_due = False
-        tail, large = _rest(data, position)
+        tail, large, large_bytes = _rest(data, position)
         filled = 0 if large is None else end - position
         # No signal handler runs from here on: there is no call.
         self.messages += messages
-        self.greeting_due, self._tail, self.large, self.filled, self.arrived = greeting_due, tail, large, filled, None
+        self.greeting_due, self._tail, self.arrived = greeting_due, tail, None
+        self.large, self.filled, self._large_bytes = large, filled, large_bytes
 
 
 def check_greeting(data: bytes) -> None:
@@ -244,16 +255,16 @@ def check_greeting(data: bytes) -> None:
     raise ProtocolError("the peer did not greet")
 
 
-def _rest(data: bytes, position: int) -> tuple[bytes, bytearray | None]:
-    """What is kept of an incomplete frame: its bytes, or a buffer for all of it that begins with them."""
+def _rest(data: bytes, position: int) -> tuple[bytes, bytearray | None, int]:
+    """What is kept of an incomplete frame: its bytes, or a buffer that begins with them; and how long that gets."""
     rest = len(data) - position
     if rest >= 13:
         total = 13 + int.from_bytes(data[position : position + 4], "little")
         if total > 1 << 18:
-            large = bytearray(total)
+            large = bytearray(min(total, max(_AT_FIRST, rest)))
             large[:rest] = data[position:]
-            return b"", large
-    return data[position:] if rest else b"", None
+            return b"", large, total
+    return data[position:] if rest else b"", None, 0
 
 
 def _decode(kind: int, call_id: int, data: bytes, start: int, end: int, same_machine: bool) -> Message:
