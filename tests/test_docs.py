@@ -59,6 +59,7 @@ PRINTED: dict[tuple[str, str], list[list[str]]] = {
     ("docs/cluster.md", "GPUs and other resources"): [[]],
     ("docs/cluster.md", "HTTP on every node"): [["b'hello'", "200"]],
     ("docs/cluster.md", "Detached engines"): [["2"]],
+    ("docs/cluster.md", "Security"): [["hello Ada"]],
     ("docs/composition.md", "Composition"): [["True"]],
     ("docs/configuration.md", "BackendConfig"): [["False", "True", "2"]],
     ("docs/configuration.md", "Calls that hang"): [
@@ -160,7 +161,7 @@ def test_program(
     page: str, heading: str, source: str, lines: list[str], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     environment = {}
-    if 'backend="ray"' in source:
+    if 'backend="ray"' in source or "RayAdapter(" in source:
         environment = {**ENVIRONMENT, "RAY_ADDRESS": request.getfixturevalue("ray_cluster").address}
     printed, complaints = run(source, tmp_path, environment)
     # The program about logging shows what arrives there, and prints nothing itself.

@@ -138,6 +138,48 @@ def test_calls_across_nodes(cluster: Cluster, start: Callable[[Host], Process]) 
     application("shutdown")
 
 
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+def test_with_tls_nobody_between_the_nodes_reads_along(
+    tls: bool, cluster: Cluster, start: Callable[[Host], Process]
+) -> None:
+    how = "AF_INET by SecureSocket" if tls else "AF_INET"
+    application, other = start(cluster.one), start(cluster.two)
+    application("begin", cluster.address, location=None, tls=tls)
+    application("serve", "near", resources={"host1": 1})
+    application("serve", "far", resources={"host2": 1})
+    assert application("call", "near") == "host1"
+    application("listen_in")
+    word = "".join(("for nobody's", " eyes"))
+    assert application("call", "far", word, method="echo") == word
+    assert application("overheard", word, "no such word") == [not tls, False]
+    assert application("channels") == {"near#1": "AF_UNIX", "far#1": how}
+    assert application("call", "far", "near", 3, method="ask") == {"host1": 3}
+    assert application("call", "far", method="channels") == {"near#1": how}
+    assert application("call", "near", "far", method="ask_by_ref") == "host2"
+    large = "x" * 5_000_000
+    assert application("call", "far", large, method="echo") == large
+    application("shutdown")
+
+    application("begin", cluster.address, name="lasting", detached=True, location=None, tls=tls)
+    application("serve", "near", resources={"host1": 1})
+    other("connect", cluster.address, "lasting")
+    assert other("call", "near") == "host1"
+    assert other("channels") == {"near#1": how}
+    other("serve", "far", resources={"host2": 1})
+    assert application("call", "far") == "host2"
+    application("shutdown")
+
+
+def test_a_detached_engine_without_tls_is_not_taken_for_one_that_has_it(
+    cluster: Cluster, start: Callable[[Host], Process]
+) -> None:
+    application = start(cluster.one)
+    application("begin", cluster.address, name="lasting", detached=True, location=None)
+    with pytest.raises(Failed, match=r"^InvalidArgument: tls: the detached engine 'lasting' was created without"):
+        start(cluster.two)("connect", cluster.address, "lasting", tls=True)
+    application("shutdown")
+
+
 STOPPED_S = 5.0
 """After which a stopped replica is found: `engine.control.pulse`."""
 

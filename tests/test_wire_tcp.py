@@ -42,6 +42,7 @@ from engine_wire.handshake import ClientHandshake, ServerHandshake
 from engine_wire.lobby import Lobby
 from engine_wire.opening import Opening
 from engine_wire.protocol import GREETING, encode
+from engine_wire.tls import TLS
 
 SECRET = b"the secret of this test's engine"
 OTHER = b"the secret of some other engine."
@@ -61,9 +62,10 @@ def stack(leaves_nothing: Footprint) -> Iterator[ExitStack]:
 class Server:
     """A service behind a TCP and an abstract Unix socket, accepted by one of the three that accept."""
 
-    def __init__(self, kind: str, secret: bytes | None) -> None:
+    def __init__(self, kind: str, secret: bytes | None, tls: TLS | None = None) -> None:
         self.kind = kind
         self.secret = secret
+        self.tls = tls
         tcp, unix = listen_tcp("127.0.0.1"), listen_unix(f"@engine-test-{os.getpid()}-{next(_names)}")
         self.tcp = tcp_address(tcp)
         self.unix = "unix:@" + unix.getsockname()[1:].decode()
@@ -92,7 +94,7 @@ class Server:
     def _run(self) -> None:
         if self.kind == "acceptor":
             self._loop = loop = asyncio.new_event_loop()
-            self._acceptor = Acceptor(self._listening, self._accept, loop, secret=self.secret)
+            self._acceptor = Acceptor(self._listening, self._accept, loop, secret=self.secret, tls=self.tls)
             self.service.attached.set()
             loop.run_forever()
             self._acceptor.close()
@@ -100,7 +102,7 @@ class Server:
             loop.close()
         else:
             {"blocking": BlockingServiceLoop, "async": AsyncServiceLoop}[self.kind](
-                self._listening, self.service, secret=self.secret
+                self._listening, self.service, secret=self.secret, tls=self.tls
             ).run()
             if self.service.event_loop is not None:
                 close_event_loop(self.service.event_loop)
@@ -120,8 +122,9 @@ def serving(stack: ExitStack, kind: str, secret: bytes | None = SECRET) -> Serve
 class Caller:
     """Opens channels in one of the ways that callers do, and waits in that way."""
 
-    def __init__(self, mode: str, stack: ExitStack) -> None:
+    def __init__(self, mode: str, stack: ExitStack, tls: TLS | None = None) -> None:
         self.mode = mode
+        self.tls = tls
         self.stack = stack
         self.poller = Poller("test-poller")
         stack.callback(self.poller.close)
@@ -141,7 +144,13 @@ class Caller:
 
         def make() -> SocketChannel:
             channel = connect(
-                address, listener, on_loop=self.loop is not None, poller=self.poller, secret=secret, calls=calls
+                address,
+                listener,
+                on_loop=self.loop is not None,
+                poller=self.poller,
+                secret=secret,
+                calls=calls,
+                tls=self.tls,
             )
             if self.mode == "polled":
                 channel.watch()
@@ -466,9 +475,9 @@ def log(caplog: pytest.LogCaptureFixture) -> Callable[[], list[logging.LogRecord
     return lambda: [record for record in caplog.records if record.name == "engine.wire"]
 
 
-def check_served(server: Server, stack: ExitStack) -> None:
+def check_served(server: Server, stack: ExitStack, tls: TLS | None = None) -> None:
     """See that a good caller is served as if nothing had been."""
-    channel, listener = Caller("polled", stack).open(server.tcp)
+    channel, listener = Caller("polled", stack, tls).open(server.tcp)
     channel.send(call(1, b"good"))
     eventually(lambda: listener.heard == [reply(1, b"good")])
     assert server.service.heard == [call(1, b"good")]

@@ -14,9 +14,11 @@ if not hasattr(engine, "__path__"):  # else whatever is imported next fails, and
     raise ImportError(f"{engine.__file__!r} is imported in place of the package engine of engineroom: rename it")
 
 if TYPE_CHECKING:
+    from engine_wire.tls import TLS
+
     from .adapter import RayAdapter
 
-__all__ = ["RayAdapter"]
+__all__ = ["TLS", "RayAdapter"]
 
 
 def __getattr__(name: str) -> Any:
@@ -24,4 +26,8 @@ def __getattr__(name: str) -> Any:
         from .adapter import RayAdapter
 
         return RayAdapter
+    if name == "TLS":
+        from engine_wire.tls import TLS
+
+        return TLS
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,6 +11,7 @@ from typing import Any
 from engine.config import HTTPOptions
 from engine.errors import InvalidArgument
 from engine.seam.detached import RemoteController
+from engine_wire.tls import TLS, identity_of, make_tls
 
 from .controlling.cluster import ClusterAdapter
 from .controlling.detached import create_controller, find_controller
@@ -29,10 +30,14 @@ class RayAdapter(ClusterAdapter):
         namespace: Ray's namespace of this process, if it is the engine that connects it; and of the names of detached
             engines, which are found only by adapters with the same one.
         runtime_env: Of every worker; that of ``ray_actor_options`` is laid over it key by key.
+        tls: Encrypt what the engine's own processes send each other between nodes. True makes a certificate for this
+            engine, which its processes show each other; for that the package ``cryptography`` is needed here. Or
+            `engine_ray.TLS` names certificates of your own. What Ray itself sends is for Ray to encrypt.
         init_kwargs: Further arguments of ``ray.init``, if it is the engine that connects.
 
     Raises:
-        engine.errors.InvalidArgument: Ray is not installed, or an argument has a wrong type.
+        engine.errors.InvalidArgument: Ray is not installed, an argument has a wrong type, or a certificate cannot be
+            read, or made.
     """
 
     def __init__(
@@ -40,6 +45,7 @@ class RayAdapter(ClusterAdapter):
         address: str | None = None,
         namespace: str | None = None,
         runtime_env: Mapping[str, Any] | None = None,
+        tls: bool | TLS = False,
         **init_kwargs: Any,
     ) -> None:
         if find_spec("ray") is None:
@@ -58,7 +64,7 @@ class RayAdapter(ClusterAdapter):
         if runtime_env is not None and not isinstance(runtime_env, Mapping):
             raise InvalidArgument(f"RayAdapter: runtime_env must be a dict or None, not {runtime_env!r}")
         names = {"namespace": namespace} if namespace is not None else {}
-        super().__init__(address, runtime_env or {}, {**init_kwargs, **names})
+        super().__init__(address, runtime_env or {}, {**init_kwargs, **names}, _checked(tls))
         self._namespace = namespace
 
     def detach(self, name: str, http: HTTPOptions | None) -> RemoteController:
@@ -83,6 +89,15 @@ class RayAdapter(ClusterAdapter):
         self._process = os.getpid()
         connection.announce(repr(name))
         return controller
+
+
+def _checked(tls: object) -> TLS | None:
+    if isinstance(tls, TLS):
+        identity_of(tls)
+        return tls
+    if not isinstance(tls, bool):
+        raise InvalidArgument(f"RayAdapter: tls must be True, False or an engine_ray.TLS, not {type(tls).__name__}")
+    return make_tls() if tls else None
 
 
 _LASTING = "A detached engine needs a Ray cluster that outlives the program: start one with `ray start --head`"

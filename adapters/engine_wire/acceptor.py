@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     import asyncio
 
     from .lobby import Lobby, Watcher
+    from .tls import TLS
 
-__all__ = ["Acceptor", "channel_of_calls", "closed_on_error", "lobby_for", "note_shortage"]
+__all__ = ["Acceptor", "channel_of", "channel_of_calls", "closed_on_error", "lobby_for", "note_shortage"]
 
 _shortages = ShortageLog(Log("engine.wire"))
 
@@ -48,13 +49,25 @@ def closed_on_error(listening: Sequence[socket.socket]) -> Iterator[None]:
         raise
 
 
-def lobby_for(secret: bytes | None, admit: Callable[[socket.socket], None], watcher: Watcher) -> Lobby | None:
+def lobby_for(
+    secret: bytes | None, admit: Callable[[socket.socket], None], watcher: Watcher, tls: TLS | None
+) -> Lobby | None:
     """Make the lobby of whoever accepts connections; None without a secret: nobody has to prove anything."""
     if secret is None:
         return None
     from .lobby import Lobby  # the local adapter has no use for the cost of its imports
 
-    return Lobby(secret, admit, watcher)
+    return Lobby(secret, admit, watcher, tls)
+
+
+def channel_of(sock: socket.socket, listener: ChannelListener | None, driver: Driver, *, greet: bool) -> SocketChannel:
+    """A channel over a connection that was accepted, plain or by TLS."""
+    kind = SocketChannel
+    if type(sock) is not socket.socket:
+        from .secure import SecureChannel
+
+        kind = SecureChannel
+    return kind(sock, listener, driver, greet=greet)
 
 
 def channel_of_calls(
@@ -69,7 +82,7 @@ def channel_of_calls(
         greet: Exchange greetings also with a caller of another machine.
     """
     if sock.family != socket.AF_UNIX:
-        return SocketChannel(sock, listener, driver, greet=greet)
+        return channel_of(sock, listener, driver, greet=greet)
     return SocketChannel(sock, listener, driver, greet=False, opening=Welcome(sock))
 
 
@@ -82,9 +95,11 @@ class Acceptor:
         loop: Runs it.
         secret: What peers must prove to know, and this side proves to them; at least 16 random bytes.
         calls: Whether calls come, of which this side says which have begun (`engine_wire.begun`).
+        tls: With a secret: who this side is towards peers that come over TCP, who then have to use TLS.
 
     Raises:
         ValueError: The secret is too short.
+        engine.errors.InvalidArgument: A certificate cannot be read.
     """
 
     def __init__(
@@ -95,6 +110,7 @@ class Acceptor:
         *,
         secret: bytes | None = None,
         calls: bool = False,
+        tls: TLS | None = None,
     ) -> None:
         self._listening = tuple(listening)
         self._accept = accept
@@ -105,7 +121,7 @@ class Acceptor:
         self._timer: asyncio.TimerHandle | None = None  # of the lobby
         self._resting: dict[socket.socket, asyncio.TimerHandle] = {}
         with closed_on_error(self._listening):
-            self._lobby = lobby_for(secret, self._admit, self)
+            self._lobby = lobby_for(secret, self._admit, self, tls)
         for sock in self._listening:
             sock.setblocking(False)
             self._listen(sock)
@@ -158,7 +174,7 @@ class Acceptor:
         if self._calls:
             channel = channel_of_calls(sock, None, self._driver, greet=greet)
         else:
-            channel = SocketChannel(sock, None, self._driver, greet=greet)
+            channel = channel_of(sock, None, self._driver, greet=greet)
         channel.listener = self._accept(channel)
         self.open_channels()  # drops the closed ones
         self._channels.add(channel)

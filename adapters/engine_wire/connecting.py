@@ -22,6 +22,7 @@ from .opening import Opening
 
 if TYPE_CHECKING:
     from .handshake import ClientHandshake
+    from .tls import TLS
 
 __all__ = ["connect"]
 
@@ -34,6 +35,7 @@ def connect(
     poller: Poller | Undriven,
     secret: bytes | None = None,
     calls: bool = False,
+    tls: TLS | None = None,
 ) -> SocketChannel:
     """Open a channel to ``unix:PATH``, ``unix:@NAME`` or ``tcp:HOST:PORT`` (see `engine_wire.addresses`).
 
@@ -44,11 +46,13 @@ def connect(
         poller: Reads the channels that no loop owns; `Undriven` if one thread drives this one all its life.
         secret: What both ends know and prove to each other before the first message; at least 16 random bytes.
         calls: Whether a service is there, which says on a page which calls have begun (`engine_wire.begun`).
+        tls: With a secret: who this side is over TCP, where it then uses TLS.
 
     Raises:
         engine.seam.channel.ChannelClosed: Nobody listens there, as far as is known at once; later, the channel is lost.
         engine.errors.ResourcesUnavailable: There are no descriptors left for it.
         ValueError: The secret is too short.
+        engine.errors.InvalidArgument: A certificate cannot be read.
     """
     handshake: ClientHandshake | None = None
     if secret is not None:
@@ -68,10 +72,17 @@ def connect(
         if calls:  # only now: it can be done without, if it was the last descriptor
             page = BegunPage.make(sock)
         opening: Opening | None = None
-        if connecting or handshake is not None:
+        kind = SocketChannel
+        if tls is not None and secret is not None and sock.family != socket.AF_UNIX:
+            from .secure import SecureChannel, SecureOpening, SecureSocket
+
+            kind = SecureChannel
+            sock = secured = SecureSocket(sock, tls, server_side=False)
+            opening = SecureOpening(secured, address, connecting, ClientHandshake(secret, secured.binding))
+        elif connecting or handshake is not None:
             greets = calls and sock.family == socket.AF_UNIX
             opening = Opening(sock, address, connecting, handshake, greets=greets, page=page)
-        channel = SocketChannel(sock, listener, driver, greet=handshake is None, opening=opening, page=page)
+        channel = kind(sock, listener, driver, greet=handshake is None, opening=opening, page=page)
         if opening is not None:
             written = channel.on_writable()
             if opening.failure is not None and opening.connecting:

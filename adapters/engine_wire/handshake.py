@@ -16,17 +16,28 @@ so that nobody can be made to prove something to itself. Everything has a fixed 
 bytes that it still wants (`Handshake.wanted`), never holds more of a stranger's, and gives up at the first one that
 cannot be right.
 
-It keeps strangers out. It does not encrypt what follows, and who can alter packets under way can still do so.
+It keeps strangers out. It does not encrypt what follows, and who can alter packets under way can still do so; TLS
+around it keeps them from that (`engine_wire.secure`). Proofs then also hold for that one connection only, by its
+`Binding`: else somebody in the middle, whom the same authority vouches for, could pass them on.
 """
 
 from __future__ import annotations
 
 import hmac
 import os
+from collections.abc import Callable
 
 from .protocol import GREETING, PROTOCOL_VERSION
 
-__all__ = ["ClientHandshake", "Handshake", "HandshakeError", "ServerHandshake", "check_secret"]
+__all__ = [
+    "Binding",
+    "CertificateError",
+    "ClientHandshake",
+    "Handshake",
+    "HandshakeError",
+    "ServerHandshake",
+    "check_secret",
+]
 
 _NONCE_BYTES = 32
 _PROOF_BYTES = 32
@@ -42,6 +53,10 @@ class HandshakeError(Exception):
     """The peer is not who it should be. The message is a clause about it: "its secret is another one"."""
 
 
+class CertificateError(HandshakeError):
+    """The same, seen by its certificate. Who runs the machines can cure it, which the message says how."""
+
+
 def check_secret(secret: bytes) -> None:
     """See that a secret can be one.
 
@@ -52,8 +67,20 @@ def check_secret(secret: bytes) -> None:
         raise ValueError(f"the secret must have at least {_MIN_SECRET_BYTES} random bytes, not {len(secret)}")
 
 
+Binding = Callable[[], bytes]
+"""Gives what both ends, and nobody else, know of the connection below, once that stands."""
+
+
+def _unbound() -> bytes:
+    return b""
+
+
 class Handshake:
     """One side of one handshake; subclasses say which.
+
+    Args:
+        secret: What both know.
+        binding: Of the connection below, if that proves something itself.
 
     Attributes:
         wanted: How many more bytes of the peer's it takes now; 0 once the peer has proved who it is, or failed to.
@@ -67,9 +94,10 @@ class Handshake:
     _step_bytes: int
     """Of the peer's first message."""
 
-    def __init__(self, secret: bytes) -> None:
+    def __init__(self, secret: bytes, binding: Binding = _unbound) -> None:
         check_secret(secret)
         self._secret = secret
+        self._binding = binding
         self._nonce = os.urandom(_NONCE_BYTES)
         self._got = bytearray()
         self.wanted = self._step_bytes
@@ -101,6 +129,8 @@ class Handshake:
             magic, version = got[: len(self._peer_magic)], got[len(self._peer_magic) :]
             if GREETING.startswith(got):
                 raise HandshakeError("it speaks without a secret")
+            if got.startswith(b"\x16\3"):
+                raise HandshakeError("it speaks TLS, which this side does not")
             if magic != self._peer_magic:
                 raise HandshakeError("it speaks another protocol")
             if len(version) < len(_VERSION):
@@ -113,7 +143,8 @@ class Handshake:
         self.complete = True
 
     def _proof(self, magic: bytes, client_nonce: bytes, server_nonce: bytes) -> bytes:
-        return hmac.digest(self._secret, b"".join((magic, _VERSION, client_nonce, server_nonce)), "sha256")
+        said = b"".join((magic, _VERSION, client_nonce, server_nonce, self._binding()))
+        return hmac.digest(self._secret, said, "sha256")
 
 
 class ClientHandshake(Handshake):
@@ -126,8 +157,8 @@ class ClientHandshake(Handshake):
     _peer_magic = _SERVER_MAGIC
     _step_bytes = _GREETING_BYTES + _NONCE_BYTES + _PROOF_BYTES
 
-    def __init__(self, secret: bytes) -> None:
-        super().__init__(secret)
+    def __init__(self, secret: bytes, binding: Binding = _unbound) -> None:
+        super().__init__(secret, binding)
         self.hello = _CLIENT_MAGIC + _VERSION + self._nonce
 
     def _advance(self) -> bytes:
@@ -146,8 +177,8 @@ class ServerHandshake(Handshake):
     _peer_magic = _CLIENT_MAGIC
     _step_bytes = _GREETING_BYTES + _NONCE_BYTES
 
-    def __init__(self, secret: bytes) -> None:
-        super().__init__(secret)
+    def __init__(self, secret: bytes, binding: Binding = _unbound) -> None:
+        super().__init__(secret, binding)
         self._expected: bytes | None = None  # the client's proof, once its nonce is known
 
     def _advance(self) -> bytes:

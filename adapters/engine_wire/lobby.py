@@ -2,7 +2,8 @@
 
 Nothing of them is seen outside: a connection either proves itself within `PATIENCE_S` and is admitted, or it is
 dropped, which the log mentions once. At most `MAX_WAITING` wait at a time, and of each no more is read than the
-handshake wants. Of what came while the whole process was busy, nothing is held against the peer.
+handshake wants. Of what came while the whole process was busy, nothing is held against the peer. With TLS, who comes
+over TCP shows its certificate first, in the same time.
 
 Only the acceptor or service loop whose lobby it is touches it, on the thread that reads its sockets. It says when there
 is something to read (`Watcher`) and looks after the time: by `remaining_s` and `expire`.
@@ -14,11 +15,14 @@ import logging
 import socket
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from engine.seam.log import Log
 
-from .handshake import HandshakeError, ServerHandshake, check_secret
+from .handshake import CertificateError, HandshakeError, ServerHandshake, check_secret
+
+if TYPE_CHECKING:
+    from .tls import TLS
 
 __all__ = ["MAX_WAITING", "PATIENCE_S", "Lobby", "Watcher"]
 
@@ -48,14 +52,24 @@ class Lobby:
         secret: What the peers must know.
         admit: Takes a connected socket whose peer has proved itself, and owns it from then on.
         watcher: Says when there is something to read.
+        tls: Who this side is towards other machines, if what travels between them is to be encrypted.
 
     Raises:
         ValueError: The secret is too short.
+        engine.errors.InvalidArgument: A certificate cannot be read.
     """
 
-    def __init__(self, secret: bytes, admit: Callable[[socket.socket], None], watcher: Watcher) -> None:
+    def __init__(
+        self, secret: bytes, admit: Callable[[socket.socket], None], watcher: Watcher, tls: TLS | None = None
+    ) -> None:
         check_secret(secret)
+        if tls is not None:
+            from .tls import identity_of
+
+            identity_of(tls)
         self._secret = secret
+        self._tls = tls
+        self._complained: set[str] = set()  # of certificates
         self._admit = admit
         self._watcher = watcher
         self._waiting: dict[int, _Waiting] = {}  # by descriptor, the oldest first
@@ -68,7 +82,13 @@ class Lobby:
         if len(self._waiting) >= MAX_WAITING:
             oldest = next(iter(self._waiting.values()))
             self._drop(oldest, f"others came while it and {MAX_WAITING - 1} more had not proved who they are")
-        entry = _Waiting(sock, peer, ServerHandshake(self._secret))
+        if self._tls is None or sock.family == socket.AF_UNIX:
+            entry = _Waiting(sock, peer, ServerHandshake(self._secret))
+        else:
+            from .secure import SecureSocket
+
+            secured = SecureSocket(sock, self._tls, server_side=True)
+            entry = _Waiting(secured, peer, ServerHandshake(self._secret, secured.binding))
         self._waiting[entry.descriptor] = entry
         self._watcher.watch(entry.descriptor, lambda: self._read(entry))
 
@@ -103,7 +123,7 @@ class Lobby:
             except BlockingIOError:
                 return
             except HandshakeError as error:
-                self._drop(entry, f"it could not prove that it belongs to this engine ({error})")
+                self._drop(entry, f"it could not prove that it belongs to this engine ({error})", self._level(error))
             except OSError as error:
                 self._drop_lost(entry, f"the connection broke ({error.strerror})")
             if entry.handshake.complete:
@@ -119,6 +139,14 @@ class Lobby:
         if time.monotonic() >= entry.deadline:
             # It had greeted, and this process was too busy to answer: it could not know what to prove.
             entry.deadline = time.monotonic() + PATIENCE_S
+
+    def _level(self, error: HandshakeError) -> int:
+        """Of the line in the log: a wrong certificate comes again and again, and is mentioned once."""
+        if not isinstance(error, CertificateError):
+            return logging.WARNING
+        level = logging.DEBUG if str(error) in self._complained else logging.WARNING
+        self._complained.add(str(error))
+        return level
 
     def _drop_lost(self, entry: _Waiting, how: str) -> None:
         # A connection that goes without a word is a health check or a port scan, and everyday life.

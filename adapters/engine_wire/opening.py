@@ -25,12 +25,12 @@ from .protocol import GREETING, ProtocolError, check_greeting
 if TYPE_CHECKING:
     from .handshake import ClientHandshake
 
-__all__ = ["Opening", "Welcome"]
+__all__ = ["UNPROVED", "Opening", "Welcome"]
 
 _log = Log("engine.wire")
 _NOWAIT = socket.MSG_DONTWAIT
 _UNINHERITED = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
-_UNPROVED = "the peer could not prove that it belongs to this engine"
+UNPROVED = "the peer could not prove that it belongs to this engine"
 
 
 class Opening:
@@ -127,7 +127,7 @@ class Opening:
             try:
                 answer = handshake.feed(data)
             except HandshakeError as error:
-                self._fail(f"{_UNPROVED} ({error})")
+                self._fail(f"{UNPROVED} ({error})")
                 return None
             if handshake.complete:
                 return self._introduced(answer) if self.greeted else answer

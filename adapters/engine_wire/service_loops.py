@@ -5,7 +5,7 @@
 is finished; channels that break are simply dropped, after the service heard of it.
 
 Each listens on any number of sockets. Given a secret, it shows a connection to nobody before the peer has proved that
-it knows it too (`engine_wire.lobby`).
+it knows it too (`engine_wire.lobby`); over TCP, by TLS if it is given that as well.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import asyncio
 
     from .lobby import Lobby
+    from .tls import TLS
 
 __all__ = ["AsyncServiceLoop", "BlockingServiceLoop"]
 
@@ -47,12 +48,21 @@ class AsyncServiceLoop:
         listening: Closed at the end.
         service: That it runs.
         secret: What callers must prove to know, and this side proves to them; at least 16 random bytes.
+        tls: With a secret: who this side is towards callers that come over TCP, who then have to use TLS.
     """
 
-    def __init__(self, listening: Sequence[socket.socket], service: Service, *, secret: bytes | None = None) -> None:
+    def __init__(
+        self,
+        listening: Sequence[socket.socket],
+        service: Service,
+        *,
+        secret: bytes | None = None,
+        tls: TLS | None = None,
+    ) -> None:
         self._listening = listening
         self._service = service
         self._secret = secret
+        self._tls = tls
 
     def run(self) -> None:
         """Serve until the service is finished."""
@@ -65,7 +75,9 @@ class AsyncServiceLoop:
 
         self._loop = loop
         self._changed = asyncio.Event()
-        self._acceptor = Acceptor(self._listening, lambda channel: self._service, loop, secret=self._secret, calls=True)
+        self._acceptor = Acceptor(
+            self._listening, lambda channel: self._service, loop, secret=self._secret, calls=True, tls=self._tls
+        )
         self._service.attach(self)
         try:
             while not self._service.finished():
@@ -103,18 +115,27 @@ class BlockingServiceLoop:
         listening: Closed at the end.
         service: That it runs.
         secret: What callers must prove to know, and this side proves to them; at least 16 random bytes.
+        tls: With a secret: who this side is towards callers that come over TCP, who then have to use TLS.
 
     Raises:
         ValueError: The secret is too short.
+        engine.errors.InvalidArgument: A certificate cannot be read.
     """
 
     drivable = False
 
-    def __init__(self, listening: Sequence[socket.socket], service: Service, *, secret: bytes | None = None) -> None:
+    def __init__(
+        self,
+        listening: Sequence[socket.socket],
+        service: Service,
+        *,
+        secret: bytes | None = None,
+        tls: TLS | None = None,
+    ) -> None:
         self._listening = tuple(listening)
         self._service = service
         with closed_on_error(self._listening):
-            self._lobby = lobby_for(secret, self._admit, self)
+            self._lobby = lobby_for(secret, self._admit, self, tls)
         self._resting: set[socket.socket] = set()  # of those it listens on
         self._rest_until = 0.0
         self._kernel = make_kernel()

@@ -15,7 +15,7 @@ import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.seam.channel import Channel, ChannelClosed, ChannelListener
 from engine.seam.control_messages import LogLine, Ready, StartFailed
@@ -24,6 +24,9 @@ from engine.seam.service import Service
 
 from .channel import SocketChannel
 from .outlet import Outlet
+
+if TYPE_CHECKING:
+    from .tls import TLS
 
 __all__ = ["WireWorkerHost"]
 
@@ -101,7 +104,13 @@ class WireWorkerHost:
                 threading.Thread(target=self._catch_up, name="engine-control-early", daemon=True).start()
 
     def serve_on(
-        self, listening: Sequence[socket.socket], address: str, service: Service, *, secret: bytes | None = None
+        self,
+        listening: Sequence[socket.socket],
+        address: str,
+        service: Service,
+        *,
+        secret: bytes | None = None,
+        tls: TLS | None = None,
     ) -> None:
         """Tell the controller the worker's address and run the service on the calling thread until it is finished.
 
@@ -110,13 +119,14 @@ class WireWorkerHost:
             address: That leads there.
             service: That it runs.
             secret: What callers must prove to know.
+            tls: With a secret: who this side is towards callers that come over TCP, who then have to use TLS.
         """
         from .service_loops import AsyncServiceLoop, BlockingServiceLoop
 
         try:
             self.tell(Ready(address))
             kind = BlockingServiceLoop if service.event_loop is None else AsyncServiceLoop
-            kind(listening, service, secret=secret).run()
+            kind(listening, service, secret=secret, tls=tls).run()
         finally:
             for sock in listening:
                 sock.close()

@@ -7,12 +7,17 @@ also finds where the controller of a detached engine is now.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from engine.seam.channel import Channel, ChannelClosed, ChannelListener
 from engine_wire import WireConnector, connect, notice_silence
 
 from ..link import connection
 from ..link.registry import Entry, Registry
 from .addresses import Address, cluster_of, engine_of, is_symbolic
+
+if TYPE_CHECKING:
+    from engine_wire.tls import TLS
 
 __all__ = ["RayConnector"]
 
@@ -23,13 +28,15 @@ class RayConnector(WireConnector):
     Args:
         control_address: Where the controller listens, if known.
         secret: The engine's, if known.
+        tls: Who this process is to other nodes, if the engine uses TLS between them. Known with the secret.
     """
 
     name = "ray"
 
-    def __init__(self, control_address: str = "", secret: bytes | None = None) -> None:
+    def __init__(self, control_address: str = "", secret: bytes | None = None, tls: TLS | None = None) -> None:
         super().__init__(control_address)
         self._secret = secret
+        self._tls = tls
         self._node_id = ""
         self._joined = False  # whether this connector holds the process's connection to Ray
         self._closed = False
@@ -46,6 +53,7 @@ class RayConnector(WireConnector):
             poller=poller,
             secret=self.secret(),
             calls=not to_controller,
+            tls=self._tls,
         )
         if to_controller:
             notice_silence(channel.sock)
@@ -60,11 +68,12 @@ class RayConnector(WireConnector):
         if is_symbolic(address):
             entry = self._look_up(address)
             self.control_address = self.control_address or address
-            self._secret = entry.secret
+            self._secret, self._tls = entry.secret, entry.tls
             return Address.parse(entry.control_address)
         party = Address.parse(address)
         if self._secret is None:
-            self._secret = self._look_up(address).secret
+            entry = self._look_up(address)
+            self._secret, self._tls = entry.secret, entry.tls
             self.control_address = self.control_address or address
         return party
 
@@ -99,6 +108,10 @@ class RayConnector(WireConnector):
         """The engine's secret; known once a channel was opened."""
         assert self._secret is not None
         return self._secret
+
+    def tls(self) -> TLS | None:
+        """Who this process is to other nodes, if the engine uses TLS between them; known with the secret."""
+        return self._tls
 
     def _look_up(self, address: str) -> Entry:
         if self._closed:  # nobody would take a connection to Ray back

@@ -17,7 +17,7 @@ import os
 import pickle
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.calling.answers import answer_to
 from engine.calling.budget import deadline_error, seconds_until
@@ -32,6 +32,9 @@ from ..link.surroundings import Surroundings, extend_path
 from .carried import CarriedError, Filled, carried, refuse_refs
 from .connector import RayConnector
 from .turns import Turns
+
+if TYPE_CHECKING:
+    from engine_wire.tls import TLS
 
 __all__ = ["COURIER", "Courier", "courier_name", "end_courier", "find_courier"]
 
@@ -55,9 +58,12 @@ class Courier:
         control_address: Where its controller is reached.
         secret: The engine's.
         paths: ``sys.path`` of whoever made the first call: refs among arguments are opened here.
+        tls: Who it is to other nodes, if the engine uses TLS between them.
     """
 
-    def __init__(self, engine_id: str, control_address: str, secret: bytes, paths: list[str]) -> None:
+    def __init__(
+        self, engine_id: str, control_address: str, secret: bytes, paths: list[str], tls: TLS | None = None
+    ) -> None:
         extend_path(paths)
         refuse_refs()  # inside of what the refs among arguments stand for
         loop = asyncio.get_running_loop()
@@ -66,7 +72,7 @@ class Courier:
         self._idle = asyncio.Event()  # set when the last call that was held has been answered
         self._turns = Turns()
         self._over = asyncio.Event()  # set when the engine is gone
-        connector = _OwnConnector(control_address, secret, lambda: loop.call_soon_threadsafe(self._over.set))
+        connector = _OwnConnector(control_address, secret, tls, lambda: loop.call_soon_threadsafe(self._over.set))
         self._connector = connector
         # As an ingress is, it is waited for when routes change: a call made after that must follow them.
         try:
@@ -165,11 +171,12 @@ class _OwnConnector(RayConnector):
     Args:
         control_address: Where the controller is reached.
         secret: The engine's.
+        tls: As that of `Courier`.
         closed: Told then, from any thread.
     """
 
-    def __init__(self, control_address: str, secret: bytes, closed: Callable[[], object]) -> None:
-        super().__init__(control_address, secret)
+    def __init__(self, control_address: str, secret: bytes, tls: TLS | None, closed: Callable[[], object]) -> None:
+        super().__init__(control_address, secret, tls)
         self._tell_closed = closed
 
     def close(self) -> None:
@@ -202,7 +209,7 @@ def courier_name(engine_id: str) -> str:
     return f"engine-{engine_id}-courier"
 
 
-def find_courier(engine_id: str, control_address: str, secret: bytes) -> Any:
+def find_courier(engine_id: str, control_address: str, secret: bytes, tls: TLS | None) -> Any:
     """The engine's courier, started if it is not there yet; returns without waiting for it."""
     import ray
 
@@ -218,7 +225,7 @@ def find_courier(engine_id: str, control_address: str, secret: bytes) -> Any:
             max_concurrency=_MAX_CALLS,
             num_cpus=0,
         )
-        .remote(engine_id, control_address, secret, Surroundings.here().sys_path)
+        .remote(engine_id, control_address, secret, Surroundings.here().sys_path, tls)
     )
 
 

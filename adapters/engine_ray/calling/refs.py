@@ -29,6 +29,7 @@ from .courier import courier_name, find_courier
 if TYPE_CHECKING:
     from engine.seam.connector import PlatformRefs
     from engine.seam.messages import Call
+    from engine_wire.tls import TLS
 
 __all__ = ["RayCaller", "RayRefs"]
 
@@ -39,8 +40,8 @@ _COUNT_WITHIN_S = 2.0
 class RayCaller(RayConnector):
     """A connector of a process that makes calls: it has refs as well."""
 
-    def __init__(self, control_address: str = "", secret: bytes | None = None) -> None:
-        super().__init__(control_address, secret)
+    def __init__(self, control_address: str = "", secret: bytes | None = None, tls: TLS | None = None) -> None:
+        super().__init__(control_address, secret, tls)
         self._lock = threading.Lock()  # guards the refs while they are made
         self._refs: RayRefs | None = None
 
@@ -169,8 +170,9 @@ class RayRefs:
     def _find_courier(self) -> Any:
         with self._lock:
             if self._courier is None:
-                control_address = self._connector.control_address
-                self._courier = find_courier(engine_of(control_address), control_address, self._connector.secret())
+                own = self._connector
+                control_address = own.control_address
+                self._courier = find_courier(engine_of(control_address), control_address, own.secret(), own.tls())
             return self._courier
 
     @staticmethod

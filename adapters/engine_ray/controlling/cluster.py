@@ -26,6 +26,7 @@ from engine.seam.log import Log
 from engine.seam.messages import Control, Message
 from engine.seam.worker import Listen, WorkerExit, WorkerSpec
 from engine_wire import Acceptor, SocketChannel, StopWatch, notice_silence, process_behind
+from engine_wire.tls import TLS
 
 from ..calling.addresses import Address
 from ..calling.courier import COURIER, end_courier
@@ -70,14 +71,21 @@ class ClusterAdapter(RayCaller):
         address: The cluster to connect to, or None; see `engine_ray.adapter.RayAdapter`.
         runtime_env: Of every worker.
         init_kwargs: Further arguments of ``ray.init``.
+        tls: Who the engine's parties are to each other, if they are to use TLS between nodes.
     """
 
     shares_process = False
     _outlives_process = False
     """Whether the engine goes on when this process dies."""
 
-    def __init__(self, address: str | None, runtime_env: Mapping[str, Any], init_kwargs: Mapping[str, Any]) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        address: str | None,
+        runtime_env: Mapping[str, Any],
+        init_kwargs: Mapping[str, Any],
+        tls: TLS | None = None,
+    ) -> None:
+        super().__init__(tls=tls)
         self._address = address
         self._runtime_env = dict(runtime_env)
         self._init_kwargs = dict(init_kwargs)
@@ -114,7 +122,7 @@ class ClusterAdapter(RayCaller):
             self.engine_id = engine_id
             self._secret = await asyncio.to_thread(self._make_secret)
             listening, sockets = listen_everywhere(f"engine-{engine_id}")
-            acceptor = Acceptor(listening, self._welcome, loop, secret=self._secret)
+            acceptor = Acceptor(listening, self._welcome, loop, secret=self._secret, tls=self._tls)
             registry = Registry(engine_id)
             self._running = _Running(events, loop, acceptor, registry, connected)
             await self._nodes.look()
@@ -171,6 +179,7 @@ class ClusterAdapter(RayCaller):
             listen=listen,
             shared=listen is not None and port is None,
             surroundings=self._surroundings_now(),
+            tls=self._tls,
         )
         ended = actor.run.remote(tuple(order)).future()
         ended.add_done_callback(lambda future: self._from_ray(worker.ray_ended, described_death(future.exception())))
@@ -240,7 +249,7 @@ class ClusterAdapter(RayCaller):
         import ray
 
         sweep_leftovers()
-        registry.put(Entry(self.secret(), ray.get_runtime_context().get_job_id(), control_address))
+        registry.put(Entry(self.secret(), ray.get_runtime_context().get_job_id(), control_address, self._tls))
         return control_address
 
     def _surroundings_now(self) -> Surroundings:

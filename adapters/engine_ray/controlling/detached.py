@@ -24,6 +24,7 @@ from engine.seam.detached import RemoteController, StateStore
 from engine.seam.log import Log
 from engine.seam.worker import WorkerSpec
 from engine.seam.workplace import enter_worker
+from engine_wire.tls import TLS
 
 from ..calling.addresses import symbolic
 from ..calling.courier import end_courier
@@ -58,12 +59,19 @@ class DetachedAdapter(ClusterAdapter):
         engine_id: The engine.
         runtime_env: Of every worker.
         surroundings: Of the process that created the engine.
+        tls: See `ClusterAdapter`.
     """
 
     _outlives_process = True
 
-    def __init__(self, engine_id: str, runtime_env: Mapping[str, Any], surroundings: Surroundings) -> None:
-        super().__init__(None, runtime_env, {})
+    def __init__(
+        self,
+        engine_id: str,
+        runtime_env: Mapping[str, Any],
+        surroundings: Surroundings,
+        tls: TLS | None = None,
+    ) -> None:
+        super().__init__(None, runtime_env, {}, tls)
         self._registry = Registry(engine_id)
         self._incarnation = os.urandom(4).hex()  # a repeated start must not meet the name of one that was cut short
         self._adopted: set[str] = set()  # names of actors
@@ -75,7 +83,7 @@ class DetachedAdapter(ClusterAdapter):
         return os.urandom(SECRET_BYTES) if left is None else left.secret
 
     def _announce(self, registry: Registry, control_address: str) -> str:
-        registry.put(Entry(self.secret(), "", control_address))
+        registry.put(Entry(self.secret(), "", control_address, self._tls))
         return symbolic(self.engine_id, connection.cluster())
 
     def _surroundings_now(self) -> Surroundings:
@@ -144,13 +152,21 @@ class ControllerActor:
         http: Pickled `engine.config.HTTPOptions`.
         runtime_env: Of every worker.
         surroundings: Of the process that created the engine.
+        tls: See `ClusterAdapter`.
     """
 
-    def __init__(self, engine_id: str, http: bytes, runtime_env: dict[str, Any], surroundings: tuple[Any, ...]) -> None:
+    def __init__(
+        self,
+        engine_id: str,
+        http: bytes,
+        runtime_env: dict[str, Any],
+        surroundings: tuple[Any, ...],
+        tls: TLS | None = None,
+    ) -> None:
         import ray
 
         enter_worker()
-        adapter = DetachedAdapter(engine_id, runtime_env, Surroundings(*surroundings))
+        adapter = DetachedAdapter(engine_id, runtime_env, Surroundings(*surroundings), tls)
         self._engine_id = engine_id
         self._controller = DetachedController(engine_id, adapter, pickle.loads(http))
         if ray.get_runtime_context().was_current_actor_reconstructed:
@@ -259,7 +275,13 @@ def create_controller(
                 scheduling_strategy=NodeAffinitySchedulingStrategy(adapter.node_id(), soft=True),
                 **options,
             )
-            .remote(engine_id, dumps_by_value(http, "http_options"), runtime_env, tuple(Surroundings.here()))
+            .remote(
+                engine_id,
+                dumps_by_value(http, "http_options"),
+                runtime_env,
+                tuple(Surroundings.here()),
+                adapter.tls(),
+            )
         )
     except ValueError as error:
         raise InvalidArgument(
@@ -280,7 +302,8 @@ def find_controller(name: str, namespace: str | None, adapter: ClusterAdapter) -
     """Reach the controller of a detached engine.
 
     Raises:
-        engine.errors.InvalidArgument: There is none of this name.
+        engine.errors.InvalidArgument: There is none of this name, or it does not use TLS though the adapter asks for
+            that.
     """
     import ray
 
@@ -291,7 +314,15 @@ def find_controller(name: str, namespace: str | None, adapter: ClusterAdapter) -
         space = f"in namespace {namespace!r} of" if namespace else "on"
         there = f"there are: {known}" if known else "there are none"
         raise InvalidArgument(f"there is no detached engine {name!r} {space} {where()}; {there}") from error
-    return RayController(actor, ray.get(actor.identify.remote()), adapter)
+    engine_id = ray.get(actor.identify.remote())
+    if adapter.tls() is not None:
+        entry = Registry(engine_id).get()
+        if entry is not None and entry.tls is None:
+            raise InvalidArgument(
+                f"tls: the detached engine {name!r} was created without, so its connections are not encrypted: connect "
+                "without tls, or create it anew with"
+            )
+    return RayController(actor, engine_id, adapter)
 
 
 def _worker_prefix(engine_id: str) -> str:

@@ -9,11 +9,14 @@ from __future__ import annotations
 import contextlib
 import pickle
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from engine.errors import EngineClosed, RetryLater
 
 from .connection import where
+
+if TYPE_CHECKING:
+    from engine_wire.tls import TLS
 
 __all__ = ["Entry", "Registry"]
 
@@ -30,11 +33,13 @@ class Entry(NamedTuple):
         secret: Proves that a party belongs to it.
         job_id: The Ray job whose end is the engine's; empty for a detached engine.
         control_address: Where the controller is now.
+        tls: Who its parties are to each other between nodes, if they use TLS there.
     """
 
     secret: bytes
     job_id: str
     control_address: str
+    tls: TLS | None = None
 
 
 class Registry:

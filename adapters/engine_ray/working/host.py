@@ -54,14 +54,21 @@ class RayHost(WireWorkerHost):
         self._order = order
         self._why_lost = ""
         self._standing: dict[type, Any] = {}  # what every controller must know
-        self._connector = RayCaller(order.control_address, order.secret)
+        self._connector = RayCaller(order.control_address, order.secret, order.tls)
         super().__init__(order.worker_id, self._reach_controller)
         self.tell(self._hello())
 
     def _reach_controller(self, listener: ChannelListener) -> SocketChannel:
         try:
             address = self._connector.locate(self._order.control_address).seen_from(self._connector.node_id())
-            channel = connect(address, listener, on_loop=False, poller=Undriven(), secret=self._order.secret)
+            channel = connect(
+                address,
+                listener,
+                on_loop=False,
+                poller=Undriven(),
+                secret=self._order.secret,
+                tls=self._order.tls,
+            )
         except ChannelClosed as error:
             raise EngineClosed(f"the engine that started this worker is gone: {error}") from error
         channel.drive(lambda: channel.opened, _OPEN_WITHIN_S)
@@ -112,7 +119,7 @@ class RayHost(WireWorkerHost):
         order = self._order
         listening, sockets = listen_everywhere(f"engine-{order.engine_id}")
         address = str(Address(order.engine_id, self._connector.node_id(), sockets))
-        self.serve_on(listening, address, service, secret=order.secret)
+        self.serve_on(listening, address, service, secret=order.secret, tls=order.tls)
 
     # -- the end -------------------------------------------------------------------------------------------------------
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from engine.seam.worker import Listen
 
 from ..link.surroundings import Surroundings
+
+if TYPE_CHECKING:
+    from engine_wire.tls import TLS
 
 __all__ = ["Order"]
 
@@ -25,6 +28,7 @@ class Order(NamedTuple):
         listen: The public address to serve, with the real port where that is known already.
         shared: Whether other workers of this engine listen there already.
         surroundings: Of the application.
+        tls: Who the worker is to other nodes, if the engine uses TLS between them.
     """
 
     engine_id: str
@@ -37,3 +41,4 @@ class Order(NamedTuple):
     listen: Listen | None
     shared: bool
     surroundings: Surroundings
+    tls: TLS | None = None
