@@ -667,6 +667,22 @@ async def test_bodies_are_held_until_they_are_answered(announced: bool) -> None:
         assert (await again).text == "again"
 
 
+async def test_clients_that_announce_bodies_and_send_nothing_keep_nobody_out() -> None:
+    client, app = make(max_bodies_bytes=10, max_body_bytes=10)
+    announced: Any = {"headers": [(b"content-length", b"10")]}
+    silent = [Exchange(app, "POST", **announced) for _ in range(40)]
+    await asyncio.sleep(0)
+    honest = Exchange(app, "POST", **announced).says(b"01234", more=True).says(b"56789")
+    call = await client.calls.get()
+    for exchange in silent:
+        exchange.says(b"0", more=True)
+        await exchange.task
+        assert exchange.status == 503, "now that there is something to hold"
+    call.reply("done")
+    await honest.task
+    assert honest.status == 200
+
+
 async def test_a_flood_of_refusals_is_logged_once_a_second(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -124,10 +124,39 @@ async def test_bodies_together_have_a_budget() -> None:
     first.grow_to(6)
     assert await read_claimed(client(b"abc", b"def"), 10, first, None) == b"abcdef"
     assert budget.held_bytes == 6
-    with pytest.raises(Overloaded, match="take 9 of max_bodies_bytes=10"):
+    with pytest.raises(Overloaded, match="take 6 of max_bodies_bytes=10"):
         await read_claimed(client(b"abc", b"def"), 10, second, None)
     for _ in range(2):
         second.release()
         assert budget.held_bytes == 6
     first.release()
     assert await read_claimed(client(b"0123456789"), 10, second, None) == b"0123456789"
+
+
+async def test_what_is_only_announced_takes_no_room() -> None:
+    budget = Budget(10)
+    for _ in range(40):
+        Claim(budget).announce(10)
+    honest = Claim(budget)
+    honest.announce(10)
+    assert await read_claimed(client(b"01234", b"56789"), 10, honest, None) == b"0123456789"
+    with pytest.raises(Overloaded, match="take 10 of max_bodies_bytes=10"):
+        Claim(budget).announce(1)
+
+
+async def test_half_of_a_body_is_enough_to_be_sure_of_the_rest() -> None:
+    budget = Budget(10)
+    bodies = [Claim(budget) for _ in range(3)]
+    for body in bodies:
+        body.announce(8)
+    bodies[0].grow_to(4)
+    bodies[1].grow_to(1)
+    assert budget.held_bytes == 8 + 2
+    with pytest.raises(Overloaded, match="take 10 of max_bodies_bytes=10"):
+        bodies[2].grow_to(1)
+    with pytest.raises(Overloaded, match="take 8 of max_bodies_bytes=10"):
+        bodies[1].grow_to(2)
+    bodies[1].release()
+    bodies[0].grow_to(8)
+    bodies[0].release()
+    assert budget.held_bytes == 0

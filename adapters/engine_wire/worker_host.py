@@ -18,12 +18,13 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from engine.seam.channel import Channel, ChannelClosed, ChannelListener
-from engine.seam.control_messages import LogLine, Ready, StartFailed
+from engine.seam.control_messages import LogLine, Ping, Ready, StartFailed
 from engine.seam.messages import Control, Message
 from engine.seam.service import Service
 
 from .channel import SocketChannel
 from .outlet import Outlet
+from .spare_memory import SpareMemory
 
 if TYPE_CHECKING:
     from .tls import TLS
@@ -58,6 +59,7 @@ class WireWorkerHost:
         self._say_lock = threading.RLock()  # guards the next two; a signal handler may log, too
         self._outlet = Outlet()
         self._unsaid = 0  # lines that were dropped since the last that was not
+        self._spare_memory = SpareMemory()
         self._channel = control(self)
 
     def start(self) -> None:
@@ -139,6 +141,8 @@ class WireWorkerHost:
             with self._lock:
                 self._early.append(message.body)
                 self._deliver()
+            if isinstance(message.body, Ping):
+                self._spare_memory.look()
 
     def lost(self, channel: Channel, reason: str) -> None:
         """See `engine.seam.channel.ChannelListener.lost`."""

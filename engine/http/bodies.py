@@ -1,5 +1,10 @@
 """Reading the bodies that clients send, of which no more are held at a time than there is room for.
 
+Who announces a body gets no room for it: clients that announce much and send nothing would keep all others out. A body
+that has begun to come gets as much again as has come, up to what was announced. So half of a body is enough to be sure
+of the rest, of many large ones that come at a time those go on that are ahead, and no body waits for another one: what
+finds no room is refused, and makes room.
+
 Everything here belongs to one ingress, and only its loop's thread touches it.
 """
 
@@ -22,7 +27,7 @@ class BodyTooLarge(Exception):
 
 
 class Budget:
-    """How many bytes of bodies there may be at a time, from when they are announced until they are answered.
+    """How many bytes of bodies there may be at a time, from when they come until they are answered.
 
     Args:
         most_bytes: So many.
@@ -43,28 +48,43 @@ class Claim:
         budget: The budget.
     """
 
-    __slots__ = ("_budget", "_size")
+    __slots__ = ("_announced", "_budget", "_size")
 
     def __init__(self, budget: Budget) -> None:
         self._budget = budget
+        self._announced = 0
         self._size = 0
 
-    def grow_to(self, size: int) -> None:
-        """Claim so many bytes in all, if these are more than before.
+    def announce(self, size: int) -> None:
+        """So many bytes are to come.
 
         Raises:
-            Overloaded: There is no room for them now.
+            Overloaded: There would be no room for them now.
         """
+        self._announced = size
+        self._check_room(size)
+
+    def grow_to(self, size: int) -> None:
+        """Claim what so many bytes need, which have come.
+
+        Raises:
+            Overloaded: There is no room for it now.
+        """
+        if size < self._announced:
+            size = min(2 * size, self._announced)
         more = size - self._size
-        if more <= 0:
-            return
+        if more > 0:
+            self._check_room(more)
+            self._size = size
+            self._budget.held_bytes += more
+
+    def _check_room(self, more: int) -> None:
         budget = self._budget
         if budget.held_bytes + more > budget.most_bytes:
             raise Overloaded(
-                f"the bodies of other requests take {budget.held_bytes} of max_bodies_bytes={budget.most_bytes} already"
+                f"the bodies of other requests take {budget.held_bytes - self._size} of "
+                f"max_bodies_bytes={budget.most_bytes} already"
             )
-        self._size = size
-        budget.held_bytes += more
 
     def release(self) -> None:
         """Give all of it back (idempotent)."""

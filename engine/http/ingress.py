@@ -255,7 +255,7 @@ class Ingress:
     ) -> bytes | None:
         """The body of a request; None if there will be no call, of which the client has been told."""
         try:
-            claim.grow_to(content_length)
+            claim.announce(content_length)
             return await read_body(receive, self._max_body_bytes, claim, patience)
         except ClientLeft:
             pass
