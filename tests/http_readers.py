@@ -46,6 +46,7 @@ class Conversation:
         refused: Why the rest was no HTTP, if it was not.
         closes: Whether nothing that follows is taken for a request.
         switched: Whether the rest is another protocol's.
+        streams: What was understood of it as requests of HTTP/2.
         written: The answers.
     """
 
@@ -53,6 +54,7 @@ class Conversation:
     refused: str | None = None
     closes: bool = False
     switched: bool = False
+    streams: list[Message] = field(default_factory=list)
     written: bytes = b""
 
 
@@ -132,7 +134,7 @@ class Front:
         await self._settle()
         self._check_nothing_left(connection)
         return Conversation(
-            app.messages, closes=closes, switched=app.switched, written=bytes(transport.written), refused=None
+            app.messages, closes=closes, switched=app.switched, streams=app.streams, written=bytes(transport.written)
         )
 
     async def _settle(self) -> None:
@@ -149,6 +151,7 @@ class _App:
     def __init__(self, answers: str) -> None:
         self._answers = answers
         self.messages: list[Message] = []
+        self.streams: list[Message] = []
         self.switched = False
         self.may_answer = asyncio.Event()
 
@@ -162,8 +165,7 @@ class _App:
         query = scope["query_string"]
         target = scope["raw_path"] + (b"?" + query if query else b"")
         message = Message(scope["method"].encode(), target, list(scope["headers"]), scope["http_version"].encode())
-        if not self.switched:
-            self.messages.append(message)
+        (self.streams if self.switched else self.messages).append(message)
         if self._answers == "before the body":
             await self._answer(send)
         if self._answers == "at the end":

@@ -6,7 +6,6 @@ import array
 import contextlib
 import fcntl
 import itertools
-import logging
 import os
 import pickle
 import socket
@@ -17,11 +16,26 @@ from types import SimpleNamespace
 from unittest import mock
 
 from fakes import decoded
-from fuzzing import fuzzed
+from fuzzing import fuzzed, log_of
 from hypothesis import strategies as st
 
 from engine.seam.control_messages import Applied, LogLine, Pong, Ready, Subscribe
-from engine.seam.messages import AS_CONFIGURED, Call, Cancel, Control, Credit, End, Failure, Item, Message, Reply
+from engine.seam.messages import (
+    AS_CONFIGURED,
+    HTTP,
+    LOW,
+    NORMAL,
+    PYTHON,
+    Call,
+    Cancel,
+    Control,
+    Credit,
+    End,
+    Failure,
+    Item,
+    Message,
+    Reply,
+)
 from engine.testing.fakes import FakeListener
 from engine_wire import SocketChannel, Undriven, protocol
 from engine_wire.acceptor import channel_of_calls
@@ -42,7 +56,17 @@ _bodies = st.one_of(
     st.builds(Applied, st.integers()),
 )
 _MESSAGES: st.SearchStrategy[Message] = st.one_of(
-    st.builds(Call, _ids, st.integers(0, 255), _texts, st.none(), _texts, _bytes, _bytes, st.just(AS_CONFIGURED)),
+    st.builds(
+        lambda *fields: Call(*fields[:7], AS_CONFIGURED, fields[7]),
+        _ids,
+        st.sampled_from([PYTHON, HTTP]),
+        _texts,
+        st.none(),
+        _texts,
+        _bytes,
+        _bytes,
+        st.sampled_from([NORMAL, LOW]),
+    ),
     st.builds(Reply, _ids, _loads, _bytes, _bytes),
     st.builds(Failure, _ids, _loads, st.integers(0, 255), _bytes, _bytes),
     st.builds(Item, _ids, _bytes, _bytes),
@@ -142,7 +166,7 @@ def test_a_peer_ends_its_own_connection_at_most(data: bytes, cuts: list[int], de
     listener = FakeListener()
     with contextlib.ExitStack() as stack, _nothing_is_unpickled():
         stack.enter_context(far)
-        records = stack.enter_context(_log_of("engine.wire"))
+        records = stack.enter_context(log_of("engine.wire"))
         channel = channel_of_calls(near, listener, Undriven(), greet=True)
         stack.callback(channel.close)
         pieces = _pieces(GREETING + data, cuts)
@@ -162,13 +186,13 @@ def test_a_peer_ends_its_own_connection_at_most(data: bytes, cuts: list[int], de
     assert _open_descriptors() == before
 
 
-@fuzzed(words=st.binary(max_size=20), cut=st.integers(0, 5000))
-def test_a_page_says_a_number_or_nothing(words: bytes, cut: int) -> None:
+@fuzzed(words=st.binary(max_size=40), number=_ids, cut=st.integers(0, 5000))
+def test_a_page_says_something_or_nothing(words: bytes, number: int, cut: int) -> None:
     page = BegunPage()
     try:
         os.pwrite(page.fd, words, 0)
-        highest = page.highest()
-        assert highest is None or 0 <= highest < 1 << 64
+        begun = page.read()
+        assert begun is None or begun.may_have(number) in (True, False)
     finally:
         page.close()
     with tempfile.TemporaryFile() as file:
@@ -241,21 +265,3 @@ def _say(sock: socket.socket, data: bytes, descriptors: list[int], channel: Sock
         with contextlib.suppress(BlockingIOError):
             data = data[sock.send(data, socket.MSG_DONTWAIT) :]
         channel.read_rest()
-
-
-@contextlib.contextmanager
-def _log_of(name: str) -> Iterator[list[str]]:
-    lines: list[str] = []
-
-    class Handler(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            lines.append(record.getMessage())
-
-    handler, logger = Handler(), logging.getLogger(name)
-    logger.addHandler(handler)
-    propagate, logger.propagate = logger.propagate, False
-    try:
-        yield lines
-    finally:
-        logger.propagate = propagate
-        logger.removeHandler(handler)

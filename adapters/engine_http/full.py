@@ -11,7 +11,7 @@ import asyncio
 import base64
 import collections
 import re
-from collections.abc import Awaitable, Callable, Sized
+from collections.abc import Awaitable, Callable, Iterable, Sized
 from typing import TYPE_CHECKING, Any
 
 import h2.errors
@@ -41,6 +41,10 @@ log = Log("engine.http")
 
 _ABSOLUTE = re.compile(rb"https?://([^/?#]+)(.*)", re.IGNORECASE)
 _TARGET = re.compile(rb"/|https?://[^/?#]", re.IGNORECASE)
+_METHOD = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Z-]+")
+_PATH = re.compile(rb"/[\x21-\x7e]*")
+_RESETS = 500
+_RESETS_PER_S = 50.0
 _WRITE_AT_ONCE = 64 * 1024
 """More than this is not held back to join it with what follows."""
 
@@ -287,6 +291,17 @@ def refusal(request: h11.Request, max_head_bytes: int) -> int | None:
     return None
 
 
+def refusal_of_stream(headers: Iterable[tuple[bytes, bytes]]) -> int | None:
+    """The status to refuse a request of HTTP/2 with that h2 takes, by the rules of `refusal`; or None."""
+    pseudo = {name: value for name, value in headers if name.startswith(b":")}
+    method, path = pseudo[b":method"], pseudo.get(b":path", b"")
+    if _METHOD.fullmatch(method) is None or (method == b"CONNECT" and b":protocol" not in pseudo):
+        return 501
+    if _PATH.fullmatch(path) is None and (method, path) != (b"OPTIONS", b"*"):
+        return 400
+    return None
+
+
 def asks_for_http2(request: h11.Request, *, after: int, tls: bool) -> bool:
     """Whether a request is how a client changes to HTTP/2 on a connection on which it began requests ``after``.
 
@@ -384,13 +399,45 @@ class _H1(H11Protocol):
         await super().stream_send(event)
 
 
+class Allowance:
+    """So much at once, and then so much in a second: a token bucket.
+
+    Args:
+        most: At once.
+        per_s: After that.
+        now: The time, which does not go back.
+    """
+
+    def __init__(self, most: int, per_s: float, now: float) -> None:
+        self._most = most
+        self._per_s = per_s
+        self._left = float(most)
+        self._at = now
+
+    def take(self, now: float) -> bool:
+        """Take one; False if none is left."""
+        self._left = min(self._most, self._left + (now - self._at) * self._per_s) - 1
+        self._at = now
+        return self._left >= 0
+
+
 class _H2(H2Protocol):
     """Hypercorn's HTTP/2, which resets a stream that broke off and survives a body that nobody reads.
+
+    A client that opens streams and has them reset, by itself or by doing on them what is not allowed, makes work that
+    the number of open streams does not bound: it may do so `_RESETS` times at once, and `_RESETS_PER_S` in a second.
+    Its wishes for priorities are not heard (RFC 9113, 5.3.2), since they would let it fill the tree of streams.
 
     An application that sends waits until the stream's buffer has room again: hypercorn's own goes on as soon as the
     client's flow-control window is used up. It is let go when the client leaves, which hypercorn's own forgets: when
     the connection ends, and when a stream is reset whose window is used up.
     """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        loop: Any = self.task_group.loop  # type: ignore[attr-defined]
+        self._clock: Callable[[], float] = loop.time
+        self._resets = Allowance(_RESETS, _RESETS_PER_S, self._clock())
 
     async def handle(self, event: Event) -> None:
         await super().handle(event)
@@ -441,10 +488,27 @@ class _H2(H2Protocol):
                 # answered before its body was complete
                 self.connection.acknowledge_received_data(event.flow_controlled_length or 0, event.stream_id or 0)
                 await self._flush()
-            else:
+            elif not isinstance(event, h2.events.PriorityUpdated):
                 if isinstance(event, h2.events.StreamReset):
                     await self._discard(event.stream_id)
+                    if not self._resets.take(self._clock()):
+                        self.connection.close_connection(h2.errors.ErrorCodes.ENHANCE_YOUR_CALM)
+                        await self._flush()
+                        await self.send(Closed())
+                        return
                 await super()._handle_events([event])
+
+    async def _create_stream(self, request: h2.events.RequestReceived) -> None:
+        status = refusal_of_stream(request.headers)
+        if status is None:
+            await super()._create_stream(request)
+            return
+        stream_id = request.stream_id
+        headers = [(b":status", b"%d" % status), (b"content-length", b"0"), *self.config.response_headers("h2")]
+        self.connection.send_headers(stream_id, headers, end_stream=True)
+        if request.stream_ended is None:  # it need not send its body
+            self.connection.reset_stream(stream_id, h2.errors.ErrorCodes.NO_ERROR)
+        await self._flush()
 
     async def _discard(self, stream_id: int) -> None:
         """Drop what was still to be sent on a stream; the sending task then finds it complete, and forgets it."""
