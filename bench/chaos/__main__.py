@@ -1,4 +1,4 @@
-"""`python -m bench.chaos [SCENARIO...] [--backend local] [--seconds S]`"""
+"""`python -m bench.chaos [SCENARIO...] [--backend local] [--seconds S | --short]`"""
 
 from __future__ import annotations
 
@@ -20,19 +20,25 @@ def main() -> int:
     )
     options.add_argument("--backend", default="local", choices=["local", "ray"])
     options.add_argument("--seconds", type=float, help="how long each goes on")
+    options.add_argument(
+        "--short", action="store_true", help="a few seconds each, and no figure that depends on the machine counts"
+    )
     given = options.parse_args()
     outcomes: list[Outcome] = []
+    broken = False
     usual = [name for name, scenario in SCENARIOS.items() if given.backend in scenario.backends]
     with own_cluster() if given.backend == "ray" else nullcontext():
         for name in given.scenario or usual:
             scenario = SCENARIOS[name]
             began = time.monotonic()
-            found = list(scenario.run(given.backend, given.seconds or scenario.usual_s))
+            seconds = given.seconds or (scenario.short_s if given.short else scenario.usual_s)
+            found = list(scenario.run(given.backend, seconds))
             outcomes += found
-            kept = all(one.held for one in found)
+            kept = all(one.held or (given.short and one.timed) for one in found)
+            broken |= not kept
             print(f"{name}: {'kept' if kept else 'BROKEN'} ({time.monotonic() - began:.0f} s)", file=sys.stderr)
     print(table(outcomes))
-    return 0 if all(one.held for one in outcomes) else 1
+    return 1 if broken else 0
 
 
 if __name__ == "__main__":

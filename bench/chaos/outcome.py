@@ -15,12 +15,14 @@ class Outcome:
         aim: what was promised.
         found: what happened.
         held: whether the promise was kept.
+        timed: whether that depends on how fast the machine is, and on what else it does.
     """
 
     what: str
     aim: str
     found: str
     held: bool
+    timed: bool = False
 
 
 def table(outcomes: Iterable[Outcome]) -> str:

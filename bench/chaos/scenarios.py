@@ -27,25 +27,27 @@ class Scenario(NamedTuple):
     Attributes:
         run: Takes the adapter and the seconds to go on for.
         usual_s: How long it goes on unless told otherwise.
+        short_s: How long where it is only to show that nothing is broken; what comes in numbers is fewer then.
         backends: The adapters on which it says more than on another: on Ray it is what Ray has a part in.
     """
 
     run: Callable[[str, float], Iterator[Outcome]]
     usual_s: float
+    short_s: float
     backends: tuple[str, ...]
 
 
 SCENARIOS: Final = {
-    "kills": Scenario(kills, 60.0, _BOTH),
-    "poison": Scenario(poison, 20.0, _BOTH),
-    "stops": Scenario(stops, 10.0, _BOTH),
-    "versions": Scenario(versions, 10.0, _BOTH),
-    "overload": Scenario(overload, 30.0, _LOCAL),
-    "bodies": Scenario(bodies, 0.0, _LOCAL),
-    "fuzz": Scenario(fuzz, 300.0, _LOCAL),
-    "interrupts": Scenario(interrupts, 60.0, _LOCAL),
-    "stateful": Scenario(stateful, 60.0, _LOCAL),
-    "endings": Scenario(endings, 60.0, _BOTH),
-    "calls": Scenario(calls, 300.0, _LOCAL),
-    "cycles": Scenario(cycles, 300.0, _LOCAL),
+    "kills": Scenario(kills, 60.0, 4.0, _BOTH),
+    "poison": Scenario(poison, 20.0, 3.0, _BOTH),
+    "stops": Scenario(stops, 10.0, 0.5, _BOTH),
+    "versions": Scenario(versions, 10.0, 1.0, _BOTH),
+    "overload": Scenario(overload, 30.0, 0.5, _LOCAL),
+    "bodies": Scenario(bodies, 60.0, 6.0, _LOCAL),
+    "fuzz": Scenario(fuzz, 300.0, 5.0, _LOCAL),
+    "interrupts": Scenario(interrupts, 60.0, 5.0, _LOCAL),
+    "stateful": Scenario(stateful, 60.0, 5.0, _LOCAL),
+    "endings": Scenario(endings, 60.0, 5.0, _BOTH),
+    "calls": Scenario(calls, 300.0, 3.0, _LOCAL),
+    "cycles": Scenario(cycles, 300.0, 0.0, _LOCAL),
 }

@@ -34,6 +34,7 @@ class Version(Worker):
 
 def versions(backend: str, seconds: float) -> Iterator[Outcome]:
     """20 updates of the code, one of them broken, then rolling recycling; calls go on all the while."""
+    updates = UPDATES if seconds >= 10 else BROKEN + 1
     with tempfile.TemporaryDirectory() as directory, Engine(backend=backend, http_options={"port": 0}) as engine:
         path = Path(directory, "marks")
         marks = Marks(path)
@@ -45,7 +46,7 @@ def versions(backend: str, seconds: float) -> Iterator[Outcome]:
         wrong: list[str] = []
         refused = 0
         with traffic.going_on():
-            for version in range(1, UPDATES + 1):
+            for version in range(1, updates + 1):
                 try:
                     engine.update_backend("worker", Version, str(path), 0.005, version)
                 except RuntimeError:
@@ -55,14 +56,14 @@ def versions(backend: str, seconds: float) -> Iterator[Outcome]:
                 if found != {expected}:
                     wrong.append(f"{found} rather than {expected}")
         yield Outcome(
-            f"{UPDATES} updates",
+            f"{updates} updates",
             "calls that follow get the new code, or the former one if the new one does not start",
             f"{refused} refused, wrong: {wrong or 'none'}",
             refused == 1 and not wrong,
         )
         for account in accounts:
             yield Outcome(
-                f"{UPDATES} updates: {account.name}", "0 failures", str(account), account.count("ok") == account.sent
+                f"{updates} updates: {account.name}", "0 failures", str(account), account.count("ok") == account.sent
             )
         engine.update_backend_config("worker", {"max_calls_per_replica": 200})
         traffic = Traffic(engine, "worker", marks)

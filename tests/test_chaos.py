@@ -1,0 +1,28 @@
+"""Every scenario of `bench.chaos` for a few seconds, as a program: what does not depend on time must hold."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.chaos.scenarios import SCENARIOS
+
+ROOT = Path(__file__).parent.parent
+TESTED_ELSEWHERE = {"fuzz", "stateful"}  # test_fuzz_*.py, test_racing.py
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("scenario", sorted(set(SCENARIOS) - TESTED_ELSEWHERE))
+def test_a_scenario_in_short(scenario: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.chaos", scenario, "--short"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=150,
+    )
+    assert done.returncode == 0, done.stdout
