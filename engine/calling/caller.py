@@ -130,7 +130,7 @@ class Caller:
             for copy in copies:
                 self._submit_copy(call, copy)
         except EngineError as error:
-            slot.fail(error)
+            slot.fail(error.with_traceback(None))  # which knows these frames, and so the call: they would keep it
         except BaseException:
             self._recover([])
             if again:
@@ -437,7 +437,7 @@ class Caller:
             if slot.call_id == call_id and slot in target.holds:
                 self._withdraw(slot)
                 self._pending.pop(call_id, None)
-                slot.fail(error)
+                slot.fail(error.with_traceback(None))
 
     def _was_sent(self, slot: Slot, channel: Channel) -> bool:
         if channel.awaits(slot.call_id):
