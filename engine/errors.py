@@ -30,6 +30,7 @@ __all__ = [
     "ResourcesUnavailable",
     "ResultNotSerializable",
     "RetryLater",
+    "Superseded",
     "WouldBlock",
 ]
 
@@ -99,6 +100,10 @@ class NotSerializable(CallError, TypeError):
 
 class Cancelled(CallError):
     """The call was given up by ``ref.cancel()``, so that there is no result to wait for."""
+
+
+class Superseded(CallError):
+    """A newer update of the same backend came before this one was done; what it asks for takes its place."""
 
 
 class WouldBlock(CallError, RuntimeError):

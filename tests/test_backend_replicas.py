@@ -298,7 +298,7 @@ async def test_while_one_start_goes_on_others_that_fail_leave_hope(world: Dying)
 
 @dying(2)
 async def test_a_change_that_takes_long_delays_no_replacement(world: Dying) -> None:
-    async with world.backend.lock:
+    async with world.backend.turns.turn():
         world.die("b#1")
         await until(lambda: world.started[2:] == ["b#3"])
         world.become_ready("b#3")
@@ -591,7 +591,7 @@ async def test_one_that_serves_is_replaced_before_it_leaves(world: Replacing) ->
 @replacing
 async def test_one_that_hangs_is_out_of_service_at_once(world: Replacing) -> None:
     first = world.backend.running[0]
-    async with world.backend.lock:  # somebody else's change takes long
+    async with world.backend.turns.turn():  # somebody else's change takes long
         task = asyncio.ensure_future(world.backend.replace_one(first, "hangs", at_once=True))
         await until(lambda: first not in world.backend.running)
         await until(first.gone.is_set)
@@ -604,10 +604,11 @@ async def test_one_that_hangs_is_out_of_service_at_once(world: Replacing) -> Non
 @replacing
 async def test_one_that_serves_goes_on_if_no_other_starts(world: Replacing) -> None:
     world.adapter.refuses = ValueError("not today")
-    await world.backend.replace_one(world.backend.running[0], "is old")
+    replacing = asyncio.ensure_future(world.backend.replace_one(world.backend.running[0], "is old"))
+    await until(lambda: world.backend.describe()["last_error"] == "ValueError: not today")
     assert world.in_service == ["b#1", "b#2"]
     world.adapter.refuses = None
-    await world.backend.replace_one(world.backend.running[0], "is old")
+    await replacing
     assert world.in_service == ["b#2", "b#4"]
 
 

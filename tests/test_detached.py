@@ -172,6 +172,7 @@ async def test_the_next_controller_replaces_what_does_not(platform: Platform) ->
     assert two.replicas("a") == ["a#2"]  # calls go on there at once
     await until(lambda: two.ids(two.adapter.started) == ["a#3", "ingress#3"])  # numbers are never used twice
     await until(lambda: two.replicas("a") == ["a#2", "a#3"])
+    await until(lambda: "ingress#3" in repr(loaded(platform.store).ingresses))
     three = await platform.controller().started()
     assert three.ids(three.adapter.adopted) == ["a#2", "a#3", "b#1", "ingress#1", "ingress#3"]
     assert three.version > two.version

@@ -23,7 +23,15 @@ from engine.seam.serialization import pack_exception, unpack_exception
 
 FAMILIES = {
     RetryLater: {"Overloaded", "NoReplica", "DeadlineExceeded", "ReplicaDied", "ResourcesUnavailable"},
-    CallError: {"Cancelled", "EndpointNotFound", "InvalidArgument", "MethodNotFound", "NotSerializable", "WouldBlock"},
+    CallError: {
+        "Cancelled",
+        "EndpointNotFound",
+        "InvalidArgument",
+        "MethodNotFound",
+        "NotSerializable",
+        "Superseded",
+        "WouldBlock",
+    },
     BackendError: {"BackendStartError", "ResultNotSerializable", "RemoteError"},
 }
 BUILT_IN = {

@@ -96,8 +96,9 @@ class Fleet:
 
     async def replace(self, count: int, **config: Any) -> None:
         self.log.clear()
-        async with self.backend.lock:
-            await self.backend.replace(plan_of(count, **config))
+        async with self.backend.turns.turn():
+            departures = await self.backend.replace(plan_of(count, **config))
+        await asyncio.gather(*departures)
 
 
 def in_fleet(count: int, **config: Any) -> Callable[[Callable[[Fleet], Coroutine[Any, Any, None]]], Callable[[], None]]:
@@ -334,7 +335,7 @@ async def test_worn_replicas_are_exchanged_one_by_one_and_others_come_first(flee
     renewing = asyncio.ensure_future(backend.renew())
     await until(lambda: fleet.log == ["+b#4", "b#2 b#3 b#4", "-b#1"])
     await backend.renew()  # somebody is at it
-    async with backend.lock:  # while one takes its time to end, changes go on
+    async with backend.turns.turn():  # while one takes its time to end, changes go on
         assert len(fleet.log) == 3
     fleet.let("b#1")
     await until(lambda: fleet.log[3:] == ["+b#5", "b#3 b#4 b#5", "-b#2"])
@@ -372,7 +373,7 @@ async def test_a_worn_one_goes_on_until_another_one_starts(fleet: Fleet) -> None
 async def test_a_worn_one_that_hangs_is_ended_at_once(fleet: Fleet) -> None:
     worker = fleet.backend.running[0]
     fleet.backend.mark_worn(worker, "is old")
-    async with fleet.backend.lock:
+    async with fleet.backend.turns.turn():
         ending = asyncio.ensure_future(fleet.backend.replace_one(worker, "hangs", at_once=True))
         await until(worker.gone.is_set)
     await ending

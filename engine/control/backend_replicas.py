@@ -6,17 +6,20 @@ Runs on the controller's loop. Callers learn of nothing here before the controll
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
+from ..errors import Superseded
 from ..seam.log import Log
 from .backend_plan import BackendPlan
 from .backoff import backoff_s
 from .reconfiguring import Reconfiguring
 from .refill import Refill
-from .replica_pool import Means, ReplicaPool
+from .replica_pool import Departures, Due, Means, ReplicaPool
 from .rolling import Rolling
 from .rollout import Room
+from .turns import GaveWay, Turns
 from .workers import Worker
 
 __all__ = ["BackendReplicas"]
@@ -32,15 +35,15 @@ class BackendReplicas(ReplicaPool):
         plan: What they run.
 
     Attributes:
-        lock: Held by whoever changes what is wanted. Replicas that died are replaced meanwhile.
+        turns: Of those who change what is wanted. Replicas that died are replaced meanwhile.
     """
 
     def __init__(self, means: Means, plan: BackendPlan) -> None:
         super().__init__(means, plan)
-        self.lock = asyncio.Lock()
+        self.turns = Turns()
         self._renewing = False
         self._refill = Refill(self)
-        self._rolling = Rolling(self, self._refill)
+        self._rolling = Rolling(self, self._refill, interrupted=lambda: self.turns.interrupted)
         self._reconfiguring = Reconfiguring(self, self._refill)
 
     async def create(self) -> None:
@@ -59,8 +62,8 @@ class BackendReplicas(ReplicaPool):
             await self.end(self.running, at_once=True)
             raise
 
-    async def amend(self, given: BackendPlan, *, keep_resources: bool) -> None:
-        """Run something else, and keep of the former plan what ``given`` leaves open.
+    def amended(self, given: BackendPlan, *, keep_resources: bool) -> BackendPlan:
+        """A new plan that keeps of the one that rules what ``given`` leaves open.
 
         Args:
             given: The new plan, but its configuration has just the fields that change.
@@ -68,39 +71,51 @@ class BackendReplicas(ReplicaPool):
 
         Raises:
             InvalidArgument: What is given does not fit the configuration.
-            BaseException: See `replace`.
         """
         resources = self.plan.resources if keep_resources else given.resources
         plan = replace(given, config=self.config.updated(given.config), resources=resources)
         plan.check(plan.config)
-        await self.replace(plan)
+        return plan
 
-    async def replace(self, plan: BackendPlan) -> None:
+    async def replace(self, plan: BackendPlan) -> Departures:
         """Run something else: in steps as `Room` allows, its replicas take the places of those that run.
 
         It rules once none of the former version is in service; should the controller die before, the next one returns
-        to that. Returns when the former replicas have ended.
+        to that.
+
+        Returns:
+            What ends the former replicas.
 
         Raises:
+            Superseded: Somebody else wants to run something else again, and takes over from what there is now.
             BaseException: What a new replica's constructor raised, why it did not become ready, or why the store does
                 not keep the change. Then all is as before; former replicas that had made room are started again.
         """
         self.try_anew()
         departures: list[asyncio.Task[None]] = []
+        plan = replace(plan, version=self._next_version())
         try:
-            await self._rolling.roll(replace(plan, version=self._next_version()), self.publish, departures)
+            await self.turns.exchange(self._rolling.roll(plan, self.publish, departures))
+        except GaveWay:
+            if self.deleted:
+                raise self.deleted_error() from None
+            raise Superseded(f"backend {self.plan.tag!r}: a newer update came before this one was done") from None
         except BaseException:
             if departures or self.outdated:
-                await self._rolling.settle()
+                with suppress(GaveWay):
+                    await self.turns.exchange(self._rolling.settle())
             raise
-        await asyncio.shield(asyncio.gather(*departures))
+        return departures
 
     def _next_version(self) -> int:
         """Of which there is no replica: some may be left of one that was rolled back."""
         return 1 + max(self.plan.version, *[worker.version for worker in self.all_ready()], 0)
 
     async def renew(self) -> None:
-        """Exchange the replicas that are due; if others do not start, they go on until some do."""
+        """Exchange the replicas that are due; if others do not start, they go on until some do.
+
+        Those first that are not well. Whoever changes the backend meanwhile does not wait for that.
+        """
         if self._renewing:
             return
         self._renewing = True
@@ -108,15 +123,16 @@ class BackendReplicas(ReplicaPool):
         try:
             while self.due and not self.deleted:
                 if failed:
-                    await asyncio.sleep(backoff_s(failed))
+                    await self.pause(backoff_s(failed))
                 if self.dismissals:
                     await asyncio.wait(self.dismissals)
-                # A few at a time, so that nobody waits long for the lock: they may wear out as fast as that goes.
-                async with self.lock:
-                    worn = [worker for worker in self.running if worker in self.marked]
-                    failed = (
-                        0 if await self._rolling.settle(worn[: Room.for_few(self.config).at_a_time]) else failed + 1
-                    )
+                async with self.turns.background():
+                    due = [one for one in self.running if one in self.marked]
+                    due.sort(key=lambda one: self.marked[one])
+                    few = due[: Room.for_few(self.config).at_a_time]  # they may wear out as fast as that goes
+                    with suppress(GaveWay):
+                        done = await self.turns.exchange(self._rolling.settle(few), background=True)
+                        failed = 0 if done else failed + 1
         finally:
             self._renewing = False
         await self._refill.fill()  # what made room for others that did not start has left its place empty
@@ -130,7 +146,7 @@ class BackendReplicas(ReplicaPool):
             at_once: It is of no use any more, and is ended before there is another. Otherwise it serves until then,
                 finishes what it holds, and goes on if the other one does not start.
         """
-        if worker not in self.running or (worker in self.marked and not at_once):
+        if worker not in self.running or (self.marked.get(worker) is Due.ILL and not at_once):
             return
         if at_once:
             self._dead.append(worker.spec.worker_id)
@@ -139,11 +155,8 @@ class BackendReplicas(ReplicaPool):
             await self._refill.fill()
             return
         self.note_loss(worker, reason)
-        self.marked.add(worker)
-        async with self.lock:
-            if worker in self.marked and not self.deleted and not await self._rolling.settle([worker]):
-                self.marked.discard(worker)  # until it asks again
-        await self._refill.fill()  # it may have made room, or others may have died, and the other one did not start
+        self.marked[worker] = Due.ILL
+        await self.renew()
 
     def mark_worn(self, worker: Worker, reason: str) -> bool:
         """Have `renew` exchange a replica in service that has done its share; returns whether it is not to be anyway.
@@ -155,12 +168,12 @@ class BackendReplicas(ReplicaPool):
         if worker in self.marked:
             return False
         _logger.info("%s %s; another one takes its place", worker.spec.name, reason)
-        self.marked.add(worker)
+        self.marked[worker] = Due.WORN
         return True
 
-    async def update(self, changes: Any) -> None:
+    async def update(self, changes: Any) -> Departures:
         """Change the configuration; see `Reconfiguring.update`."""
-        await self._reconfiguring.update(changes)
+        return await self._reconfiguring.update(changes)
 
     async def refill(self) -> None:
         """Start the replicas that are missing; see `Refill.fill`."""

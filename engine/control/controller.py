@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Coroutine
-from contextlib import closing, nullcontext
+from contextlib import closing
 from typing import Any
 
 from ..calling.client import Client
@@ -33,7 +33,7 @@ from .endpoint_table import EndpointTable
 from .ingress_fleet import IngressFleet
 from .keeper import Keeper
 from .publisher import Publisher
-from .replica_pool import Means
+from .replica_pool import Departures, Means
 from .workers import Worker, Workers
 
 __all__ = ["Controller"]
@@ -203,7 +203,7 @@ class Controller:
                 keep it.
         """
         while (there := self._backends.get(plan.tag)) is not None and not there.live:
-            async with there.lock:  # it is being created, or that is being taken back for whoever was interrupted
+            async with there.turns.turn():  # it is being created, or that is taken back for whoever was interrupted
                 pass
         if self._being_deleted(plan.tag):  # the new replicas would be taken for the old ones, whose names they have
             raise InvalidArgument(
@@ -211,13 +211,13 @@ class Controller:
                 "wait for that"
             )
         if there is not None and replace:
-            return await self._change(there, there.replace(plan))
+            return await self._change(there, there.replace(plan), instead=True)
         if there is not None:
             raise InvalidArgument(
                 f"backend {plan.tag!r} exists already: choose another tag, pass replace=True, or delete it first"
             )
         backend = self._backends[plan.tag] = self._new_backend(plan)
-        async with backend.lock:
+        async with backend.turns.turn():
             try:
                 await backend.create()
             except BaseException:
@@ -226,14 +226,21 @@ class Controller:
             self._refill(backend)
 
     async def update_backend(self, plan: BackendPlan, *, keep_resources: bool) -> None:
-        """Have a backend run something else; see `engine.control.backend_replicas.BackendReplicas.amend`.
+        """Have a backend run something else; see `engine.control.backend_replicas.BackendReplicas.replace`.
+
+        One of these that goes on already gives way.
 
         Raises:
             InvalidArgument: The backend is unknown, or its configuration does not fit.
             BaseException: Why a replica did not become ready, or why the store does not keep it. Then all is as before.
         """
         backend = self._backend(plan.tag)
-        await self._change(backend, backend.amend(plan, keep_resources=keep_resources))
+        backend.amended(plan, keep_resources=keep_resources)  # before anything gives way to it
+
+        async def replace() -> Departures:
+            return await backend.replace(backend.amended(plan, keep_resources=keep_resources))
+
+        await self._change(backend, replace(), instead=True)
 
     async def update_backend_config(self, tag: str, changes: Any) -> None:
         """Change a backend's configuration; the change rules once this returns.
@@ -259,9 +266,9 @@ class Controller:
             self._endpoints.check_unused(tag)
             backend.deleted = True  # nobody begins anything with it any more
         try:
-            # By force it is not waited for whoever holds the lock: he may wait for a replica that is stuck.
-            async with nullcontext() if force else backend.lock:
-                pass
+            if not force:  # else it is not waited for whoever's turn it is: he may wait for a replica that is stuck
+                async with backend.turns.turn(instead=True):
+                    pass
         except BaseException:
             self._keep_after_all(backend)
             raise
@@ -406,21 +413,27 @@ class Controller:
             self._backend(tag)
         return endpoints
 
-    async def _change(self, backend: BackendReplicas, change: Coroutine[Any, Any, None]) -> None:
-        """Change a backend, unless it is deleted."""
+    async def _change(
+        self, backend: BackendReplicas, change: Coroutine[Any, Any, Departures], *, instead: bool = False
+    ) -> None:
+        """Change a backend, unless it is deleted; returns when those have ended that leave for that.
+
+        Nobody waits for these who wants to change it next.
+        """
         tag = backend.plan.tag
         with closing(change):  # it may never begin
-            async with backend.lock:
+            async with backend.turns.turn(instead=instead):
                 if self._backend(tag) is not backend:  # it may have been deleted meanwhile
                     raise InvalidArgument(f"backend {tag!r} was deleted meanwhile")
                 try:
-                    await change
+                    departures = await change
                 except EngineError as error:
                     if self._backends.get(tag) is not backend:
                         raise InvalidArgument(f"backend {tag!r} was deleted meanwhile") from error
                     raise
                 finally:
                     self._refill(backend)
+        await asyncio.shield(asyncio.gather(*departures))
 
     # -- changes -------------------------------------------------------------------------------------------------------
 
@@ -515,7 +528,7 @@ class Controller:
         tag = backend.plan.tag
         if at_once:
             await backend.kill_all()
-        async with backend.lock:  # who held it has ended what he had started
+        async with backend.turns.turn(instead=True):  # whose turn it was has ended what he had started
             replicas = self._end_replicas(backend, backend.all_ready(), at_once=at_once)
             await asyncio.gather(backend.end_fills(), replicas)
         if self._leaving.get(tag) is backend:

@@ -14,7 +14,7 @@ from ..config import BackendConfig
 from ..seam.log import Log
 from ..seam.serialization import dumps
 from .refill import Refill
-from .replica_pool import ReplicaPool
+from .replica_pool import Departures, ReplicaPool
 from .workers import Life, Worker
 
 __all__ = ["Reconfiguring"]
@@ -34,14 +34,17 @@ class Reconfiguring:
         self._pool = pool
         self._refill = refill
 
-    async def update(self, changes: Any) -> None:
-        """Change the configuration; returns when the replicas that are too many then have ended.
+    async def update(self, changes: Any) -> Departures:
+        """Change the configuration.
 
         If ``reconfigure`` raises in some replicas, the others return to the former configuration, which rules. If a new
         replica does not start, all of the change rules but the number of replicas. If the store does not keep the
         change, nothing of it rules. A replica that refuses to return is replaced, and so is one that dies meanwhile or
         takes longer than ``reconfigure_timeout_s``. If the one in its place does not start, nothing of the change
         rules; nor does it if whoever asked for it gives it up.
+
+        Returns:
+            What ends the replicas that are too many then.
 
         Raises:
             InvalidArgument: The change is not valid.
@@ -57,11 +60,11 @@ class Reconfiguring:
         self._refill.paused = True
         try:
             await self._refill.recall()  # those that are missing are started below, with what rules then
-            await self._update(after)
+            return await self._update(after)
         finally:
             self._refill.paused = False
 
-    async def _update(self, after: BackendConfig) -> None:
+    async def _update(self, after: BackendConfig) -> Departures:
         pool = self._pool
         before = pool.plan
         try:
@@ -96,7 +99,7 @@ class Reconfiguring:
             raise
         if failure is not None:
             raise failure
-        await asyncio.shield(asyncio.gather(*pool.let_go(there[plan.config.num_replicas :])))
+        return pool.let_go(there[plan.config.num_replicas :])
 
     async def _return_from(self, taken: BackendConfig, but: Container[Worker] = ()) -> None:
         """Have the replicas, but for some, return from a configuration that does not rule to the one that does."""

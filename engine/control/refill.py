@@ -70,7 +70,7 @@ class Refill:
                         return
                     pool.start_failed(error, began)
                     pool.announce()
-                    await self._pause()
+                    await pool.pause(pool.restarts.not_before - time.monotonic())
                     continue
                 if pool.deleted or self._short <= 0 or fill not in self.fills:  # meanwhile
                     pool.let_go([worker], at_once=True)
@@ -80,14 +80,6 @@ class Refill:
                 return
         finally:
             self.fills.discard(fill)
-
-    async def _pause(self) -> None:
-        """Wait until a place whose start failed is to be tried again."""
-        retry = self._pool.retry
-        try:
-            await asyncio.wait_for(retry.wait(), self._pool.restarts.not_before - time.monotonic())
-        except (asyncio.TimeoutError, TimeoutError):
-            pass
 
     async def recall(self) -> None:
         """As `give_up`; returns when those that were starting hold nothing any more that others may need."""

@@ -7,10 +7,11 @@ loop. Callers learn of nothing here before the controller publishes it.
 from __future__ import annotations
 
 import asyncio
+import enum
 import math
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 from ..config import BackendConfig
@@ -28,7 +29,7 @@ from .restarts import Restarts
 from .rollout import Room
 from .workers import Life, Worker, Workers
 
-__all__ = ["Means", "ReplicaPool"]
+__all__ = ["Departures", "Due", "Means", "ReplicaPool"]
 
 _logger = Log("engine.controller")
 
@@ -37,6 +38,17 @@ _LONGEST_REASON = 300
 """Characters of an error that travel to all callers."""
 _KEPT_DEAD = 100
 """Deaths that callers are told of: far more than happen between two snapshots that a caller gets."""
+
+
+Departures = Sequence[asyncio.Task[None]]
+"""What ends replicas that are out of service."""
+
+
+class Due(enum.IntEnum):
+    """Why another replica is to take the place of one. What is less goes first."""
+
+    ILL = 0
+    WORN = 1
 
 
 class Means(NamedTuple):
@@ -78,7 +90,7 @@ class ReplicaPool:
         room: What there may be while replicas are exchanged; None while none are.
         coming: How many an exchange is starting.
         leaving: Replicas out of service that are not gone yet.
-        marked: Replicas in service that others are to take the places of.
+        marked: Replicas in service that others are to take the places of, and why.
         dismissals: What ends replicas. (The loop itself holds tasks weakly.)
         restarts: When those that are missing may start.
         waits: Seconds that replacements have to wait, of those that have yet to begin.
@@ -106,7 +118,7 @@ class ReplicaPool:
         self.room: Room | None = None
         self.coming = 0
         self.leaving: set[Worker] = set()
-        self.marked: set[Worker] = set()
+        self.marked: dict[Worker, Due] = {}
         self.dismissals: set[asyncio.Task[None]] = set()
         self.restarts = Restarts()
         self.waits: list[float] = []
@@ -214,7 +226,7 @@ class ReplicaPool:
     @property
     def due(self) -> bool:
         """Whether there are replicas in service that others are to take the places of."""
-        return self.outdated or not self.marked.isdisjoint(self.running)
+        return self.outdated or any(worker in self.marked for worker in self.running)
 
     # -- starting them -------------------------------------------------------------------------------------------------
 
@@ -308,6 +320,13 @@ class ReplicaPool:
         retry, self.retry = self.retry, asyncio.Event()
         retry.set()
 
+    async def pause(self, longest_s: float) -> None:
+        """Wait before a start that failed is tried again, unless there is reason to do so at once."""
+        try:
+            await asyncio.wait_for(self.retry.wait(), longest_s)
+        except (asyncio.TimeoutError, TimeoutError):
+            pass
+
     def try_anew(self) -> None:
         """Forget that starts have failed: something is different now, so that the next ones may succeed."""
         was_hopeless = self.hopeless
@@ -331,7 +350,8 @@ class ReplicaPool:
         Returns:
             What ends each of them.
         """
-        self.marked.difference_update(leaving)
+        for worker in leaving:
+            self.marked.pop(worker, None)
         self.leaving.update(leaving)
         tasks = [asyncio.get_running_loop().create_task(self._see_off(one, at_once=at_once)) for one in leaving]
         for task in tasks:
@@ -385,7 +405,7 @@ class ReplicaPool:
         if worker not in self.running:
             return False
         self.running.remove(worker)
-        self.marked.discard(worker)
+        self.marked.pop(worker, None)
         self._dead.append(worker.spec.worker_id)
         self._died(worker)
         if not self.running:  # before, starts that failed kept nobody from being served

@@ -30,11 +30,13 @@ class Rolling:
     Args:
         pool: Has the replicas.
         refill: Starts those that die meanwhile.
+        interrupted: Whether the exchange that goes on is to end.
     """
 
-    def __init__(self, pool: ReplicaPool, refill: Refill) -> None:
+    def __init__(self, pool: ReplicaPool, refill: Refill, *, interrupted: Callable[[], bool] = lambda: False) -> None:
         self._pool = pool
         self._refill = refill
+        self._interrupted = interrupted
 
     async def settle(self, worn: Collection[Worker] = ()) -> bool:
         """Exchange these replicas, and those of another version; returns whether that is done.
@@ -66,7 +68,7 @@ class Rolling:
         Args:
             plan: What is to rule.
             publish: Keeps each step and lets callers know.
-            departures: Gets the ends of those that were taken out of service. They finish what they hold meanwhile.
+            departures: Gets what ends those that were taken out of service. They finish what they hold meanwhile.
             worn: Replicas that are to be exchanged, too.
 
         Raises:
@@ -86,6 +88,8 @@ class Rolling:
         pool.arriving, pool.room = plan, room
         try:
             while pool.plan is not plan or apart(pool.running)[0] or pool.missing > len(self._refill.fills):
+                if self._interrupted():
+                    raise asyncio.CancelledError
                 if begun - len(arrived.intersection(pool.running)) >= _UNSTABLE_AFTER:
                     raise BackendStartError(
                         f"backend {plan.tag!r}: replicas of the new version end soon after they are ready; the last "
