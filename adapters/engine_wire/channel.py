@@ -1,6 +1,7 @@
 """One channel over a connected socket.
 
-The socket stays in blocking mode, whoever uses it; all I/O here passes ``MSG_DONTWAIT``.
+The socket stays in blocking mode, whoever uses it. All I/O here passes ``MSG_DONTWAIT``, but for reads of a thread that
+has nothing else to wait for.
 
 Who reads: exactly one party at a time, the holder of the reader role (`_role`). It is either the driver (a loop, or
 a polling thread) or a thread inside `SocketChannel.drive`, which waits for its own answer and delivers everybody else's
@@ -115,6 +116,7 @@ class SocketChannel:
         self._unsent: list[bytes | memoryview] = []
         # Each item is what the kernel gave, or how much of the first of `_unsent` it took.
         self._receives: Iterator[bytes] = map(sock.recv, repeat(_READ_SIZE), repeat(_NOWAIT))
+        self._waits: Iterator[bytes] = map(sock.recv, repeat(_READ_SIZE))  # the same, and waits for something to come
         first: Iterator[Any] = map(getitem, repeat(self._unsent), repeat(0))
         self._sends: Iterator[int] = map(sock.send, first, repeat(_NOWAIT))
         if opening is not None:
@@ -292,11 +294,12 @@ class SocketChannel:
                     self._driver.disarm(self)
                 deadline = None if timeout_s is None else time.monotonic() + timeout_s
                 while not self._closed and not done():
-                    if deadline is None and not self._unsent:  # as almost always
-                        self._poll_input.poll()
-                    elif not self._await_input(deadline):
+                    if deadline is None and not self._unsent and self._decoder.large is None:  # as almost always
+                        self._read(waits=True)  # an opening keeps something unsent
+                    elif self._await_input(deadline):
+                        self._read()
+                    else:
                         break
-                    self._read()
                 del self._role[_READER]
                 if self._closed or self._unanswered or self._opening is not None:
                     self._leave(me)
@@ -353,7 +356,8 @@ class SocketChannel:
         while not self._closed and arrived.poll(0):
             self.on_readable()
 
-    def _read(self) -> None:
+    def _read(self, *, waits: bool = False) -> None:
+        """Read once, and deliver what came; on request, wait for it."""
         if self._opening is not None:
             self._read_opening()
             return
@@ -366,7 +370,7 @@ class SocketChannel:
                     ended = not count
                     break
             elif decoder.arrived is None:  # else it is left from a reader that was struck
-                for decoder.arrived in self._receives:
+                for decoder.arrived in self._waits if waits else self._receives:
                     break
                 ended = not decoder.arrived
         except BlockingIOError:

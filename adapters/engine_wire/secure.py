@@ -361,7 +361,9 @@ class SecureChannel(SocketChannel):
 
     sock: SecureSocket
 
-    def _read(self) -> None:
+    def _read(self, *, waits: bool = False) -> None:
+        if waits:
+            self._await_input(None)
         super()._read()
         self._read_held()
 
