@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import select
 import socket
 import subprocess
@@ -14,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from engine import Engine
 from engine.testing.instruments import PATIENCE_S, Footprint
 from engine_wire import Acceptor, BlockingServiceLoop, listen_unix
 
@@ -294,3 +297,24 @@ def test_a_secret_that_is_too_short_leaks_no_socket(make: Any, tmp_path: Path, l
     with pytest.raises(ValueError, match="secret"):
         make([listening], *rest, secret=b"short")
     assert listening.fileno() < 0
+
+
+def count_descriptors(request: Any) -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="nobody says which descriptors there are")
+def test_a_channel_takes_one_descriptor_at_each_end(leaves_nothing: Footprint) -> None:
+    with Engine(backend="local", http_options={"location": None}) as engine:
+        for tag in ("one", "two"):
+            engine.create_backend(tag, count_descriptors)
+            engine.create_endpoint(tag, backend=tag)
+        engine.get_handle("one").call()  # opens what all channels have in common
+        before = count_descriptors(None)
+        there = engine.get_handle("two").call()
+        assert count_descriptors(None) == before + 1
+
+        async def call_from_a_loop() -> int:
+            return await engine.get_handle("two", sync=False).call()
+
+        assert asyncio.run(call_from_a_loop()) == there + 1

@@ -17,7 +17,7 @@ from engine.seam.messages import PYTHON, Call, Reply
 from engine.testing.fakes import FakeListener
 from engine.testing.instruments import PATIENCE_S
 from engine.testing.strikes import struck
-from engine_wire import SocketChannel, Undriven
+from engine_wire import SocketChannel, Undriven, mapping
 from engine_wire.acceptor import channel_of_calls
 from engine_wire.begun import FIRST_PLACE, BegunPage, adopted, close_all, greet_with
 from engine_wire.handshake import ClientHandshake, ServerHandshake
@@ -193,8 +193,8 @@ def test_a_peer_that_keeps_no_page(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("garbage", [struct.pack("=QQ", ANY, 1), b"\xff" * 16, struct.pack("=QQ", 0, 7)])
 def test_garbage_on_the_page_makes_every_call_one_that_may_have_begun(pair: Pair, garbage: bytes) -> None:
     pair.call(1)
-    assert pair.near._page is not None
-    os.pwrite(pair.near._page.fd, garbage, 0)
+    assert pair.near._page is not None and pair.near._page.words is not None
+    pair.near._page.words.cast("B")[: len(garbage)] = garbage
     pair.far.close()
     pair.hear()
     assert pair.begun(1, 2) == [1, 2]
@@ -244,6 +244,78 @@ def a_file() -> list[int]:
 def test_what_could_shrink_under_the_one_who_writes_is_not_mapped(make: object) -> None:
     """Touching memory that is gone would end the process. Whatever came is closed."""
     assert adopted(make()) is None  # type: ignore[operator]
+
+
+def test_a_page_that_was_passed_keeps_no_descriptor_on_either_side() -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    pair = Pair(BegunPage())
+    pair.call(1)
+    assert len(os.listdir("/proc/self/fd")) == before + 2  # the sockets
+    pair.far.begin(1)
+    pair.far.close()
+    pair.hear()
+    assert pair.begun(1, 2) == [1]
+    pair.near.close()
+
+
+def test_pages_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the cyclic collector, and where the C library has to be asked for the memory."""
+
+    def pages() -> int:
+        with open("/proc/self/maps") as maps:
+            return sum("engine-begun" in line for line in maps)
+
+    for version in ((3, 12), (3, 10)):
+        monkeypatch.setattr(mapping.sys, "version_info", version)
+        gc.disable()
+        try:
+            before = pages()
+            pair = Pair(BegunPage())
+            pair.call(1)
+            assert pages() == before + 2
+            pair.far.close()
+            pair.hear()
+            pair.near.close()
+            assert pages() == before
+        finally:
+            gc.enable()
+
+
+def test_an_interpreter_without_ctypes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def library() -> object:
+        raise ImportError("ctypes")
+
+    monkeypatch.setattr(mapping, "_from_the_c_library", library)
+    pair = Pair(BegunPage())
+    pair.call(1)
+    pair.far.begin(1)
+    pair.far.close()
+    pair.hear()
+    assert pair.begun(1, 2) == [1]
+    pair.near.close()
+
+
+def test_a_page_whose_maker_is_interrupted_anywhere_leaves_no_descriptor() -> None:
+    near, far = socket.socketpair()
+    before = len(os.listdir("/proc/self/fd"))
+    kept: list[BegunPage | None] = [None]
+
+    def make() -> None:
+        for kept[0] in BegunPage.made(near):
+            break
+
+    place = 0
+    while where := struck(make, place, KeyboardInterrupt()):
+        if kept[0] is not None:
+            kept[0].close()
+            kept[0] = None
+        assert len(os.listdir("/proc/self/fd")) == before, where
+        place += 1
+    assert place > 10
+    assert kept[0] is not None
+    kept[0].close()
+    near.close()
+    far.close()
 
 
 def test_a_page_cannot_shrink() -> None:

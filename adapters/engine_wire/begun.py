@@ -6,25 +6,25 @@ it. It costs no message and no system call, and it stands when the process is go
 their numbers: threads that send at the same time may overtake each other between taking a number and sending. So the
 page has the numbers of the last calls that began, and of all others only the highest.
 
-Neither end trusts the other with its life. The one that only reads does not map the page; the one that maps it first
-sees that nobody can shrink it, since touching what is gone would end the process. Where there is no such memory (other
-systems than Linux, no descriptor to spare), channels do without: then a call that was sent may have begun.
+Both map the page, and keep no descriptor of it once it has been passed. Neither trusts the other with its life: who
+makes a page seals it, and who gets one first sees that it is sealed, so that nobody can shrink it, since touching what
+is gone would end the process. Where there is no such memory (other systems than Linux, no descriptor to spare just
+then), channels do without: then a call that was sent may have begun.
 """
 
 from __future__ import annotations
 
 import array
-import contextlib
 import errno
 import fcntl
-import mmap
 import os
 import socket
-import struct
 from collections import deque
-from collections.abc import Iterable
-from itertools import repeat
+from collections.abc import Iterable, Iterator
+from itertools import repeat, starmap
 from typing import Final, NamedTuple
+
+from .mapping import mapped
 
 __all__ = ["FIRST_PLACE", "HALF", "Begun", "BegunPage", "adopted", "close_all", "descriptors_in", "greet_with", "room"]
 
@@ -32,7 +32,6 @@ _PAGE_BYTES = 4096
 _FORGOTTEN, _ADOPTED = range(2)  # of its words of eight bytes: see `Begun.forgotten`; whether anybody says so
 FIRST_PLACE: Final = 2  # the others are places for numbers, taken in turn
 HALF: Final = 256  # of its words
-_words = struct.Struct(f"={2 * HALF}Q")
 
 
 class Begun(NamedTuple):
@@ -68,38 +67,55 @@ class BegunPage:
         OSError: There is no memory for it, or no descriptor.
     """
 
+    words: memoryview | None = None
+    """Its memory; None once it is closed."""
+
     def __init__(self) -> None:
-        self.fd = os.memfd_create("engine-begun", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        self._descriptors: list[int] = []  # one, until it has been passed
         try:
+            # In one go: no signal handler runs between a descriptor's coming and its being noted.
+            self._descriptors += map(os.memfd_create, ("engine-begun",), (os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING,))
             os.ftruncate(self.fd, _PAGE_BYTES)
-            os.pwrite(self.fd, bytes(_words.size), 0)  # so that the memory is there when it is written to
+            os.pwrite(self.fd, bytes(_PAGE_BYTES), 0)  # so that the memory is there when it is written to
             fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+            self.words = mapped(self.fd, _PAGE_BYTES)
         except BaseException:
             self.close()
             raise
 
     @classmethod
-    def make(cls, sock: socket.socket) -> BegunPage | None:
-        """One for a channel over this socket, or None where there can be none."""
+    def made(cls, sock: socket.socket) -> Iterator[BegunPage]:
+        """Make one for a channel over this socket; none where there can be none.
+
+        Whoever is given it by a ``for`` statement has it before a signal handler can run.
+
+        Raises:
+            OSError: By the iterator: see the class.
+        """
         if sock.family != socket.AF_UNIX or not (hasattr(os, "memfd_create") and hasattr(fcntl, "F_ADD_SEALS")):
-            return None
-        with contextlib.suppress(OSError):
-            return cls()
-        return None
+            return iter(())
+        return starmap(cls, ((),))
+
+    @property
+    def fd(self) -> int:
+        """Of its file, until it has been passed."""
+        return self._descriptors[0]
 
     def read(self) -> Begun | None:
         """Which calls have begun; None if nobody has kept the page."""
-        try:
-            words = _words.unpack(os.pread(self.fd, _words.size, 0))
-        except (OSError, struct.error):
+        if self.words is None or self.words[_ADOPTED] != 1:
             return None
-        return Begun(frozenset(words[FIRST_PLACE:]), words[_FORGOTTEN]) if words[_ADOPTED] == 1 else None
+        words = self.words.tolist()
+        return Begun(frozenset(words[FIRST_PLACE:]), words[_FORGOTTEN])
+
+    def passed(self) -> None:
+        """The peer has it, or will never: its descriptor is not needed any more (idempotent)."""
+        close_all(self._descriptors)
 
     def close(self) -> None:
         """Let go of it (idempotent)."""
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            os.close(fd)
+        self.passed()
+        self.words = None
 
 
 def greet_with(sock: socket.socket, greeting: bytes, page: BegunPage | None) -> None:
@@ -119,6 +135,7 @@ def greet_with(sock: socket.socket, greeting: bytes, page: BegunPage | None) -> 
                 raise
             # As many of this user's descriptors are on their way as it may have open: its replicas read none just now.
             sock.send(greeting, socket.MSG_DONTWAIT)
+        page.passed()
 
 
 def descriptors_in(ancillary: Iterable[tuple[int, int, bytes]]) -> list[int]:
@@ -153,6 +170,6 @@ def _mapped(descriptor: int) -> memoryview | None:
     seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
     if not seals & fcntl.F_SEAL_SHRINK or os.fstat(descriptor).st_size != _PAGE_BYTES:
         return None
-    words = memoryview(mmap.mmap(descriptor, _PAGE_BYTES)).cast("Q")
+    words = mapped(descriptor, _PAGE_BYTES)
     words[_ADOPTED] = 1
     return words

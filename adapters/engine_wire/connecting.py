@@ -8,6 +8,7 @@ channel is lost.
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from typing import TYPE_CHECKING
 
@@ -70,7 +71,9 @@ def connect(
         elif isinstance(poller, Poller):
             poller.prepare()  # else it might lack descriptors only when a call is under way
         if calls:  # only now: it can be done without, if it was the last descriptor
-            page = BegunPage.make(sock)
+            with contextlib.suppress(OSError):
+                for page in BegunPage.made(sock):  # noqa: B007
+                    break
         opening: Opening | None = None
         kind = SocketChannel
         if tls is not None and secret is not None and sock.family != socket.AF_UNIX:
