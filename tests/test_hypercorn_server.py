@@ -16,6 +16,7 @@ from typing import Any
 
 import h2.connection
 import h2.events
+import h2.settings
 import httpx
 import pytest
 import trustme
@@ -658,6 +659,15 @@ class Http2:
             events = self.connection.receive_data(await self.reader.read(65536))
             heard = any(isinstance(event, h2.events.PingAckReceived) for event in events)
 
+    async def until_reset(self, stream_id: int) -> None:
+        """Wait until the server gives a stream up."""
+        given_up = False
+        while not given_up:
+            events = self.connection.receive_data(await asyncio.wait_for(self.reader.read(65536), PATIENCE_S))
+            given_up = any(
+                isinstance(event, h2.events.StreamReset) and event.stream_id == stream_id for event in events
+            )
+
     def open_window(self, amount: int) -> None:
         self.connection.increment_flow_control_window(amount)
         self.connection.increment_flow_control_window(amount, 1)
@@ -736,6 +746,23 @@ async def test_a_stream_of_which_the_client_takes_nothing_is_reset() -> None:
         client.get(stream_id + 2, "/a")
         await client.take(len(b"hello"), window=False, stream_id=stream_id + 2)
         client.writer.close()
+
+
+@pytest.mark.parametrize("path", ["/a", "/large"])
+async def test_an_answer_of_which_the_client_never_takes_the_end_is_let_go(path: str) -> None:
+    """It is complete as far as the application goes, and its connection is busy meanwhile."""
+    async with serving(stall_timeout_s=0.2) as server:
+        before = asyncio.all_tasks()
+        client = await Http2.ask(server, "prior knowledge")
+        await client.leave("reset")
+        client.connection.update_settings({h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: 0})
+        client.get(3, path)
+        await client.until_reset(3)
+        client.get(5, "/a")
+        client.connection.increment_flow_control_window(100_000, 5)
+        await client.take(len(b"hello"), window=False, stream_id=5)
+        client.writer.close()
+        await only_left(before)
 
 
 @pytest.mark.parametrize("window", [True, False])

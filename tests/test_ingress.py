@@ -667,6 +667,29 @@ async def test_bodies_are_held_until_they_are_answered(announced: bool) -> None:
         assert (await again).text == "again"
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_a_body_is_not_held_for_a_client_that_is_slow_to_take_its_answer(streamed: bool) -> None:
+    client, app = make(max_bodies_bytes=10, max_body_bytes=10)
+    announced: Any = {"headers": [(b"content-length", b"10")]}
+    slow = Exchange(app, "POST", **announced).says(b"0123456789")
+    call = await client.calls.get()
+    slow.writable.clear()
+    if streamed:
+        call.item(b"a", encode_head(200, []))
+    else:
+        call.reply("done")
+    other = Exchange(app, "POST", **announced).says(b"0123456789")
+    (await client.calls.get()).reply("done")
+    await other.task
+    assert other.status == 200
+    assert call.slot.call.payload == b"", "nor is it kept in memory"
+    slow.writable.set()
+    if streamed:
+        call.end()
+    await slow.task
+    assert slow.status == 200
+
+
 async def test_clients_that_announce_bodies_and_send_nothing_keep_nobody_out() -> None:
     client, app = make(max_bodies_bytes=10, max_body_bytes=10)
     announced: Any = {"headers": [(b"content-length", b"10")]}

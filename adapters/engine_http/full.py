@@ -19,7 +19,7 @@ import h2.events
 import h2.exceptions
 import h11
 from hypercorn.events import Closed, Event, RawData, Updated
-from hypercorn.protocol.events import Body, Data, Response, StreamClosed
+from hypercorn.protocol.events import Body, Data, EndBody, EndData, Response, StreamClosed, Trailers
 from hypercorn.protocol.events import Event as StreamEvent
 from hypercorn.protocol.h2 import BUFFER_HIGH_WATER, H2Protocol
 from hypercorn.protocol.h11 import H2CProtocolRequiredError, H2ProtocolAssumedError, H11Protocol
@@ -455,14 +455,15 @@ class _H2(H2Protocol):
                 except h2.exceptions.ProtocolError:
                     pass  # the client was faster
                 await self._flush()
-        if not isinstance(event, (Body, Data)):
+        if not isinstance(event, (Body, Data, EndBody, EndData, Trailers)):
             await super().stream_send(event)
             return
         buffer = self.stream_buffers.get(event.stream_id)
         watch = _WindowWatch(self, event.stream_id, buffer.buffer if buffer is not None else b"")
         try:
             await super().stream_send(event)
-            await self._has_room(event.stream_id)
+            if isinstance(event, (Body, Data)):  # the others wait until there is nothing left
+                await self._has_room(event.stream_id)
         finally:
             watch.stop()
 

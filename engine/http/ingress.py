@@ -21,7 +21,7 @@ from urllib.parse import parse_qs
 
 from ..calling.answers import StreamSlot
 from ..calling.budget import PRIORITIES
-from ..calling.slot import Submitter
+from ..calling.slot import NO_CALL, Submitter
 from ..config import LONGEST_S
 from ..errors import DeadlineExceeded, EngineError, InvalidArgument, Overloaded
 from ..seam.http_request import trim_scope
@@ -224,6 +224,7 @@ class Ingress:
                 return
             timeout_s = given_s if timeout_s is None else min(given_s, timeout_s)
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        loop = asyncio.get_running_loop()
         owes_body = bool(content_length) or chunked or scope.get("http_version") not in _TOLD_BY_HEADERS
         if not owes_body:
             message = await receive()
@@ -231,7 +232,7 @@ class Ingress:
                 return
             if not (message.get("body") or message.get("more_body")):
                 call = _call_of(scope, found, call_method, deadline, request_id, b"", priority)
-                await self._call(found.endpoint_name, call, shard_key, exchange, receive)
+                await self._call(StreamSlot(loop, found.endpoint_name, call, shard_key), exchange, receive)
                 return
             receive = _beginning_with(message, receive)  # a middleware has put a body there
         claim = Claim(self._bodies)
@@ -240,7 +241,9 @@ class Ingress:
             body = await self._body(receive, content_length, claim, patience, found.endpoint_name, exchange)
             if body is not None:
                 call = _call_of(scope, found, call_method, deadline, request_id, body, priority)
-                await self._call(found.endpoint_name, call, shard_key, exchange, receive)
+                slot = StreamSlot(loop, found.endpoint_name, call, shard_key)
+                del call, body  # it alone keeps them
+                await self._call(slot, exchange, receive, claim)
         finally:
             claim.release()
 
@@ -287,17 +290,15 @@ class Ingress:
 
     # -- calls -----------------------------------------------------------------------------------------------------
 
-    async def _call(
-        self, endpoint_name: str, call: Call, shard_key: str | None, exchange: Exchange, receive: Any
-    ) -> None:
+    async def _call(self, slot: StreamSlot, exchange: Exchange, receive: Any, claim: Claim | None = None) -> None:
+        endpoint_name = slot.endpoint
         try:
             caller = self._client.loop_caller()
         except EngineError as error:
             await self._refused(error, endpoint_name, exchange)
             return
-        loop = asyncio.get_running_loop()
-        slot = StreamSlot(loop, endpoint_name, call, shard_key)
-        watch = Watch(slot, caller, receive, call.deadline)
+        loop = slot.loop
+        watch = Watch(slot, caller, receive, slot.call.deadline)
         lookout = self._lookout
         if lookout is None or lookout.loop is not loop:
             lookout = self._lookout = Lookout(loop)
@@ -307,6 +308,10 @@ class Ingress:
             caller.submit(slot)
             answer = await slot.next()
             kind = type(answer)
+            if claim is not None and (kind is Reply or kind is Item):
+                # The client may be slow to take the answer, and has what it sent all that time.
+                slot.call = NO_CALL
+                claim.release()
             if kind is Reply:
                 over = True
                 status, headers = decode_head(answer.head)
