@@ -257,6 +257,8 @@ class HTTPOptions:
             also accepted directly as keys of ``http_options``.
         priority_header: A header by which clients may say how urgent their requests are, ``normal`` or ``low``
             (anything else is answered with 400), e.g. ``"x-priority"``. None: no header says so.
+        max_connections: How many connections of clients a server process has open at a time; others wait until one
+            ends, for which those are closed that nobody uses. None means any number.
 
     Raises:
         errors.InvalidArgument: A field has the wrong type or value.
@@ -275,6 +277,7 @@ class HTTPOptions:
     status_details: bool | None = None
     server_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     priority_header: str | None = None
+    max_connections: int | None = 10_000
 
     def __post_init__(self) -> None:
         if self.location not in ("HeadOnly", "EveryNode", "NoServer", None):
@@ -286,6 +289,8 @@ class HTTPOptions:
         _check_integer("http_options", "workers", self.workers, 1)
         _check_integer("http_options", "max_body_bytes", self.max_body_bytes, 0)
         _check_integer("http_options", "max_bodies_bytes", self.max_bodies_bytes, 0)
+        if self.max_connections is not None:
+            _check_integer("http_options", "max_connections", self.max_connections, 1)
         if self.request_timeout_s is not None:
             _check_seconds("http_options", "request_timeout_s", self.request_timeout_s)
         _check_switch("http_options", "debug", self.debug)

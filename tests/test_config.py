@@ -270,6 +270,7 @@ def test_http_takes(field: str, value: Any) -> None:
         ("port", 65536, "an integer from 0 to 65535"),
         ("port", "80", "an integer from 0 to 65535"),
         ("workers", 0, "an integer of at least 1"),
+        ("max_connections", 0, "an integer of at least 1"),
         ("max_body_bytes", -1, "an integer of at least 0"),
         ("request_timeout_s", -1, "a number of seconds of at least 0 (and at most a year)"),
         ("request_timeout_s", "1", "a number of seconds of at least 0 (and at most a year)"),

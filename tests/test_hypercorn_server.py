@@ -27,8 +27,10 @@ from engine.errors import InvalidArgument
 from engine.seam.ingress_server import StreamBroken
 from engine_http import HypercornServer
 from engine_http import connection as connection_module
+from engine_http import connections as connections_module
 from engine_http import server as server_module
 from engine_http.connection import Connection
+from engine_http.connections import Connections
 from engine_http.full import _WindowWatch
 from engine_http.plain import PlainLane
 
@@ -143,7 +145,10 @@ class Running:
 
 @contextlib.asynccontextmanager
 async def serving(
-    app: App | None = None, stall_timeout_s: float | None = None, **settings: Any
+    app: App | None = None,
+    stall_timeout_s: float | None = None,
+    max_connections: int | None = None,
+    **settings: Any,
 ) -> AsyncIterator[Running]:
     app = app or App()
     sock = socket.create_server(("127.0.0.1", 0))
@@ -152,7 +157,7 @@ async def serving(
         HypercornServer().serve(
             app,
             [sock],
-            HTTPOptions(stall_timeout_s=stall_timeout_s, server_options=settings),
+            HTTPOptions(stall_timeout_s=stall_timeout_s, max_connections=max_connections, server_options=settings),
             started=started.set,
             stopping=stop.wait,
         )
@@ -801,6 +806,55 @@ async def only_left(tasks: set[asyncio.Task[Any]]) -> None:
     """Wait until all other tasks have ended."""
     while more := asyncio.all_tasks() - tasks:
         await asyncio.wait_for(asyncio.wait(more), PATIENCE_S)
+
+
+# -- how many there may be -----------------------------------------------------------------------------------------
+
+
+async def test_who_is_one_too_many_waits_until_another_one_leaves(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    waits = asyncio.Event()
+    wait_for_room = Connections.wait_for_room
+
+    def waiting(connections: Connections, tell: Callable[[], None]) -> None:
+        wait_for_room(connections, tell)
+        waits.set()
+
+    monkeypatch.setattr(Connections, "wait_for_room", waiting)
+    async with serving(max_connections=2) as server:
+        clients = [await server.connect() for _ in range(2)]
+        for _, writer in clients:
+            writer.write(b"GET /listen HTTP/1.1\r\nhost: x\r\n\r\n")
+            assert await server.app.started.get() == "/listen"
+        more = [await server.connect() for _ in range(2)]
+        for _, writer in more:
+            writer.write(b"GET /listen HTTP/1.1\r\nhost: x\r\n\r\n")
+        await asyncio.wait_for(waits.wait(), PATIENCE_S)
+        assert "2 clients are connected (max_connections)" in caplog.text
+        for _ in range(2):
+            assert server.app.started.empty()
+            _, writer = clients.pop()
+            writer.close()
+            assert await server.app.left.get() == "/listen"
+            assert await server.app.started.get() == "/listen"
+        assert caplog.text.count("max_connections") == 1
+        for _, writer in more:
+            writer.close()
+
+
+async def test_connections_that_nobody_uses_make_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections_module, "_IDLE_S", 0.01)
+    async with serving(max_connections=2) as server:
+        silent = [await server.connect() for _ in range(20)]
+        for reader, writer in silent[:18]:
+            assert await asyncio.wait_for(reader.read(), PATIENCE_S) == b""
+            writer.close()
+        heard, asks = await server.connect()
+        asks.write(b"GET /a HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert (await asyncio.wait_for(heard.readuntil(b"hello"), PATIENCE_S)).startswith(b"HTTP/1.1 200")
+        for writer in (asks, silent[18][1], silent[19][1]):
+            writer.close()
 
 
 # -- stopping ------------------------------------------------------------------------------------------------------

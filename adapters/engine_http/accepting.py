@@ -11,6 +11,7 @@ import asyncio
 import socket
 import ssl
 from collections.abc import Callable
+from typing import Protocol
 
 from engine.seam.descriptors import REST_S, ShortageLog, is_shortage
 from engine.seam.log import Log
@@ -24,6 +25,16 @@ _AT_ONCE = 64
 _shortages = ShortageLog(log)
 
 
+class Room(Protocol):
+    """Who says how many connections there may be: `engine_http.connections.Connections`."""
+
+    def has_room(self, beginning: int) -> bool:
+        """Whether there may be another one, beside those that stand and so many that begin."""
+
+    def wait_for_room(self, tell: Callable[[], None]) -> None:
+        """Call ``tell`` once, when one has ended."""
+
+
 class Accepting:
     """Accepts from now on, until `stop`.
 
@@ -31,6 +42,7 @@ class Accepting:
         sock: Bound and listening, or to listen; stays the caller's.
         backlog: How many connections may wait in the kernel.
         make: Makes the protocol of a connection.
+        room: Says whether there may be another one. Who connects when there may not waits in the kernel.
         loop: The running loop.
         tls: What to serve TLS with, or None.
         handshake_timeout_s: How long a client may take to begin with TLS.
@@ -41,6 +53,7 @@ class Accepting:
         sock: socket.socket,
         backlog: int,
         make: Callable[[], asyncio.Protocol],
+        room: Room,
         loop: asyncio.AbstractEventLoop,
         *,
         tls: ssl.SSLContext | None,
@@ -48,17 +61,21 @@ class Accepting:
     ) -> None:
         self._sock = sock
         self._make = make
+        self._room = room
         self._loop = loop
         self._tls = tls
         self._handshake_timeout_s = None if tls is None else handshake_timeout_s
         self._beginning: set[asyncio.Task[None]] = set()
         self._rest: asyncio.TimerHandle | None = None
+        self._waits = False  # for room
+        self._stopped = False
         sock.setblocking(False)
         sock.listen(backlog)
         self._go_on()
 
     def stop(self) -> None:
         """Accept no more, and hang up on who has not begun (idempotent)."""
+        self._stopped = True
         self._loop.remove_reader(self._sock.fileno())
         if self._rest is not None:
             self._rest.cancel()
@@ -76,6 +93,11 @@ class Accepting:
 
     def _accept(self) -> None:
         for _ in range(_AT_ONCE):
+            if not self._room.has_room(len(self._beginning)):
+                self._waits = True
+                self._loop.remove_reader(self._sock.fileno())
+                self._room.wait_for_room(self._found_room)
+                return
             try:
                 sock, _ = self._sock.accept()
             except OSError as error:
@@ -87,7 +109,17 @@ class Accepting:
             sock.setblocking(False)
             task = self._loop.create_task(self._begin(sock))
             self._beginning.add(task)
-            task.add_done_callback(self._beginning.discard)
+            task.add_done_callback(self._begun)
+
+    def _found_room(self) -> None:
+        if self._waits and not self._stopped:
+            self._waits = False
+            self._go_on()
+
+    def _begun(self, task: asyncio.Task[None]) -> None:
+        self._beginning.discard(task)
+        if self._waits:
+            self._found_room()  # it may have failed: nobody else would tell
 
     async def _begin(self, sock: socket.socket) -> None:
         try:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import socket
 import struct
@@ -154,6 +155,11 @@ class Connection(asyncio.Protocol):
     def idle(self) -> bool:
         """Whether no request is being received or answered."""
         return self._idle_since is not None
+
+    @property
+    def idle_since(self) -> float:
+        """Since when it is idle, by the loop's clock; infinite if it is not."""
+        return math.inf if self._idle_since is None else self._idle_since
 
     def set_idle(self, idle: bool) -> None:
         """Say whether a request is being received or answered."""

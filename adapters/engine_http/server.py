@@ -78,7 +78,7 @@ class HypercornServer:
         config = build_config(options)
         tls = tls_context(config)
         loop = asyncio.get_running_loop()
-        connections = Connections(ServerContext(app, config, loop, options.stall_timeout_s))
+        connections = Connections(ServerContext(app, config, loop, options.stall_timeout_s), options.max_connections)
         accepting: list[Accepting] = []
         try:
             accepting.extend(
@@ -86,6 +86,7 @@ class HypercornServer:
                     sock,
                     config.backlog,
                     connections.accept,
+                    connections,
                     loop,
                     tls=tls,
                     handshake_timeout_s=config.ssl_handshake_timeout,
