@@ -331,8 +331,10 @@ class HTTPOptions:
             raise InvalidArgument(f"http_options must be a dict or HTTPOptions, not {value!r}")
         fields = {field.name for field in dataclasses.fields(cls)}
         given = dict(value or {})
-        server = dict(given.pop("server_options", {}))
-        server.update({key: given.pop(key) for key in list(given) if key not in fields})
+        server = given.pop("server_options", {})
+        if not isinstance(server, Mapping):
+            raise InvalidArgument(f"http_options: server_options must be a dict, not {server!r}")
+        server = {**server, **{key: given.pop(key) for key in list(given) if key not in fields}}
         return cls(**given, server_options=server)
 
 

@@ -327,6 +327,8 @@ def test_what_http_does_not_know_is_the_servers() -> None:
     given = {"port": 1, "backlog": 5, "server_options": {"keyfile": "key"}}
     assert HTTPOptions.of(given).server_options == {"keyfile": "key", "backlog": 5}
     assert given == {"port": 1, "backlog": 5, "server_options": {"keyfile": "key"}}  # left as it was
+    with pytest.raises(InvalidArgument, match="http_options: server_options must be a dict, not None"):
+        HTTPOptions.of({"server_options": None})
 
 
 @pytest.mark.parametrize(

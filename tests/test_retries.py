@@ -98,7 +98,7 @@ def test_where_everything_fails_repeats_add_a_fifth() -> None:
 
 def test_pauses_grow_to_a_bound_and_differ() -> None:
     assert [pause_s(number, 0.5) for number in (0, 1, 2)] == pytest.approx([0.02, 0.04, 0.08])
-    assert pause_s(50, 1.0) == pytest.approx(1.5)
+    assert pause_s(50, 1.0) == pause_s(5000, 1.0) == pytest.approx(1.5)
     assert pause_s(0, 0.0) < pause_s(0, 1.0)
 
 

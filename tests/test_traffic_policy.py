@@ -82,6 +82,7 @@ def test_weights_that_are_fine(weights: dict[str, float]) -> None:
         ({"a": math.nan}, "traffic: the weight of 'a' must be a finite number of at least 0, not nan"),
         ({"a": math.inf}, "traffic: the weight of 'a' must be a finite number of at least 0, not inf"),
         ({"a": -0.5, "b": 1.5}, "traffic: the weight of 'a' must be at least 0, not -0.5"),
+        ({"a": 10**400}, "traffic: the weight of 'a' must be a finite number of at least 0, not 1" + 400 * "0"),
         ({"a": 0.5, "b": 0.4}, "traffic: the weights must sum to 1, but {'a': 0.5, 'b': 0.4} sums to 0.9"),
         ({"a": 0.0}, "traffic: the weights must sum to 1, but {'a': 0.0} sums to 0"),
     ],
@@ -97,7 +98,7 @@ def test_proportions_that_are_fine(proportion: float) -> None:
     assert validate_proportion(proportion) == proportion
 
 
-@pytest.mark.parametrize("proportion", [-0.1, 1.1, "0.5", None, True, math.nan, math.inf])
+@pytest.mark.parametrize("proportion", [-0.1, 1.1, "0.5", None, True, math.nan, math.inf, 10**400])
 def test_proportions_that_are_not(proportion: Any) -> None:
     with pytest.raises(InvalidArgument) as caught:
         validate_proportion(proportion)

@@ -97,4 +97,4 @@ def pause_s(repeats: int, chance: float) -> float:
         repeats: How often it was repeated before.
         chance: From 0 to 1, at random, so that calls which failed together do not come back together.
     """
-    return float(min(_PAUSE_S * 2**repeats, _LONGEST_PAUSE_S) * (0.5 + chance))
+    return float(min(_PAUSE_S * 2 ** min(repeats, 16), _LONGEST_PAUSE_S) * (0.5 + chance))  # no float holds 2**1024

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from bisect import bisect_right
 from collections.abc import Mapping
 from itertools import accumulate
@@ -13,6 +14,7 @@ from ..errors import InvalidArgument
 __all__ = ["TrafficPolicy", "hash_fraction", "validate_proportion", "validate_weights"]
 
 _TOLERANCE = 1e-6
+_LARGEST = sys.float_info.max
 
 
 class TrafficPolicy:
@@ -82,6 +84,7 @@ def validate_proportion(proportion: Any) -> float:
 
 
 def _number(value: Any, what: str, allowed: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    # no question of isfinite(): an integer may be too large to be asked as a float
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -_LARGEST <= value <= _LARGEST:
         raise InvalidArgument(f"{what} must be {allowed}, not {value!r}")
     return float(value)

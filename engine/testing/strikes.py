@@ -8,6 +8,7 @@ or in any that it calls; or does there what a handler would.
 from __future__ import annotations
 
 import dis
+import gc
 import inspect
 import sys
 from collections.abc import Callable
@@ -35,11 +36,13 @@ class _Strike:
         self._left = place
         self._error = error
         self._spare = spare
+        # The collector runs these when it likes, and nobody hears what they raise.
+        self._collecting = {getattr(function, "__code__", None) for function in gc.callbacks}
         self.where = ""
 
     def begin(self, frame: FrameType, event: str, argument: Any) -> Any:
         """Trace a function that begins, or a generator that goes on."""
-        if frame.f_code.co_filename.endswith(self._spare):
+        if frame.f_code.co_filename.endswith(self._spare) or frame.f_code in self._collecting:
             return None
         frame.f_trace_opcodes = True
         frame.f_trace_lines = False
