@@ -37,12 +37,10 @@ from ..seam.error_text import a_kind_of, message_of, summary_of, traceback_of
 from ..seam.http_request import RequestEnvelope, build_http_request
 from ..seam.log import Log
 from ..seam.messages import HTTP, INITIAL_CREDIT, Call, Cancel, Credit, End, Failure, FailureKind, Item, Message, Reply
-from ..seam.scribe import scribe
 from ..seam.serialization import dumps, loads, loads_leniently, pack_exception, shorten_packed_exception
 from ..seam.service import ServiceLoop
-from .health import Health
 from .user_callable import Method, NoSuchMethod, UserCallable
-from .watchdog import Watchdog
+from .watching import Watched
 from .wear import worn_by_calls, worn_by_memory
 
 if TYPE_CHECKING:
@@ -54,10 +52,6 @@ __all__ = ["FAREWELL_S", "Job", "Replica", "awaited"]
 
 _logger = Log("engine.backend")
 _new = tuple.__new__  # a named tuple's own constructor takes longer
-_CHECK_MARGIN_S = 1.0
-"""A loop that turns gives a check of health up itself. If it has not by then, it does not turn."""
-_LAST_LINE_S = 1.0
-"""How long it takes at most to log where a replica hangs, before it says so to be ended."""
 FAREWELL_S = 1.0
 """How long a drained replica waits for its callers to hang up, so that no call is lost in a socket's buffer."""
 
@@ -84,7 +78,7 @@ class Job:
         return self.call.deadline is not None and time.monotonic() > self.call.deadline
 
 
-class Replica:
+class Replica(Watched):
     """What both kinds of replica share.
 
     Args:
@@ -106,34 +100,24 @@ class Replica:
         "_batch_size",
         "_calls",
         "_chores",
-        "_config",
         "_config_lock",
         "_debug",
-        "_drain_until",
         "_drained_since",
         "_hands_over",
-        "_has_health_check",
-        "_health",
         "_held",
         "_jobs",
         "_limit",
         "_max_call_s",
         "_most_calls",
-        "_replica_tag",
         "_result_name",
         "_retry_on",
         "_service_loop",
         "_shares_process",
-        "_tag",
         "_taken",
-        "_tell",
-        "_thread",
         "_user",
-        "_watchdog",
         "loads",
     )  # more than an object's own dictionary is quick for
 
-    on_loop: bool
     event_loop: asyncio.AbstractEventLoop | None = None
     """See `engine.seam.service.Service.event_loop`."""
 
@@ -148,12 +132,10 @@ class Replica:
         replica_tag: str = "",
         shares_process: bool = False,
     ) -> None:
-        self._tag = tag
-        self._replica_tag = replica_tag
+        super().__init__(tag, replica_tag, tell, has_health_check=user.has_health_check)
         self._shares_process = shares_process
         self._result_name = f"the result of backend {tag!r}"
         self._user = user
-        self._tell = tell
         self._debug = debug
         self.loads: Callable[[bytes], Any] = loads
         self._held = 0
@@ -164,14 +146,9 @@ class Replica:
         self._config_lock = threading.Lock()  # guards the next two, and what `_take` sets
         self._asked = 0  # numbers the configurations, in the order in which they came
         self._taken = 0  # the newest one taken
-        self._drain_until: float | None = None
         self._drained_since: float | None = None
         self._hands_over = False  # others are to take what has not begun
         self._service_loop: ServiceLoop | None = None
-        self._has_health_check = user.has_health_check
-        self._health = Health()
-        self._watchdog = Watchdog(f"engine-watchdog-{replica_tag or tag}", self._look)
-        self._thread: int | None = None  # the one that runs user code, from `attach` on
         self._take(0, config)
 
     def __repr__(self) -> str:
@@ -236,86 +213,6 @@ class Replica:
 
     def delayed(self) -> None:
         """See `engine.seam.service.Service.delayed`."""
-
-    # -- what is watched -------------------------------------------------------------------------------------------
-
-    def _attached(self) -> None:
-        """User code is run by this thread from now on."""
-        self._thread = threading.get_ident()
-        self._watch()
-
-    def _watch(self) -> None:
-        """Have somebody look after this replica, if there is something to look for."""
-        if self._thread is not None and self._is_watched():
-            self._watchdog.wake()
-
-    def _is_watched(self) -> bool:
-        return self._has_health_check or self._gets_on_or_not()
-
-    def _gets_on_or_not(self) -> bool:
-        """Whether there is a time after which calls, or the loop, are taken to hang."""
-        raise NotImplementedError
-
-    def _look(self, now: float, late_s: float) -> float | None:
-        """See `engine.serving.watchdog.Watchdog`; on its thread."""
-        again_s = self._look_at_work(now, late_s)
-        if not self._has_health_check or self._drain_until is not None:
-            return again_s
-        look = self._health.look(now, late_s, self._config, margin_s=_CHECK_MARGIN_S if self.on_loop else 0.0)
-        if look.check:
-            self._ask_for_check()
-        elif look.late:
-            self._check_hangs()
-        return min((wait for wait in (again_s, look.again_s) if wait is not None), default=None)
-
-    def _look_at_work(self, now: float, late_s: float) -> float | None:
-        """Act if what runs hangs; return in how many seconds it may."""
-        raise NotImplementedError
-
-    # -- the backend's own word on its health ----------------------------------------------------------------------
-
-    def _ask_for_check(self) -> None:
-        """Have ``check_health`` called where user code runs (the watchdog's thread)."""
-        raise NotImplementedError
-
-    def _check_hangs(self) -> None:
-        """It does not return, and so nothing else runs (the watchdog's thread)."""
-        raise NotImplementedError
-
-    def _checked(self, error: BaseException | None) -> None:
-        """It returned, or raised this."""
-        failures = self._health.ended(well=error is None)
-        if error is not None and self._drain_until is None:
-            threshold = self._config.health_check_threshold
-            count = f"({failures} in a row; health_check_threshold={threshold})"
-            with contextlib.suppress(BaseException):  # of the error itself, asked for its text
-                _logger.warning(
-                    "check_health() of %s failed %s: %s",
-                    self._who(),
-                    count,
-                    summary_of(error),
-                    exc_info=error if failures == 1 else None,
-                )
-            if failures >= threshold:
-                self._ask_to_be_replaced(f"is unhealthy: {summary_of(error)}", hung=False)
-        self._watchdog.wake()  # which then knows when the next one is due
-
-    def _ask_to_be_replaced(self, reason: str, *, hung: bool) -> None:
-        if hung:  # the process is killed, and what the watchdog logs is handled by another thread
-            scribe().flush(_LAST_LINE_S)
-        self._tell(Unhealthy(reason, hung))
-
-    def _too_long(self, job: Job, limit_s: float) -> DeadlineExceeded:
-        return DeadlineExceeded(
-            f"a call of {self._name(job)} ran for longer than max_call_s={limit_s:g} and was ended; what it did until "
-            "then is done"
-        )
-
-    def _log_where(self, what: str, stack: str) -> None:
-        _logger.warning("%s: %s. It is here:\n%s", self._who(), what, stack.rstrip())
-
-    def _who(self) -> str:
-        return f"{f'replica {self._replica_tag!r}' if self._replica_tag else 'a replica'} of backend {self._tag!r}"
 
     # -- the door --------------------------------------------------------------------------------------------------
 
@@ -599,6 +496,12 @@ class Replica:
             failure = self._failure(job, ResultNotSerializable(f"{what} cannot be sent: {_reason(why)}"))
         with contextlib.suppress(ChannelClosed):
             job.channel.send(failure._replace(load=load))
+
+    def _too_long(self, job: Job, limit_s: float) -> DeadlineExceeded:
+        return DeadlineExceeded(
+            f"a call of {self._name(job)} ran for longer than max_call_s={limit_s:g} and was ended; what it did until "
+            "then is done"
+        )
 
     def _name(self, job: Job) -> str:
         return f"backend {self._tag!r}" if job.call.method == "__call__" else f"{self._tag!r}.{job.call.method}"
