@@ -1077,7 +1077,7 @@ async def test_a_fork_of_the_engine_stops_nothing(adapter: LocalAdapter, recorde
 
 async def test_cycles_leave_nothing() -> None:
     before: Footprint | None = None
-    for _ in range(50):
+    for _ in range(20):
         recorder = Recorder()
         adapter = LocalAdapter()
         await adapter.start("test", recorder)

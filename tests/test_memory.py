@@ -24,9 +24,14 @@ from engine import Engine, accept_batch, errors
 
 
 def forget() -> None:
-    """Collect what there is, and then leave all garbage where it is."""
+    """Collect what there is, and then leave all garbage where it is.
+
+    What is there now is no garbage of what follows. It is put aside, since looking through it takes long where much is
+    imported.
+    """
     gc.disable()
     gc.collect()
+    gc.freeze()
 
 
 def garbage() -> list[str]:
@@ -41,7 +46,7 @@ def garbage() -> list[str]:
     finally:
         gc.set_debug(0)
         gc.garbage.clear()
-        gc.collect()
+        gc.unfreeze()
         gc.enable()
     return [f"{kind} x{count}" for kind, count in collections.Counter(kinds).most_common()]
 

@@ -46,7 +46,7 @@ SCENARIOS: Final = {
     "bodies": Scenario(bodies, 60.0, 6.0, _LOCAL),
     "fuzz": Scenario(fuzz, 300.0, 5.0, _LOCAL),
     "interrupts": Scenario(interrupts, 60.0, 5.0, _LOCAL),
-    "stateful": Scenario(stateful, 60.0, 5.0, _LOCAL),
+    "stateful": Scenario(stateful, 60.0, 5.0, _BOTH),
     "endings": Scenario(endings, 60.0, 5.0, _BOTH),
     "calls": Scenario(calls, 300.0, 3.0, _LOCAL),
     "cycles": Scenario(cycles, 300.0, 0.0, _LOCAL),

@@ -9,9 +9,17 @@ import pytest
 from factories import FACTORIES
 
 from engine.testing.conformance.factory import AdapterFactory
-from engine.testing.conformance.fixtures import anyio_backend, engine, journal, own_engine, serve
+from engine.testing.conformance.fixtures import (
+    anyio_backend,
+    engine,
+    journal,
+    own_engine,
+    serve,
+    serve_once,
+    served_already,
+)
 
-__all__ = ["adapter", "anyio_backend", "engine", "journal", "own_engine", "serve"]
+__all__ = ["adapter", "anyio_backend", "engine", "journal", "own_engine", "serve", "serve_once", "served_already"]
 
 
 @pytest.fixture(scope="session", params=FACTORIES)

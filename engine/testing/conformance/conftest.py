@@ -15,6 +15,8 @@ from engine.testing.conformance.fixtures import (
     opened_once_per_process,
     own_engine,
     serve,
+    serve_once,
+    served_already,
 )
 from engine.testing.conformance.plugin import factories_of
 
@@ -30,6 +32,8 @@ __all__ = [
     "own_engine",
     "pytest_generate_tests",
     "serve",
+    "serve_once",
+    "served_already",
 ]
 
 

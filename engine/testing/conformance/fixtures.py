@@ -155,10 +155,51 @@ def serve(engine: Engine, client: httpx.Client, request: pytest.FixtureRequest) 
 
     ``serve(func_or_class, *init_args, config=None, route="/fresh", methods=("GET", "POST"), **init_kwargs)``
     """
-    test = re.sub(r"\W+", "-", request.node.name).strip("-")
-    all_served: list[Served] = []
+    serving = _Serving(engine, client, request.node.name)
+    yield serving.serve
+    serving.check_rest(serving.all)
+    serving.end()
+
+
+@pytest.fixture(scope="module")
+def served_already(engine: Engine, client: httpx.Client) -> Iterator[tuple[_Serving, dict[Any, Served]]]:
+    """What `serve_once` has served for a module's tests."""
+    serving = _Serving(engine, client, "shared")
+    yield serving, {}
+    serving.end()
+
+
+@pytest.fixture
+def serve_once(served_already: tuple[_Serving, dict[Any, Served]]) -> Iterator[Callable[..., Served]]:
+    """As `serve`, but one backend for all tests of a module that ask for the same: one that keeps no state.
+
+    Starting a replica is what most tests take longest for. No call may be left of it at the end of each.
+    """
+    serving, known = served_already
+    asked: list[Served] = []
+
+    def serve_once(func_or_class: Callable[..., Any], *init_args: Any, **options: Any) -> Served:
+        key = func_or_class, repr((init_args, options))
+        if key not in known:
+            known[key] = serving.serve(func_or_class, *init_args, **options)
+        asked.append(known[key])
+        return known[key]
+
+    yield serve_once
+    serving.check_rest(asked)
+
+
+class _Serving:
+    """Backends of an engine, each with an endpoint of its name."""
+
+    def __init__(self, engine: Engine, client: httpx.Client, purpose: str) -> None:
+        self.all: list[Served] = []
+        self._engine = engine
+        self._client = client
+        self._purpose = re.sub(r"\W+", "-", purpose).strip("-")
 
     def serve(
+        self,
         func_or_class: Callable[..., Any],
         *init_args: Any,
         config: Any = None,
@@ -166,23 +207,27 @@ def serve(engine: Engine, client: httpx.Client, request: pytest.FixtureRequest) 
         methods: Sequence[str] = ("GET", "POST"),
         **init_kwargs: Any,
     ) -> Served:
-        name = f"{test}-{next(_numbers)}"
-        served = Served(engine, name, f"/{name}" if route == "/fresh" else route, client)
-        engine.create_backend(name, func_or_class, *init_args, config=config, **init_kwargs)
-        all_served.append(served)
-        engine.create_endpoint(name, backend=name, route=served.route, methods=list(methods))
+        name = f"{self._purpose}-{next(_numbers)}"
+        served = Served(self._engine, name, f"/{name}" if route == "/fresh" else route, self._client)
+        self._engine.create_backend(name, func_or_class, *init_args, config=config, **init_kwargs)
+        self.all.append(served)
+        self._engine.create_endpoint(name, backend=name, route=served.route, methods=list(methods))
         return served
 
-    yield serve
-    for served in all_served:
-        if served.tag in engine.list_backends():
-            eventually(partial(_rests, engine, served.tag))
-    for served in all_served:
-        if served.name in engine.list_endpoints():
-            engine.delete_endpoint(served.name)
-    for served in all_served:
-        if served.tag in engine.list_backends():
-            engine.delete_backend(served.tag, force=True)
+    def check_rest(self, all_served: Sequence[Served]) -> None:
+        """Wait until no call is left of these."""
+        for served in all_served:
+            if served.tag in self._engine.list_backends():
+                eventually(partial(_rests, self._engine, served.tag))
+
+    def end(self) -> None:
+        """Delete all."""
+        for served in self.all:
+            if served.name in self._engine.list_endpoints():
+                self._engine.delete_endpoint(served.name)
+        for served in self.all:
+            if served.tag in self._engine.list_backends():
+                self._engine.delete_backend(served.tag, force=True)
 
 
 def _rests(engine: Engine, tag: str) -> bool:

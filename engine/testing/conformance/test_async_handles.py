@@ -35,9 +35,17 @@ async def double(request):
     return request.data * 2
 
 
+def divides_by_zero(request):
+    return 1 / 0
+
+
+def give_back(request):
+    return request.data
+
+
 @pytest.fixture
-def doubled(serve):
-    return serve(double, route=None).ahandle
+def doubled(serve_once):
+    return serve_once(double, route=None).ahandle
 
 
 @pytest.fixture
@@ -95,8 +103,8 @@ async def test_the_loop_runs_on_meanwhile(held, gate):
     assert results == [5]
 
 
-async def test_errors(serve, adapter, awaitable_refs):
-    handle = serve(lambda request: 1 / 0, route=None).ahandle
+async def test_errors(serve_once, adapter, awaitable_refs):
+    handle = serve_once(divides_by_zero, route=None).ahandle
     with pytest.raises(ZeroDivisionError):
         await handle.call()
     ref = await handle.remote()
@@ -115,9 +123,9 @@ async def test_timeout_option(held, gate):
 
 
 @pytest.mark.parametrize("way", ["call", "remote"])
-async def test_a_timeout_covers_the_arguments_that_are_on_their_way(serve, held, gate, awaitable_refs, way):
+async def test_a_timeout_covers_the_arguments_that_are_on_their_way(serve_once, held, gate, awaitable_refs, way):
     late = await held.remote(1)
-    waiting = serve(lambda request: request.data, route=None)
+    waiting = serve_once(give_back, route=None)
 
     async def call(timeout_s):
         answer = await getattr(waiting.ahandle.options(timeout_s=timeout_s), way)(late)
@@ -147,8 +155,8 @@ async def test_refs_as_arguments(doubled, awaitable_refs):
     assert await (await doubled.remote(await doubled.remote(first))) == 8
 
 
-async def test_failing_dependency(serve, doubled):
-    failed = await serve(lambda request: 1 / 0, route=None).ahandle.remote()
+async def test_failing_dependency(serve_once, doubled):
+    failed = await serve_once(divides_by_zero, route=None).ahandle.remote()
     with pytest.raises(ZeroDivisionError):
         await doubled.call(failed)
 
@@ -160,8 +168,8 @@ async def test_get_and_wait_take_refs_of_async_handles(engine, doubled):
     assert await anyio.to_thread.run_sync(engine.get, refs) == [0, 2, 4]
 
 
-async def test_ref_of_a_sync_handle(serve, awaitable_refs):
-    assert await serve(double, route=None).handle.remote(4) == 8
+async def test_ref_of_a_sync_handle(serve_once, awaitable_refs):
+    assert await serve_once(double, route=None).handle.remote(4) == 8
 
 
 async def test_pickled(doubled):
@@ -179,9 +187,9 @@ async def test_one_handle_on_loops_in_several_threads(doubled, anyio_backend):
     assert await doubled.call(3) == 6
 
 
-async def test_loops_that_have_ended_leave_nothing(serve, anyio_backend):
+async def test_loops_that_have_ended_leave_nothing(serve_once, anyio_backend):
     """Programs that call ``asyncio.run`` again and again must not pile up connections."""
-    handle = serve(double, route=None).ahandle
+    handle = serve_once(double, route=None).ahandle
     backend, options = anyio_backend
 
     def run():
@@ -207,9 +215,9 @@ async def test_overload(serve, gate, awaitable_refs):
     assert await ref is None
 
 
-async def test_control_calls_from_a_thread_of_the_loop(engine, serve, doubled):
+async def test_control_calls_from_a_thread_of_the_loop(engine, serve_once, doubled):
     """Control calls block, so they run in a thread; handles made there work on the loop."""
-    served = await anyio.to_thread.run_sync(lambda: serve(double, route=None))
+    served = await anyio.to_thread.run_sync(lambda: serve_once(double, route=None))
     assert await served.ahandle.call(5) == 10
 
 

@@ -213,8 +213,8 @@ BAD_CALLS = {
 
 
 @pytest.fixture
-def served(serve):
-    return serve(Backend)
+def served(serve_once):
+    return serve_once(Backend)
 
 
 def check_serves_on(served):

@@ -60,8 +60,8 @@ def test_over_http(serve):
     assert serve(front).http("POST", content=b"text").content == b"TEXT"
 
 
-def test_a_handle_in_a_closure_and_in_an_argument(serve):
-    back = serve(double, route=None).handle
+def test_a_handle_in_a_closure_and_in_an_argument(serve, serve_once):
+    back = serve_once(double, route=None).handle
 
     def closure(request):
         return back.call(request.data)
@@ -78,15 +78,15 @@ def test_options_travel_with_a_handle(serve):
     assert serve(lambda request: back.call(), route=None).call() == "PATCH"
 
 
-def test_a_chain(serve, engine):
-    handle = serve(double, route=None).handle
+def test_a_chain(serve, serve_once, engine):
+    handle = serve_once(double, route=None).handle
     for _ in range(3):
         handle = serve(SyncFront, handle, route=None).handle
     assert handle.call(1) == ["front", ["front", ["front", 2]]]
 
 
-def test_a_ref_of_one_backend_as_argument_of_another(serve):
-    first, second = serve(double, route=None).handle, serve(triple, route=None).handle
+def test_a_ref_of_one_backend_as_argument_of_another(serve, serve_once):
+    first, second = serve_once(double, route=None).handle, serve_once(triple, route=None).handle
 
     def both(request):
         return second.remote(first.remote(request.data)).future().result(20)
@@ -118,8 +118,8 @@ def test_replica_context_in_the_constructor(serve):
 
 
 @pytest.mark.parametrize("kind", ["sync", "async"])
-def test_handles_from_the_context(serve, kind):
-    name = serve(double, route=None).name
+def test_handles_from_the_context(serve, serve_once, kind):
+    name = serve_once(double, route=None).name
 
     class SyncUser:
         def __init__(self):
@@ -161,8 +161,8 @@ def test_traffic_changes_reach_backends_that_call(serve, engine):
     assert front.call() == ["front", "second"]
 
 
-def test_a_sync_front_calls_from_its_own_threads(serve):
-    back = serve(double, route=None).handle
+def test_a_sync_front_calls_from_its_own_threads(serve, serve_once):
+    back = serve_once(double, route=None).handle
 
     def front(request):
         results = []
@@ -208,10 +208,10 @@ def test_a_sync_handle_would_block_an_async_backend(serve, adapter, gate, way):
     assert serve(awaiting_front, route=None).call() == "late", "awaiting the ref does not block"
 
 
-def test_an_async_backend_blocks_in_a_thread_if_it_must(serve):
+def test_an_async_backend_blocks_in_a_thread_if_it_must(serve, serve_once):
     import asyncio
 
-    back = serve(double, route=None).handle
+    back = serve_once(double, route=None).handle
 
     async def front(request):
         return await asyncio.to_thread(back.call, 5)

@@ -151,8 +151,8 @@ INHERITING = ["call", "remote", "ref_as_argument", "thread", "loop_of_its_own", 
 
 
 @pytest.mark.parametrize("caller", [SyncCaller, AsyncCaller])
-def test_a_call_gives_what_it_has_left_to_the_calls_it_makes(serve, caller):
-    back = serve(leaf, route=None)
+def test_a_call_gives_what_it_has_left_to_the_calls_it_makes(serve, serve_once, caller):
+    back = serve_once(leaf, route=None)
     served = serve(caller, back.handle if caller is SyncCaller else back.ahandle, route=None)
     for way in INHERITING:
         own, given = served.call(method_name=way, timeout_s=AMPLE_S)
@@ -171,8 +171,8 @@ def test_a_call_gives_what_it_has_left_to_the_calls_it_makes(serve, caller):
         assert served.call(method_name="thread_without_context", timeout_s=AMPLE_S) == (None, None)
 
 
-def test_what_is_left_travels_however_deep(serve):
-    back = serve(leaf, route=None)
+def test_what_is_left_travels_however_deep(serve, serve_once):
+    back = serve_once(leaf, route=None)
     middle = serve(SyncCaller, back.handle, route=None)
     front = serve(AsyncCaller, middle.ahandle, route=None)
     first, (second, third) = front.call(timeout_s=AMPLE_S)
@@ -252,8 +252,8 @@ def test_a_batch_has_as_long_as_the_most_patient_of_its_calls(serve, kind):
     assert together(None, None) == [None, None]
 
 
-def test_what_goes_on_after_the_answer_has_no_deadline(serve, gate, journal):
-    back = serve(leaf, route=None).ahandle
+def test_what_goes_on_after_the_answer_has_no_deadline(serve, serve_once, gate, journal):
+    back = serve_once(leaf, route=None).ahandle
     tasks = []
 
     async def backend(request):
@@ -367,11 +367,11 @@ def limited(timeout_s):
 
 
 @pytest.mark.parametrize("caller", [SyncCaller, AsyncCaller])
-def test_what_an_http_client_allows_travels_as_well(serve, caller):
+def test_what_an_http_client_allows_travels_as_well(serve, serve_once, caller):
     class OverHTTP(caller):
         pass
 
-    back = serve(leaf, route=None)
+    back = serve_once(leaf, route=None)
     served = serve(OverHTTP, back.handle if caller is SyncCaller else back.ahandle)
     own, given = served.http_json(headers=limited(AMPLE_S))
     assert AMPLE_S >= own >= given > 0
@@ -380,8 +380,8 @@ def test_what_an_http_client_allows_travels_as_well(serve, caller):
 
 
 @pytest.mark.anyio
-async def test_a_mounted_ingress_keeps_to_it(serve, engine):
-    served = serve(leaf)
+async def test_a_mounted_ingress_keeps_to_it(serve_once, engine):
+    served = serve_once(leaf)
     app = Starlette(routes=[Mount("/models", app=engine.asgi)])
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
         answer = await client.get(f"/models{served.route}", headers=limited(AMPLE_S))
@@ -403,8 +403,8 @@ async def test_a_request_that_is_passed_on_takes_what_is_left(serve, engine):
     assert answer[0][0] <= 5 < answer[1][0] <= AMPLE_S
 
 
-def test_a_limit_that_is_none_is_told(serve):
-    served = serve(leaf)
+def test_a_limit_that_is_none_is_told(serve_once):
+    served = serve_once(leaf)
     for wrong in ("0", "-5", "1.5", "soon", ""):
         response = served.http(headers={"X-Request-Timeout-Ms": wrong})
         assert response.status_code == 400, wrong

@@ -319,9 +319,9 @@ def unheard():
 
 
 @pytest.fixture(params=BACKENDS)
-def served(serve, request):
+def served(serve_once, request):
     config = {"max_concurrent_queries": 1} | ({"max_batch_size": 4} if "batched" in request.param else {})
-    return serve(BACKENDS[request.param], config=config)
+    return serve_once(BACKENDS[request.param], config=config)
 
 
 def failure_of(served, what):

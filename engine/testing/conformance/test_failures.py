@@ -189,25 +189,27 @@ def test_an_error_whose_constructor_changes_its_text(serve):
 ODD = [StopIteration, StopAsyncIteration, GeneratorExit, asyncio.CancelledError, SystemExit, KeyboardInterrupt]
 
 
+def raises_what_it_gets(request):
+    if request.data is not None:
+        raise request.data
+    return "fine"
+
+
+async def raises_what_it_gets_on_a_loop(request):
+    return raises_what_it_gets(request)
+
+
 @pytest.mark.parametrize("kind", ["sync", "async"])
 @pytest.mark.parametrize("odd", ODD, ids=lambda odd: odd.__name__)
-def test_odd_exceptions_are_answered(serve, odd, kind):
+def test_odd_exceptions_are_answered(serve_once, odd, kind):
     """What means something to Python itself must neither hang the caller nor stop the replica for good."""
-
-    def sync(request):
-        if request.data == "raise":
-            raise odd
-        return "fine"
-
-    async def asynchronous(request):
-        return sync(request)
-
-    served = serve(sync if kind == "sync" else asynchronous, route=None)
+    backend = raises_what_it_gets if kind == "sync" else raises_what_it_gets_on_a_loop
+    served = serve_once(backend, route=None)
     with pytest.raises(BaseException) as caught:
-        served.call("raise", timeout_s=10)
+        served.call(odd, timeout_s=10)
     assert not isinstance(caught.value, errors.DeadlineExceeded)
     assert isinstance(caught.value, (odd, RuntimeError, errors.RemoteError, errors.ReplicaDied))
-    assert eventually(lambda: served.call("pass", timeout_s=10)) == "fine"
+    assert eventually(lambda: served.call(None, timeout_s=10)) == "fine"
 
 
 class Broken:

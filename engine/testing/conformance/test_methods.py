@@ -75,8 +75,8 @@ class Calculator(Base):
 
 
 @pytest.fixture
-def calculator(serve):
-    return serve(Calculator, 100)
+def calculator(serve_once):
+    return serve_once(Calculator, 100)
 
 
 def test_call_is_the_default(calculator):

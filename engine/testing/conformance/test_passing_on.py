@@ -48,28 +48,28 @@ class ReadingFront(AsyncFront):
 
 
 @pytest.mark.parametrize("front", [SyncFront, AsyncFront, ReadingFront])
-def test_a_backend_passes_its_request_on(serve, front):
-    back = serve(describe, route=None)
+def test_a_backend_passes_its_request_on(serve, serve_once, front):
+    back = serve_once(describe, route=None)
     served = serve(front, back.handle if front is SyncFront else back.ahandle)
     assert served.http_json("POST", **SENT) == EXPECTED
 
 
 @pytest.mark.parametrize("front", [SyncFront, AsyncFront])
-def test_a_request_of_a_handle_is_passed_on_as_well(serve, front):
+def test_a_request_of_a_handle_is_passed_on_as_well(serve, serve_once, front):
     async def describe(request):
         assert not isinstance(request, Request)
         return request.method, request.headers["x-token"], request.query_params["x"], request.data
 
-    back = serve(describe, route=None)
+    back = serve_once(describe, route=None)
     served = serve(front, back.handle if front is SyncFront else back.ahandle, route=None)
     handle = served.handle.options(http_method="PUT", http_headers={"X-Token": "abc"})
     assert handle.call({1, 2}, x=3) == ("PUT", "abc", 3, {1, 2})
 
 
 @pytest.mark.anyio
-async def test_an_application_passes_its_request_on(serve):
+async def test_an_application_passes_its_request_on(serve_once):
     """The caller's own web framework hands the request of its client to a backend."""
-    back = serve(describe, route=None)
+    back = serve_once(describe, route=None)
 
     async def endpoint(request):
         return JSONResponse(await back.ahandle.call(request))
@@ -81,8 +81,8 @@ async def test_an_application_passes_its_request_on(serve):
 
 
 @pytest.mark.anyio
-async def test_a_sync_handle_needs_the_body_read_first(serve):
-    back = serve(describe, route=None)
+async def test_a_sync_handle_needs_the_body_read_first(serve_once):
+    back = serve_once(describe, route=None)
 
     async def endpoint(request):
         with pytest.raises(ValueError, match="body"):

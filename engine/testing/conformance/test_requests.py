@@ -107,8 +107,8 @@ ROWS = [
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-def test_http_and_handle_read_alike(serve, row):
-    served = serve(row.read, methods=["GET", "POST", "DELETE"])
+def test_http_and_handle_read_alike(serve_once, row):
+    served = serve_once(row.read, methods=["GET", "POST", "DELETE"])
     assert served.http_json(row.verb, **row.http) == row.reads
     assert served.handle.options(**row.options).call(*row.data, **row.query) == row.reads
 
@@ -146,16 +146,17 @@ class Colour(enum.Enum):
     RED = 1
 
 
+def give_back_with_type(request):
+    return [type(request.data).__name__, request.data]
+
+
 @pytest.mark.parametrize(
     "data",
     [None, 5, "text", b"bytes", {"a": {1, 2}}, (1, (2,)), 1j, Colour.RED, range(3), ValueError("as data")],
     ids=lambda data: type(data).__name__,
 )
-def test_data_is_the_python_object(serve, data):
-    def give_back(request):
-        return [type(request.data).__name__, request.data]
-
-    name, returned = serve(give_back, route=None).call(data)
+def test_data_is_the_python_object(serve_once, data):
+    name, returned = serve_once(give_back_with_type, route=None).call(data)
     assert name == type(data).__name__
     assert repr(returned) == repr(data)
 

@@ -68,10 +68,14 @@ BODIES = {
 }
 
 
+def body_by_name(request):
+    return BODIES[request.query_params["name"]][0]()
+
+
 @pytest.mark.parametrize("name", BODIES)
-def test_bodies(serve, name):
-    make, media_type, body = BODIES[name]
-    response = serve(lambda request: make()).http()
+def test_bodies(serve_once, name):
+    _, media_type, body = BODIES[name]
+    response = serve_once(body_by_name).http(params={"name": name})
     assert response.status_code == 200
     assert response.content == body
     assert response.headers.get("content-type", "").partition(";")[0] == (media_type or "")
@@ -79,9 +83,9 @@ def test_bodies(serve, name):
 
 
 @pytest.mark.parametrize("name", ["str", "none", "tuple", "dataclass", "datetime", "pydantic", "numpy-scalar"])
-def test_handles_get_the_python_object(serve, name):
+def test_handles_get_the_python_object(serve_once, name):
     make = BODIES[name][0]
-    result = serve(lambda request: make(), route=None).call()
+    result = serve_once(body_by_name).handle.call(name=name)
     assert type(result) is type(make())
     assert result == make()
 

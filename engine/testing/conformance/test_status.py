@@ -16,6 +16,10 @@ from engine.testing.instruments import eventually
 SECRET = "the secret of the backend"
 
 
+def ok(request):
+    return "ok"
+
+
 def raises_secret(request):
     raise ValueError(SECRET)
 
@@ -47,8 +51,8 @@ def strict_url(strict, gate):
         strict.delete_backend(name)
 
 
-def test_no_such_route(serve, client):
-    served = serve(lambda request: "ok")
+def test_no_such_route(serve_once, client):
+    served = serve_once(ok)
     for path in (f"{served.route}/more", "/nowhere", f"{served.route}x", "/"):
         assert client.get(f"{served.engine.http_url}{path}").status_code == 404
     assert served.http().status_code == 200
@@ -74,8 +78,8 @@ def test_get_is_the_default_verb(engine, serve, client):
 
 
 @pytest.mark.parametrize("method", ["absent", "_hidden", "__init__", "no identifier", "a" * 5000])
-def test_bad_method_header(serve, method):
-    served = serve(lambda request: "ok")
+def test_bad_method_header(serve_once, method):
+    served = serve_once(ok)
     assert served.http(headers={"X-SERVE-CALL-METHOD": method}).status_code == 400
     assert served.http().status_code == 200
 
@@ -101,8 +105,8 @@ def test_deadline_passed(strict_url, client, gate):
     assert eventually(lambda: client.get(f"{strict_url}/held").text) == "late"
 
 
-def test_user_error_does_not_leak(serve, caplog):
-    served = serve(raises_secret)
+def test_user_error_does_not_leak(serve_once, caplog):
+    served = serve_once(raises_secret)
     response = served.http()
     assert response.status_code == 500
     assert response.text == "Internal Server Error"
@@ -138,9 +142,9 @@ async def calls_in_vain(request):
         ("EngineError", "by me: EngineError"),
     ],
 )
-def test_a_backends_own_call_that_was_wrong_is_its_failure(serve, caplog, wrong, logged):
-    other = serve(lambda request: "ok", route=None)
-    response = serve(calls_in_vain).http(params={"wrong": wrong, "other": other.name})
+def test_a_backends_own_call_that_was_wrong_is_its_failure(serve_once, caplog, wrong, logged):
+    other = serve_once(ok)
+    response = serve_once(calls_in_vain).http(params={"wrong": wrong, "other": other.name})
     assert (response.status_code, response.text) == (500, "Internal Server Error")
     eventually(lambda: logged in caplog.text and "in calls_in_vain" in caplog.text)
 
@@ -148,8 +152,8 @@ def test_a_backends_own_call_that_was_wrong_is_its_failure(serve, caplog, wrong,
 @pytest.mark.parametrize(
     ("wrong", "status"), [("Overloaded", 503), ("NoReplica", 503), ("DeadlineExceeded", 504), ("ReplicaDied", 502)]
 )
-def test_what_a_backends_own_call_has_to_wait_for_is_passed_on(serve, wrong, status):
-    assert serve(calls_in_vain).http(params={"wrong": wrong}).status_code == status
+def test_what_a_backends_own_call_has_to_wait_for_is_passed_on(serve_once, wrong, status):
+    assert serve_once(calls_in_vain).http(params={"wrong": wrong}).status_code == status
 
 
 def test_user_error_with_debug(own_engine, client):
@@ -215,31 +219,31 @@ def test_request_id_is_kept(serve):
     assert served.http(headers={"X-Request-ID": "mine-1"}).headers["x-request-id"] == "mine-1"
 
 
-def test_request_id_is_made(serve):
-    served = serve(lambda request: "ok")
+def test_request_id_is_made(serve_once):
+    served = serve_once(ok)
     ids = {served.http().headers["x-request-id"] for _ in range(3)}
     assert len(ids) == 3
     assert all(ids)
 
 
-def test_error_answers_have_a_request_id_too(serve, client):
-    served = serve(raises_secret)
+def test_error_answers_have_a_request_id_too(serve_once, client):
+    served = serve_once(raises_secret)
     for url in (served.url, f"{served.url}/nowhere"):
         assert client.get(url, headers={"X-Request-ID": "mine-2"}).headers["x-request-id"] == "mine-2"
 
 
-def test_request_id_is_logged(serve, caplog):
-    serve(raises_secret).http(headers={"X-Request-ID": "mine-3"})
+def test_request_id_is_logged(serve_once, caplog):
+    serve_once(raises_secret).http(headers={"X-Request-ID": "mine-3"})
     eventually(lambda: "mine-3" in caplog.text)
 
 
-def test_health(serve, client):
-    response = client.get(f"{serve(raises_secret).engine.http_url}/-/healthz")
+def test_health(serve_once, client):
+    response = client.get(f"{serve_once(raises_secret).engine.http_url}/-/healthz")
     assert response.status_code == 200
 
 
-def test_readiness(serve, client):
-    served = serve(raises_secret)
+def test_readiness(serve_once, client):
+    served = serve_once(raises_secret)
     url = f"{served.engine.http_url}/-/readyz"
     answer = client.get(url, params={"backend": served.tag})
     assert answer.status_code == 200
@@ -248,8 +252,8 @@ def test_readiness(serve, client):
     assert client.get(url, params={"backend": "no such"}).status_code == 404
 
 
-def test_a_websocket_is_refused_and_the_log_says_on_which_route(serve, client, caplog):
-    served = serve(raises_secret)
+def test_a_websocket_is_refused_and_the_log_says_on_which_route(serve_once, client, caplog):
+    served = serve_once(raises_secret)
     upgrade = {
         "connection": "upgrade",
         "upgrade": "websocket",

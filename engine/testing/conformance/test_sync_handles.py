@@ -20,9 +20,17 @@ def double(request):
     return request.data * 2
 
 
+def divides_by_zero(request):
+    return 1 / 0
+
+
+def give_back(request):
+    return request.data
+
+
 @pytest.fixture
-def doubled(serve):
-    return serve(double, route=None).handle
+def doubled(serve_once):
+    return serve_once(double, route=None).handle
 
 
 @pytest.fixture
@@ -71,8 +79,8 @@ def test_wait_gives_no_more_than_it_was_asked_for(engine, doubled):
     assert (ready, not_ready) == (refs[:2], refs[2:])
 
 
-def test_wait_counts_a_failed_call_as_ready(engine, serve):
-    ref = serve(lambda request: 1 / 0, route=None).handle.remote()
+def test_wait_counts_a_failed_call_as_ready(engine, serve_once):
+    ref = serve_once(divides_by_zero, route=None).handle.remote()
     assert engine.wait([ref], timeout=20) == ([ref], [])
     with pytest.raises(ZeroDivisionError):
         engine.get(ref)
@@ -113,8 +121,8 @@ def test_futures_wait_together(doubled, held, gate):
     assert [future.result(20) for future in pending] == [1]
 
 
-def test_future_carries_the_error(serve):
-    future = serve(lambda request: 1 / 0, route=None).handle.remote().future()
+def test_future_carries_the_error(serve_once):
+    future = serve_once(divides_by_zero, route=None).handle.remote().future()
     assert isinstance(future.exception(20), ZeroDivisionError)
 
 
@@ -123,10 +131,10 @@ async def test_refs_can_be_awaited(doubled):
     assert await doubled.remote(4) == 8
 
 
-def test_call(doubled, serve):
+def test_call(doubled, serve_once):
     assert doubled.call(4) == 8
     with pytest.raises(ZeroDivisionError):
-        serve(lambda request: 1 / 0, route=None).handle.call()
+        serve_once(divides_by_zero, route=None).handle.call()
 
 
 def test_refs_as_arguments(engine, doubled):
@@ -252,9 +260,9 @@ def test_waiting_for_a_ref_on_an_event_loop_is_told_of_as_well(serve, engine, ga
     gate.open()
 
 
-def test_a_timeout_covers_the_arguments_that_are_on_their_way(serve, held, gate):
+def test_a_timeout_covers_the_arguments_that_are_on_their_way(serve_once, held, gate):
     late = held.remote(1)
-    waiting = serve(lambda request: request.data, route=None)
+    waiting = serve_once(give_back, route=None)
     for arguments in ([late], [[1], late]):
         method = {} if len(arguments) == 1 else {"method_name": "several"}
         with pytest.raises(errors.DeadlineExceeded, match=rf"{waiting.name}.*timeout_s=0\.1"):
@@ -310,8 +318,8 @@ def test_handles_pickle_with_their_options(serve):
     assert again.call(1) == ["PUT", 1]
 
 
-def test_handles_show_their_endpoint(serve):
-    served = serve(double, route=None)
+def test_handles_show_their_endpoint(serve_once):
+    served = serve_once(double, route=None)
     assert served.name in repr(served.handle)
     assert served.name in repr(served.ahandle)
 
@@ -350,8 +358,8 @@ async def test_blocking_calls_work_in_a_running_loop_of_the_main_program(engine,
     assert doubled.remote(4).future().result(20) == 8
 
 
-def test_long_timeouts_are_timeouts_like_any_other(serve, engine):
-    served = serve(lambda request: request.data, route=None)
+def test_long_timeouts_are_timeouts_like_any_other(serve_once, engine):
+    served = serve_once(give_back, route=None)
     month = 31 * 86400.0
     assert served.call(1, timeout_s=month) == 1
     assert served.handle.options(timeout_s=month).remote(2).future().result(month) == 2
