@@ -22,7 +22,7 @@ from engine.errors import (
 )
 from engine.seam.channel import ChannelClosed
 from engine.seam.control_messages import Answered, Drain, Ping, Pong, Reconfigure, Reconfigured
-from engine.seam.messages import INITIAL_CREDIT, Cancel, Credit, End, Failure, FailureKind, Item, Reply
+from engine.seam.messages import ANY_CALL, INITIAL_CREDIT, Cancel, Credit, End, Failure, FailureKind, Item, Reply
 from engine.seam.serialization import dumps, unpack_exception
 from engine.serving import blocking_replica
 from engine.serving import replica as replica_module
@@ -292,8 +292,36 @@ def test_a_full_replica_refuses(worlds: Any) -> None:
         world.caller.answer(python_call(number, number))
     assert world.caller.sent == [Failure(2, 2, FailureKind.REFUSED, b"", b"")]
     world.run()
-    assert [answer.id for answer in world.caller.sent[1:]] == [0, 1]
+    assert [answer.id for answer in world.caller.sent[1:] if not isinstance(answer, Credit)] == [0, 1]
+    assert world.caller.sent[2] == Credit(ANY_CALL, 2), "it is told as soon as there is a place"
     assert outcome(world.ask(python_call(3, 3))[0]) == 6
+
+
+def test_places_go_round_the_callers_that_were_refused(worlds: Any) -> None:
+    world = worlds(double, max_concurrent_queries=2)
+    flood, other, third = world.caller, FakeChannel("other", world.replica), FakeChannel("third", world.replica)
+    for number in range(2):
+        flood.answer(python_call(number, number))
+    other.answer(python_call(0, 10))
+    third.answer(python_call(0, 20))
+    assert [channel.of_type(Failure) for channel in (other, third)] == [
+        [Failure(0, 2, FailureKind.REFUSED, b"", b"")]
+    ] * 2
+    assert world.replica.run_next() == 0.0  # one of the two is answered
+    assert other.of_type(Credit) == [Credit(ANY_CALL, 1)]
+    flood.answer(python_call(2, 2))
+    assert flood.of_type(Failure)[-1] == Failure(2, 1, FailureKind.REFUSED, b"", b""), "the place is kept for another"
+    other.answer(python_call(1, 10))
+    assert repr(world.replica) == "<BlockingReplica b open held=2/2>"
+    world.run()
+    assert outcome(other.of_type(Reply)[-1]) == 20
+    assert [len(channel.of_type(Credit)) for channel in (other, third, flood)] == [2, 1, 0]
+    third.answer(Cancel(ANY_CALL))  # it has none any more
+    assert flood.of_type(Credit) == [Credit(ANY_CALL, 1)]
+    flood.break_off()
+    other.answer(Cancel(ANY_CALL))
+    assert world.replica._turns is None
+    assert repr(world.replica) == "<BlockingReplica b open held=0/2>"
 
 
 def test_calls_of_different_callers_may_have_the_same_number(worlds: Any) -> None:

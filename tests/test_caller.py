@@ -32,7 +32,7 @@ from engine.errors import (
     ReplicaDied,
 )
 from engine.seam.channel import Channel, ChannelClosed
-from engine.seam.messages import Call, Cancel, Control, Credit, End, Failure, FailureKind, Item, Reply
+from engine.seam.messages import ANY_CALL, Call, Cancel, Control, Credit, End, Failure, FailureKind, Item, Reply
 from engine.seam.serialization import dumps
 from engine.seam.snapshot import BackendEntry, RoutingSnapshot
 from engine.testing.fakes import FakeAdapter, FakeChannel, FakeHome, FakeSlot
@@ -352,6 +352,52 @@ def test_a_refused_call_goes_to_another_replica_at_once(two: World) -> None:
     two.reply(other)
     assert slot.settled == 1
     assert two.counted() == IDLE
+
+
+def test_one_whose_turn_it_is_sends_one_call_and_waits_for_the_next_turn(world: World) -> None:
+    """A full replica says whom it has a place for: others' calls are in its other places."""
+    world.show(backend_entry("b", ["r1"], limit=8))
+    for name in "abcd":
+        world.submit(name)
+    for index in range(4):
+        world.refuse("r1", index)
+    assert world.counted() == {**IDLE, "queued": 4}
+    channel = world.channel("r1")
+    channel.answer(Credit(ANY_CALL, 1))
+    assert world.names("r1")[4:] == ["a"]
+    world.reply("r1", load=7)
+    assert world.names("r1")[4:] == ["a"], "the place it had is another's now"
+    channel.answer(Credit(ANY_CALL, 1))
+    assert world.names("r1")[4:] == ["a", "b"]
+    channel.answer(Credit(ANY_CALL, 8))  # there are no others any more
+    assert world.names("r1")[4:] == ["a", "b", "c", "d"]
+    assert channel.of_type(Cancel) == []
+    assert world.counted() == {**IDLE, "in_flight": 3}
+
+
+def test_one_that_hears_of_no_places_looks_for_them(world: World) -> None:
+    world.show(backend_entry("b", ["r1"], limit=2))
+    for name in "abc":
+        world.submit(name)
+    world.refuse("r1", 0)
+    world.channel("r1").answer(Credit(ANY_CALL, 1))
+    assert world.names("r1") == ["a", "b", "a"]
+    world.reply("r1", 1)
+    assert world.names("r1") == ["a", "b", "a"]
+    eventually(lambda: world.home.fire() or world.names("r1") == ["a", "b", "a", "c"])
+
+
+def test_one_that_wants_no_place_says_so(world: World) -> None:
+    world.show(backend_entry("b", ["r1"], limit=2))
+    slot = world.submit("a")
+    channel = world.channel("r1")
+    world.refuse("r1")
+    world.caller.cancel(slot)
+    channel.answer(Credit(ANY_CALL, 1))
+    assert channel.of_type(Cancel) == [Cancel(ANY_CALL)]
+    world.show(backend_entry("b", []))
+    channel.answer(Credit(ANY_CALL, 1))  # it has hung up there
+    assert world.counted() == IDLE
 
 
 @pytest.mark.parametrize("kind", [FailureKind.REFUSED, FailureKind.DRAINING])

@@ -17,7 +17,7 @@ from engine.config import BackendConfig
 from engine.errors import BackendError, DeadlineExceeded, MethodNotFound, WouldBlock
 from engine.seam.control_messages import Drain, Ping, Pong, Reconfigure, Reconfigured
 from engine.seam.may_block import check_may_block
-from engine.seam.messages import INITIAL_CREDIT, Cancel, Credit, End, Failure, FailureKind, Item, Reply
+from engine.seam.messages import ANY_CALL, INITIAL_CREDIT, Cancel, Credit, End, Failure, FailureKind, Item, Reply
 from engine.seam.serialization import dumps, unpack_exception
 from engine.serving import loop_replica as loop_replica_module
 from engine.serving.farewell import begin_close, finish_close
@@ -121,8 +121,9 @@ async def test_calls_interleave() -> None:
     world.caller.answer(python_call(3, 3))
     assert world.caller.sent == [Failure(3, 3, FailureKind.REFUSED, b"", b"")]
     latch.opened.set()
-    answers = await world.ask(answers=3)
-    assert [(outcome(answer), answer.load) for answer in answers] == [(0, 2), (1, 1), (2, 0)]
+    first, told, *others = await world.ask(answers=4)
+    assert told == Credit(ANY_CALL, 3), "it is told as soon as there is a place"
+    assert [(outcome(answer), answer.load) for answer in (first, *others)] == [(0, 2), (1, 1), (2, 0)]
     assert world.replica.run_next() is None
 
 

@@ -116,7 +116,8 @@ class ThreadSlot(Slot):
         channel = self.channel
         if channel is not None and self.arrived.locked():
             remaining_s = None if deadline is None else max(0.0, deadline - time.monotonic())
-            if not channel.drive(lambda: not self.arrived.locked() or self.channel is not channel, remaining_s):
+            driven = channel.drive(lambda: not self.arrived.locked() or self.channel is not channel, remaining_s)
+            if not driven or self.arrived.locked():  # it was refused: the replica says when it has a place
                 channel.watch()
         remaining = -1.0 if deadline is None else max(0.0, deadline - time.monotonic())
         if not self.arrived.acquire(timeout=remaining):

@@ -25,7 +25,7 @@ from typing import Any, Protocol
 from ..errors import EngineClosed, EngineError
 from ..seam.channel import Channel, ChannelClosed
 from ..seam.connector import Connector
-from ..seam.messages import Call, Cancel, Credit, End, Failure, FailureKind, Item, Message, Reply
+from ..seam.messages import ANY_CALL, Call, Cancel, Credit, End, Failure, FailureKind, Item, Message, Reply
 from ..seam.snapshot import RoutingSnapshot
 from .answers import CopySlot
 from .home import Home
@@ -300,6 +300,8 @@ class Caller:
                 slot.deliver(message)  # type: ignore[arg-type]
             return
         if kind is not Reply and not isinstance(message, (Failure, End)):
+            if kind is Credit:
+                self._welcomed(channel, message.amount)  # type: ignore[union-attr]
             return
         call_id = message.id  # type: ignore[union-attr]
         slot = self._pending.get(call_id)
@@ -319,6 +321,32 @@ class Caller:
         ):
             slot.deliver(message)  # type: ignore[arg-type]
         self._pending.pop(call_id, None)
+
+    def _welcomed(self, channel: Channel, places: int) -> None:
+        """A replica that refused a call has a place for one: it is kept for a moment, so say if there is none."""
+        ready: list[Slot] = []
+        try:
+            with self._lock:
+                if self._torn:
+                    self._mend()
+                target = self._channels.get(channel)
+                if target is None:
+                    return
+                now = time.monotonic()
+                self._torn = True
+                if target.replica_set.welcomed(target, places):
+                    target.replica_set.next_placements(now, ready, target)
+                self._schedule_retry(target.replica_set, RETRY_S, now)
+                self._torn = False
+            if not any(slot.target is target for slot in ready):
+                try:
+                    channel.send(Cancel(ANY_CALL))
+                except ChannelClosed:
+                    channel.watch()  # its reader finds that out
+            self._send_all(ready)
+        except BaseException:
+            self._recover(ready)
+            raise
 
     def lost(self, channel: Channel, reason: str) -> None:
         """See `ChannelListener.lost`: the replica's calls fail, its place stays blocked for a while.

@@ -63,6 +63,7 @@ class Target:
         "heard_at",
         "holds",
         "in_flight",
+        "in_turn",
         "limit",
         "pool",
         "position",
@@ -87,6 +88,7 @@ class Target:
         self.slow_for = 0  # its calls are long: it gets one at a time, until it has answered so many
         self.blocked_until = 0.0  # it refused, or could not be reached: not before this time
         self.unreachable_until = 0.0  # the same of the latter alone, which no answer of its ends: it may be its last
+        self.in_turn = False  # it refused, says by itself when it takes a call, and did so just now
         self.heard_at = 0.0  # it answered last, or got something to do when it had nothing
         self.aside_at = -1.0  # the same when it was found silent: others come first until it is heard again
         self.try_at = 0.0  # or until then: it gets a call, to see
@@ -291,8 +293,11 @@ class ReplicaSet:
         self.pausing.clear()
         return waiting
 
-    def next_placements(self, now: float, placed: list[Slot]) -> None:
-        """Take from the queue what can be placed now, in order, and add it to ``placed``; drop what is late there."""
+    def next_placements(self, now: float, placed: list[Slot], welcome: Target | None = None) -> None:
+        """Take from the queue what can be placed now, in order, and add it to ``placed``; drop what is late there.
+
+        The first of them goes where there is a place for it (`welcomed`), if that is given.
+        """
         while line := self.waiting or self._timely_copies(now):
             queue = line.head()
             slot = queue[0]
@@ -302,7 +307,8 @@ class ReplicaSet:
                 del queue[0]
                 line.bytes -= slot.bytes
                 continue
-            target = self.take(now)
+            target = self.take(now) if welcome is None else self._use(welcome, now)
+            welcome = None
             if target is None:
                 return
             # No signal handler runs between these: there is no call.
@@ -327,6 +333,14 @@ class ReplicaSet:
             target.in_flight += 1
             target.blocked_until = 0.0
             self._file(target)
+        return target
+
+    def _use(self, target: Target, now: float) -> Target:
+        if not target.in_flight:
+            target.heard_at = now
+        target.in_flight += 1
+        target.blocked_until = now + RETRY_S if target.in_turn else 0.0
+        self._file(target)
         return target
 
     # -- copies of shadowed calls --------------------------------------------------------------------------------------
@@ -385,7 +399,8 @@ class ReplicaSet:
             target.elsewhere, target.elsewhere_at = load - target.in_flight, now
         else:
             target.elsewhere = 0
-        target.blocked_until = target.unreachable_until
+        if not target.in_turn:
+            target.blocked_until = target.unreachable_until
         if target.slow_for:
             target.slow_for -= 1
         longer_s = now - target.heard_at - self._usual_s
@@ -408,6 +423,22 @@ class ReplicaSet:
         self._count_out(target, load, now)
         target.blocked_until = max(now + RETRY_S, target.unreachable_until)
         self._file(target)
+
+    def welcomed(self, target: Target, places: int) -> bool:
+        """A replica that refused a call has a place for one now, as it tells each caller in turn.
+
+        Args:
+            target: The replica.
+            places: Just this one, or more: then there are no other callers that want any.
+
+        Returns:
+            Whether there is a call for it, which is to go there (`next_placements`).
+        """
+        busy = target.in_flight
+        if not self.waiting or target.gone or busy >= target.limit or (busy and target.slow_for):
+            return False
+        target.in_turn = places == 1
+        return True
 
     def withdrawn(self, target: Target) -> None:
         """A call that was placed was not sent after all, for reasons of its own."""
@@ -531,6 +562,7 @@ class ReplicaSet:
         for target in rested:
             if target.blocked_until <= now:
                 target.blocked_until = target.unreachable_until = 0.0
+                target.in_turn = False
             if target.elsewhere_at + _FRESH_S <= now:
                 target.elsewhere = 0
             if target.try_at <= now:

@@ -2,8 +2,8 @@
 
 Immutable tuples of bytes, ids and deadlines: no loop, no callback, no live object. A `Call` travels from a caller to
 a replica and is answered by exactly one `Reply` or `Failure`, or by any number of `Item` messages and one `End`.
-`Cancel` and `Credit` travel the way the call did. `Control` belongs to the channels between the controller and its
-workers and callers; calls never share a channel with it.
+`Cancel` and `Credit` travel the way the call did, but for those that belong to none (`ANY_CALL`). `Control` belongs to
+the channels between the controller and its workers and callers; calls never share a channel with it.
 
 Deadlines are absolute seconds of this process's ``time.monotonic()``; to where other clocks
 are, a transport carries them as time remaining.
@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Any, Final, NamedTuple, TypeAlias
 
 __all__ = [
+    "ANY_CALL",
     "AS_CONFIGURED",
     "AS_CONFIGURED_FOR_POSTS",
     "HTTP",
@@ -47,6 +48,10 @@ NORMAL: Final = 0
 """`Call.priority` of most calls."""
 LOW: Final = 1
 """The same of background work, which yields to all others."""
+
+ANY_CALL: Final = 0
+"""In the place of a call's number: a `Credit` from a replica says that it has a place for a call of whom it refused one
+before; a `Cancel` from a caller, that it has none for it."""
 
 INITIAL_CREDIT: Final = 16
 """Items a replica may send ahead of the consumer before it must wait for `Credit`."""

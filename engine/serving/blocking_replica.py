@@ -26,6 +26,7 @@ from .batches import last_of, listed
 from .interruption import Interrupter
 from .replica import FAREWELL_S, Job, Replica, awaited
 from .stacks import stack_of_task, stack_of_thread
+from .turns import next_of
 from .user_callable import Method
 
 if TYPE_CHECKING:
@@ -55,8 +56,12 @@ class BlockingReplica(Replica):
         "_began",
         "_gave_way",
         "_hangs",
+        "_last",
         "_later",
         "_loop",
+        "_mixed",
+        "_passed",
+        "_passed_then",
         "_queue",
         "_reported",
         "_seen",
@@ -81,6 +86,9 @@ class BlockingReplica(Replica):
         self._loop: asyncio.AbstractEventLoop | None = None  # for streams and stray coroutines; made when needed
         self._began: float | None = None  # when the call that runs began; None also for batches, which fill meanwhile
         self._told: set[Channel] = set()  # callers that were told that it is a long one
+        self._mixed = False  # what waits differs in priority, or in who called
+        self._passed = self._passed_then = 0  # see `next_of`, now and once the call at the head of the queue is taken
+        self._last: Channel | None = None  # who made the last call that was taken from a mixed queue
         self._gave_way = False  # those that waited for the stream that runs were handed back
         # When the batch, or the step of a stream or a background task that runs began; `inf` between two such steps.
         # None if nothing but `_began` says.
@@ -126,10 +134,14 @@ class BlockingReplica(Replica):
     def lost(self, channel: Channel, reason: str) -> None:
         """See `engine.seam.channel.ChannelListener.lost`."""
         self._told.discard(channel)
+        self._last = None
         super().lost(channel, reason)
 
     def _begin(self, job: Job) -> None:
-        self._queue.append(job)
+        queue = self._queue
+        if queue and (queue[-1].channel is not job.channel or queue[-1].call.priority != job.call.priority):
+            self._mixed = True
+        queue.append(job)
         if self._began is None:
             return
         if job.channel in self._told:
@@ -181,6 +193,8 @@ class BlockingReplica(Replica):
             self._drop(queue.popleft())
         if not queue:
             return self._farewell()
+        if self._mixed:
+            self._bring_forward()
         method = queue[0].method
         assert method is not None
         if method.batched:
@@ -189,6 +203,8 @@ class BlockingReplica(Replica):
                 return due
         else:
             self._began = time.monotonic()
+            if self._mixed:
+                self._note_turn(queue[0])
             try:
                 self._run_one(queue.popleft())
             finally:
@@ -198,6 +214,22 @@ class BlockingReplica(Replica):
                     self._told.clear()
         # Another thread may have heard of more to do while user code ran.
         return 0.0 if self._queue or self._chores or self._drain_until is not None else None
+
+    def _bring_forward(self) -> None:
+        """Put the call at the head of the queue whose turn it is."""
+        queue = self._queue
+        if len(queue) < 2:
+            self._mixed = False
+            return
+        place, self._passed_then = next_of(queue, self._passed, self._last)
+        if place:
+            job = queue[place]
+            del queue[place]
+            queue.appendleft(job)
+
+    def _note_turn(self, job: Job) -> None:
+        """The call at the head of the queue is taken from there."""
+        self._passed, self._last = self._passed_then, job.channel
 
     # -- calls that run for too long -----------------------------------------------------------------------------------
 
@@ -353,7 +385,10 @@ class BlockingReplica(Replica):
 
     def _collect(self, method: Method) -> float:
         """Run the batch at the head of the queue; or return for how many seconds it waits for more calls."""
-        batch = [job for job in self._queue if job.method is method][: self._batch_size]
+        alike = [job for job in self._queue if job.method is method]
+        if self._mixed:
+            alike[1:] = sorted(alike[1:], key=_priority_of)
+        batch = alike[: self._batch_size]
         if len(batch) < self._batch_size and self._config.batch_wait_timeout and self._drain_until is None:
             now = time.monotonic()
             if self._batch_due is None or self._batch_head is not batch[0]:
@@ -362,6 +397,8 @@ class BlockingReplica(Replica):
             if now < self._batch_due:
                 return self._batch_due - now
         self._batch_due = self._batch_head = None
+        if self._mixed:
+            self._note_turn(batch[0])
         taken = set(map(id, batch))
         self._queue = deque(job for job in self._queue if id(job) not in taken)
         live: list[Job] = []
@@ -548,6 +585,10 @@ class BlockingReplica(Replica):
         self._gave_way = True  # who comes later is handed back at once
         self._hand_back()
         return None
+
+
+def _priority_of(job: Job) -> int:
+    return job.call.priority
 
 
 def _cancel_task(job: Job) -> None:

@@ -36,9 +36,23 @@ from ..seam.control_messages import Answered, Drain, Ping, Pong, Reconfigure, Re
 from ..seam.error_text import a_kind_of, message_of, summary_of, traceback_of
 from ..seam.http_request import RequestEnvelope, build_http_request
 from ..seam.log import Log
-from ..seam.messages import HTTP, INITIAL_CREDIT, Call, Cancel, Credit, End, Failure, FailureKind, Item, Message, Reply
+from ..seam.messages import (
+    ANY_CALL,
+    HTTP,
+    INITIAL_CREDIT,
+    Call,
+    Cancel,
+    Credit,
+    End,
+    Failure,
+    FailureKind,
+    Item,
+    Message,
+    Reply,
+)
 from ..seam.serialization import dumps, loads, loads_leniently, pack_exception, shorten_packed_exception
 from ..seam.service import ServiceLoop
+from .turns import Turns
 from .user_callable import Method, NoSuchMethod, UserCallable
 from .watching import Watched
 from .wear import worn_by_calls, worn_by_memory
@@ -103,6 +117,7 @@ class Replica(Watched):
         "_config_lock",
         "_debug",
         "_drained_since",
+        "_full_at",
         "_hands_over",
         "_held",
         "_jobs",
@@ -114,6 +129,7 @@ class Replica(Watched):
         "_service_loop",
         "_shares_process",
         "_taken",
+        "_turns",
         "_user",
         "loads",
     )  # more than an object's own dictionary is quick for
@@ -139,6 +155,7 @@ class Replica(Watched):
         self._debug = debug
         self.loads: Callable[[bytes], Any] = loads
         self._held = 0
+        self._turns: Turns | None = None  # as long as callers have been refused
         self._answered = False  # as the controller was told
         self._calls = 0  # that user code was given
         self._jobs: dict[tuple[Channel, int], Job] = {}
@@ -162,6 +179,7 @@ class Replica(Watched):
                 self._taken = number
                 self._config = config
                 self._limit = config.concurrency(on_loop=self.on_loop)
+                self._full_at = self._limit if self._turns is None else 0
                 self._batch_size = config.max_batch_size or 1
                 self._retry_on = frozenset(config.retry_on)
                 self._max_call_s = config.max_call_s
@@ -222,8 +240,8 @@ class Replica(Watched):
             self._heard(channel, message)
         elif self._drain_until is not None:
             self._refuse(channel, message, FailureKind.DRAINING)
-        elif self._held >= self._limit:
-            self._refuse(channel, message, FailureKind.REFUSED)
+        elif self._held >= self._full_at:
+            self._take_or_refuse(channel, message)
         else:
             self._held += 1
             job = Job(channel, message)
@@ -245,6 +263,9 @@ class Replica(Watched):
             return
         job = self._jobs.get((channel, message.id))
         if job is None:
+            if message.id == ANY_CALL and self._turns is not None:  # it has nothing more to send
+                self._turns.declined(channel)
+                self._offer_places()
             return
         if isinstance(message, Cancel):
             self._cancel(job)
@@ -257,8 +278,60 @@ class Replica(Watched):
         """See `engine.seam.channel.ChannelListener.lost`: nobody waits for that caller's calls any more."""
         for job in [job for (origin, _), job in self._jobs.items() if origin is channel]:
             self._cancel(job)
+        if self._turns is not None:
+            self._turns.forget(channel)
+            self._offer_places()
         if self._drain_until is not None:
             self._wake()
+
+    # -- whose turn it is ------------------------------------------------------------------------------------------
+
+    def _take_or_refuse(self, channel: Channel, call: Call) -> None:
+        """Take a call while others wait for places, or refuse it: places are kept for those whose turn it is."""
+        turns = self._turns
+        if turns is None:
+            turns = self._turns = Turns()
+        turns.lapse(time.monotonic())
+        turns.came(channel)
+        if self._held + turns.kept < self._limit:
+            self._full_at = self._limit
+            self.received(channel, call)
+        else:
+            self._refuse(channel, call, FailureKind.REFUSED)
+            turns.refused(channel, low=bool(call.priority))
+        self._offer_places(channel)
+
+    def _offer_places(self, last: Channel | None = None) -> None:
+        """Tell callers that were refused of places that are free now, in turn.
+
+        Args:
+            last: The caller that was answered or heard just now, and may want another place at once.
+        """
+        turns = self._turns
+        if turns is None:
+            return
+        now = time.monotonic()
+        turns.lapse(now)
+        while self._held + turns.kept < self._limit and self._drain_until is None:
+            channel = turns.next(now)
+            if channel is None:
+                break
+            places = 1
+            if last is channel and turns.only(channel) and all(origin is channel for origin, _ in self._jobs):
+                turns.declined(channel)  # there are no others: it can do as it likes
+                places = self._limit
+            try:
+                channel.send(Credit(ANY_CALL, places))
+            except ChannelClosed:
+                turns.forget(channel)
+        if not turns or self._drain_until is not None:
+            self._turns = None
+        self._count_places()
+
+    def _count_places(self) -> None:
+        """Note from how many calls on it is to be looked whose turn it is: always, while anybody has one."""
+        with self._config_lock:
+            self._full_at = self._limit if self._turns is None else 0
 
     def _refuse(self, channel: Channel, call: Call, kind: int) -> None:
         with contextlib.suppress(ChannelClosed):  # the caller is gone, and `lost` follows
@@ -484,6 +557,8 @@ class Replica(Watched):
         if not self._answered:
             self._answered = True
             self._tell(Answered())
+        if self._turns is not None:
+            self._offer_places(job.channel)
         if self._drain_until is not None and self.on_loop and not load:
             self._wake()  # a plain one looks by itself after each call
 

@@ -216,6 +216,40 @@ def test_the_free_replica_gets_the_calls_of_those_who_do_not_know_of_the_other_o
     assert engine.get(held, timeout=20) not in free
 
 
+@pytest.mark.parametrize("kind", ["sync", "async"])
+@pytest.mark.parametrize("way", ["handle", "http"])
+def test_a_caller_with_many_calls_leaves_its_turns_to_others(serve, engine, gate, journal, kind, way):
+    """A replica takes calls of those who wait for it in turn, whoever has how many of them."""
+
+    async def asynchronous(request):
+        journal.add("many" if getattr(request, "data", None) == "many" else "other")
+        await asyncio.sleep(0 if gate.is_open() else 0.01)
+
+    def sync(request):
+        journal.add("many" if getattr(request, "data", None) == "many" else "other")
+        time.sleep(0 if gate.is_open() else 0.01)
+
+    served = serve(sync if kind == "sync" else asynchronous, config={"max_concurrent_queries": 1})
+    refs = [served.handle.remote("many") for _ in range(100)]
+    eventually(journal.lines)
+    ahandle = engine.get_handle(served.name, sync=False)
+
+    async def others():
+        for _ in range(5):
+            await ahandle.call()
+
+    if way == "handle":
+        asyncio.run(others())
+    else:
+        for _ in range(5):
+            served.http()
+    lines = journal.lines()
+    gate.open()
+    engine.get(refs, timeout=20)
+    assert lines.count("other") == 5
+    assert lines.count("many") < 30, "each other one waited for one or two of the many, or for a little more"
+
+
 def test_calls_spread_over_replicas(serve):
     handle = serve(replica_tag, route=None, config={"num_replicas": 3}).handle
     counted = Counter(handle.call() for _ in range(300))
