@@ -66,6 +66,13 @@ def conformance(session: nox.Session) -> None:
 
 
 @nox.session
+def audit(session: nox.Session) -> None:
+    """Ask whether anything that the engine, its adapters or its tests need has a known vulnerability."""
+    session.install("-e", ".[test,examples]", "pip-audit")
+    session.run("python", ".ci/audit", "--strict", "python")
+
+
+@nox.session
 def coverage(session: nox.Session) -> None:
     """Measure branch coverage, worker processes included; fails below the limit in pyproject.toml."""
     session.install("-e", ".[test]")

@@ -62,7 +62,15 @@ _HOSTS: st.SearchStrategy[list[bytes]] = st.integers(0, 5).flatmap(
         st.just([b"host: x"])
         if number
         else st.sampled_from(
-            [[], [b"host: x", b"host: x"], [b"host: x", b"Host: y"], [b"host:"], [b"host : x"], [b"host: a b"]]
+            [
+                [],
+                [b"host: x", b"host: x"],
+                [b"host: x", b"Host: y"],
+                [b"host:"],
+                [b"host : x"],
+                [b"host: a b"],
+                [b"host: x/y?"],
+            ]
         )
     )
 )

@@ -158,5 +158,12 @@ def refused_by_us(message: Message) -> bool:
         or message.method in (b"CONNECT", b"PRI")
         or message.method != message.method.upper()
         or message.version[:2] != b"1."
+        or _wrong_host(message)
         or (_TARGET.match(message.target) is None and (message.method, message.target) != (b"OPTIONS", b"*"))
     )
+
+
+def _wrong_host(message: Message) -> bool:
+    absolute = _ABSOLUTE.match(message.target)
+    hosts = [value for name, value in message.headers if name.lower() == b"host"] + ([absolute[1]] if absolute else [])
+    return any(re.search(rb"[^\w.~!$&'()*+,;=%\[\]:-]", host) for host in hosts)

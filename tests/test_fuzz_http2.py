@@ -96,6 +96,7 @@ BEGIN = PREFACE + frame(SETTINGS, 0, 0)
         ({"path": b"/a b"}, 400),
         ({"path": b"a"}, 400),
         ({"path": b"*"}, 400),
+        ({"authority": b"x/admin?"}, 400),
         ({"method": b"get"}, 501),
         ({"method": b"\xff"}, 501),
         ({"method": b"CONNECT", "path": None, "scheme": None}, 501),

@@ -328,11 +328,14 @@ async def test_bad_requests(data: bytes) -> None:
         (b"GET a HTTP/1.1", 400),
         (b"GET ftp://x/ HTTP/1.1", 400),
         (b"GET http:///a HTTP/1.1", 400),
+        (b"GET http://y@x/ HTTP/1.1", 400),
+        (b"GET / HTTP/1.1\r\na: b\r\nhost: x/admin?\r\nb: c", 400),
+        (b"GET / HTTP/1.0\r\nhost: x#y\r\nb: c", 400),
     ],
 )
 async def test_requests_that_are_not_served_here(line: bytes, status: int) -> None:
     async with serving() as server:
-        data = line + b"\r\nhost: x\r\n\r\n" + ORDINARY[0]
+        data = line + (b"" if b"host:" in line else b"\r\nhost: x") + b"\r\n\r\n" + ORDINARY[0]
         assert (await exchange(server, data)).startswith(b"HTTP/1.1 %d" % status)
         assert not server.app.scopes
 

@@ -28,7 +28,7 @@ from hypercorn.typing import ConnectionState
 from engine.seam.ingress_server import ASGIApp, StreamBroken
 from engine.seam.log import Log
 
-from .lane import READ_AHEAD
+from .lane import IN_HOST, READ_AHEAD
 
 if TYPE_CHECKING:
     from hypercorn.config import Config
@@ -288,7 +288,11 @@ def refusal(request: h11.Request, max_head_bytes: int) -> int | None:
         return 501
     if _TARGET.match(request.target) is None and (request.method, request.target) != (b"OPTIONS", b"*"):
         return 400
-    return None
+    absolute = _ABSOLUTE.match(request.target)
+    hosts = [value for name, value in request.headers if name == b"host"]
+    if absolute is not None:
+        hosts.append(absolute[1])
+    return 400 if b"".join(hosts).translate(None, IN_HOST) else None
 
 
 def refusal_of_stream(headers: Iterable[tuple[bytes, bytes]]) -> int | None:
@@ -299,7 +303,8 @@ def refusal_of_stream(headers: Iterable[tuple[bytes, bytes]]) -> int | None:
         return 501
     if _PATH.fullmatch(path) is None and (method, path) != (b"OPTIONS", b"*"):
         return 400
-    return None
+    hosts = b"".join(value for name, value in headers if name in (b":authority", b"host"))
+    return 400 if hosts.translate(None, IN_HOST) else None
 
 
 def asks_for_http2(request: h11.Request, *, after: int, tls: bool) -> bool:

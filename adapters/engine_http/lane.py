@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from typing import Protocol
 
-__all__ = ["NO_LANE", "READ_AHEAD", "Lane", "LaneWithTask"]
+__all__ = ["IN_HOST", "NO_LANE", "READ_AHEAD", "Lane", "LaneWithTask"]
 
+IN_HOST = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~!$&'()*+,;=%[]:"
+"""What a host and its port may consist of. With anything else, as a slash, who puts a URL together gets another one."""
 READ_AHEAD = 64 * 1024
 """Bytes taken from a client before the application took those before."""
 

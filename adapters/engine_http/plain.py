@@ -20,7 +20,7 @@ from urllib.parse import unquote
 from engine.seam.ingress_server import StreamBroken
 from engine.seam.log import Log
 
-from .lane import READ_AHEAD
+from .lane import IN_HOST, READ_AHEAD
 
 if TYPE_CHECKING:
     from .connection import Connection
@@ -217,6 +217,8 @@ class Cycle:
             value = value.strip(b" \t")
             headers.append((name, value))
             if name == b"host":
+                if value.translate(None, IN_HOST):
+                    return None
                 hosts += 1
             elif name == b"content-length":
                 if length is not None or _LENGTH.fullmatch(value) is None:
