@@ -633,9 +633,9 @@ class Engine:
         Returns:
             ``{"backends": {tag: {"state": its state, "version": what rules, "replicas": {replica_tag: stage of its
             life}, "details": {replica_tag: {"state": that stage, "since_s": seconds, "pid": process id or None,
-            "version": what it runs}}, "failures": tries in a row, "last_error": text or None, "last_error_s":
-            seconds ago, "queued": calls, "queued_bytes": of their arguments, "in_flight": calls, "queued_copies":
-            calls, "dropped_copies": calls}},
+            "version": what it runs}}, "failures": tries in a row, "notice": text or None, "last_error": text or None,
+            "last_error_s": seconds ago, "queued": calls, "queued_bytes": of their arguments, "in_flight": calls,
+            "queued_copies": calls, "dropped_copies": calls}},
             "endpoints": {name: {"calls": made so far}}, "ingresses": {id: {"node": address, "url": base URL, and what
             "details" have but "version"}}}``.
 

@@ -85,6 +85,29 @@ def test_what_is_limited_is_ended_for_its_silence_alone(seen: Vitals | None) -> 
     assert silent(math.inf) == ""
 
 
+@pytest.mark.parametrize(
+    ("share", "held_up", "ended_at"),
+    [
+        (0.0, False, (10, 10)),  # native code that waits for something else, and keeps the lock
+        (1.0, True, (10, 10)),  # native code that computes
+        (0.5, True, (20, 30)),  # that, on a busy machine: it has run for 10 s, of which the last look came later
+        (0.01, True, None),  # it would answer if it could, or is read back from a disk
+    ],
+)
+def test_what_is_held_up_by_others_is_not_ended_for_that(
+    share: float, held_up: bool, ended_at: tuple[float, float] | None
+) -> None:
+    pulse = Pulse()
+    pulse.ask()
+    for _ in range(100):
+        vitals = Vitals(False, share * pulse.silent_s, held_up)
+        if pulse.passed(0.5, 10.0) and pulse.verdict(vitals, 10.0):
+            assert ended_at is not None
+            assert ended_at[0] <= pulse.silent_s <= ended_at[1]
+            return
+    assert ended_at is None
+
+
 def test_who_answers_is_not_looked_at() -> None:
     pulse = Pulse()
     for _ in range(100):
@@ -271,10 +294,17 @@ def test_a_process_seen_from_outside(platform: str, monkeypatch: pytest.MonkeyPa
         before = seen()
         if platform == "linux":  # ps counts whole seconds
             eventually(lambda: seen().cpu_s > before.cpu_s)
+        eventually(lambda: seen().held_up)
     finally:
         process.kill()
         process.wait()
     assert asyncio.run(look_at(process.pid)) is None
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        eventually(lambda: not seen().held_up)
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_how_ps_writes_times(monkeypatch: pytest.MonkeyPatch) -> None:

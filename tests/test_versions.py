@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 from control_fakes import plan_of, replicas_of
 from fakes import until
 
+from engine.config import BackendConfig
 from engine.control.ages import Age, Ages, lifetime_s
+from engine.control.recycling import Recycling
 from engine.control.rollout import Room
 from engine.control.workers import Worker, Workers
 from engine.errors import BackendStartError
 from engine.seam.control_messages import Drain, Drained, Ready, StartFailed
 from engine.seam.serialization import pack_exception
 from engine.seam.worker import WorkerExit, WorkerSpec
+from engine.serving.wear import Memory
 from engine.testing.fakes import FakeAdapter
 
 
@@ -367,6 +372,68 @@ async def test_a_worn_one_goes_on_until_another_one_starts(fleet: Fleet) -> None
     await until(lambda: fleet.serving == ["b#5", "b#6"])
     await fleet.backend.renew()
     assert fleet.serving == ["b#5", "b#6"]
+
+
+def test_recycling_that_is_no_help_is_tried_less_and_less_often() -> None:
+    for jitter, share in ((0.0, 0.5), (1.0, 1.0)):
+        recycling = Recycling(lambda jitter=jitter: jitter)
+        now = 50.0
+        for pause_s in (10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 600.0, 600.0):
+            assert recycling.allows(now)
+            assert not recycling.allows(now + share * pause_s - 0.1)
+            now += share * pause_s
+        recycling.reset()
+        assert recycling.allows(now)
+
+
+@in_fleet(2)
+async def test_replicas_that_need_more_than_they_may_from_the_start_serve_on(fleet: Fleet) -> None:
+    """They say so once a second; one is exchanged, people are told, and a change begins anew."""
+    backend = fleet.backend
+    for _ in range(2):
+        too_much = partial(backend.mark_worn, reason="has 99 MB in memory (max_rss_mb=9)", from_start=True)
+        assert [too_much(worker) for worker in backend.running] == [True, False]
+        await backend.renew()
+        assert not any(too_much(worker) for worker in backend.running)
+        notice = backend.describe()["notice"]
+        assert re.match(
+            r"replica\.b\.\d has 99 MB in memory \(max_rss_mb=9\), and so it was at its first calls", notice
+        )
+        assert backend.mark_worn(backend.running[0], "has begun 9 calls")  # for other reasons it is as before
+        await backend.renew()
+        await backend.update({"max_queued_requests": 10 + len(fleet.log)})
+        assert backend.describe()["notice"] is None
+
+
+def test_what_a_replica_has_had_in_memory_from_the_start() -> None:
+    mb: list[float | None] = []
+    looks = 0
+
+    def resident() -> float | None:
+        nonlocal looks
+        looks += 1
+        return mb.pop(0)
+
+    def look(config: BackendConfig, calls: int) -> tuple[str, bool]:
+        return memory.look(config, calls)
+
+    free, bound = BackendConfig(), BackendConfig(max_rss_mb=100)
+    over = "has 150 MB in memory (max_rss_mb=100)"
+    memory = Memory(resident)
+    mb[:] = [50, 150]
+    assert [look(bound, 0), look(bound, 0)] == [("", False), (over, True)], "it cannot even begin"
+    mb[:] = [90, 150]
+    assert [look(bound, 1), look(bound, 9)] == [("", False), (over, False)], "it has grown"
+    memory = Memory(resident)
+    mb[:] = [50, None, 150, 150]
+    assert [look(bound, calls) for calls in (0, 1, 2, 3)] == [("", False)] * 2 + [(over, True)] * 2, (
+        "by its first calls"
+    )
+    memory, looks = Memory(resident), 0
+    mb[:] = [90, 150]
+    assert [look(free, calls) for calls in (0, 1, 2, 3)] == [("", False)] * 4
+    assert looks == 1, "nobody need look where there is no limit, but for what it had"
+    assert look(bound, 4) == (over, False), "a limit that was set later"
 
 
 @in_fleet(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -289,11 +290,19 @@ async def test_two_may_ask_a_worker_to_leave(world: World) -> None:
 @on_loop
 async def test_a_configuration_is_taken(world: World) -> None:
     worker = await world.ready()
-    world.adapter.on_tell = lambda worker_id, body: world.say(Reconfigured(body.token, None), Reconfigured(99, None))
+    patience_s: list[float] = []  # meanwhile, it may be silent: that has a limit of its own
+
+    def tell(worker_id: str, body: Any) -> None:
+        patience_s.append(world.workers._patience_with(worker_id))
+        world.say(Reconfigured(body.token, None), Reconfigured(99, None))
+
+    world.adapter.on_tell = tell
+    world.workers._patience = lambda worker: 7.0
     for token in (1, 2):
         await world.workers.reconfigure(worker, b"config", LONG_S, user_config_changed=True)
         assert world.adapter.told[-1] == ("w#1", Reconfigure(token, b"config", True))
     assert not worker.replies
+    assert (patience_s, world.workers._patience_with("w#1")) == ([math.inf, math.inf], 7.0)
     world.say(Reconfigured(1, None))  # nobody waits for it any more
     await world.workers.kill(worker)
 

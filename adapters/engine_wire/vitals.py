@@ -21,21 +21,33 @@ STOPPED_S = 4.0
 """For so long a process may be stopped: see `engine.control.pulse`."""
 
 _STOPPED = "Tt"  # by a signal, by a debugger
+_HELD_UP = "RDU"  # wants a CPU, or has one; waits for a disk, as Linux and as others have it
 _PS_PATIENCE_S = 5.0
 
 
 async def look_at(pid: int) -> Vitals | None:
     """Look at a process of this machine; None if it is not there, or cannot be looked at."""
-    return vitals_of(pid) if sys.platform == "linux" else await asyncio.to_thread(_asked_of_ps, pid)
+    return vitals_of(pid, threads=True) if sys.platform == "linux" else await asyncio.to_thread(_asked_of_ps, pid)
 
 
-def vitals_of(pid: int) -> Vitals | None:
-    """As `look_at`, without waiting for anything; None where there is no ``/proc``."""
+def vitals_of(pid: int, *, threads: bool = False) -> Vitals | None:
+    """As `look_at`, without waiting for anything; None where there is no ``/proc``.
+
+    Args:
+        pid: The process.
+        threads: Look at each of its threads, too, whether it is held up.
+    """
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-        return Vitals(fields[0] in _STOPPED, (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"))
+        fields = _stat(Path(f"/proc/{pid}/stat"))
+        held_up = threads and any(_stat(one / "stat")[0] in _HELD_UP for one in Path(f"/proc/{pid}/task").iterdir())
+        cpu_s = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return Vitals(fields[0] in _STOPPED, cpu_s, held_up)
     except (OSError, IndexError, ValueError):
         return None
+
+
+def _stat(path: Path) -> list[str]:
+    return path.read_text(errors="replace").rpartition(")")[2].split()
 
 
 class StopWatch:
@@ -85,6 +97,6 @@ def _asked_of_ps(pid: int) -> Vitals | None:
         seconds = 0.0
         for part in rest.split(":"):  # of [[days-]hours:]minutes:seconds
             seconds = seconds * 60 + float(part.replace(",", "."))
-        return Vitals(state[0] in _STOPPED, int(days or 0) * 86400 + seconds)
+        return Vitals(state[0] in _STOPPED, int(days or 0) * 86400 + seconds, state[0] in _HELD_UP)
     except (OSError, ValueError, subprocess.SubprocessError):
         return None

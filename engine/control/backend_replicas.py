@@ -6,6 +6,7 @@ Runs on the controller's loop. Callers learn of nothing here before the controll
 from __future__ import annotations
 
 import asyncio
+import time
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -158,14 +159,23 @@ class BackendReplicas(ReplicaPool):
         self.marked[worker] = Due.ILL
         await self.renew()
 
-    def mark_worn(self, worker: Worker, reason: str) -> bool:
-        """Have `renew` exchange a replica in service that has done its share; returns whether it is not to be anyway.
+    def mark_worn(self, worker: Worker, reason: str, *, from_start: bool = False) -> bool:
+        """Have `renew` exchange a replica in service that has done its share; returns whether there is reason to.
 
         Args:
             worker: The replica.
             reason: Why, for the log: follows its name.
+            from_start: It would soon be the same with another one: so only now and then. It says so again and again.
         """
         if worker in self.marked:
+            return False
+        if from_start and not self.recycling.allows(time.monotonic()):
+            if self.notice is None:
+                self.notice = (
+                    f"{worker.spec.name} {reason}, and so it was at its first calls: another one in its place is no "
+                    "better. That is tried more and more rarely: raise max_rss_mb, or have replicas need less"
+                )
+                _logger.warning("backend %r: %s", self.plan.tag, self.notice)
             return False
         _logger.info("%s %s; another one takes its place", worker.spec.name, reason)
         self.marked[worker] = Due.WORN

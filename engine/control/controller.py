@@ -573,7 +573,7 @@ class Controller:
         for backend in self._backends.values():
             if worker in backend.running:
                 if told.worn:
-                    self._recycle(worker, told.reason)
+                    self._recycle(worker, told.reason, from_start=told.from_start)
                 else:
                     self._spawn(backend.replace_one(worker, told.reason, at_once=told.hung))
                 return True
@@ -595,10 +595,11 @@ class Controller:
             for worker in backend.running
         ]
 
-    def _recycle(self, worker: Worker, reason: str) -> None:
+    def _recycle(self, worker: Worker, reason: str, *, from_start: bool = False) -> None:
         """A replica has done its share."""
         for backend in self._backends.values():
-            if worker in backend.running and not self._closing and backend.mark_worn(worker, reason):
+            in_service = worker in backend.running and not self._closing
+            if in_service and backend.mark_worn(worker, reason, from_start=from_start):
                 self._spawn(backend.renew())
 
     def _patience_with(self, worker: Worker) -> float:

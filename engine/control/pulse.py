@@ -4,7 +4,8 @@ Silence alone proves little. A worker answers on a thread of its own, also while
 does not release Python's lock keeps that thread from it, for as long as it takes, and works all the same. So a worker
 that is silent is ended on evidence only: its process is stopped, or does nothing at all. The adapter sees that
 (`engine.seam.adapter.SeesProcesses`); where it cannot, a silent worker is left alone. But what it runs may have a limit
-(``max_call_s``, ``stuck_after_s``), which native code keeps it from seeing to itself: then its silence is enough. A
+(``max_call_s``, ``stuck_after_s``), which native code keeps it from seeing to itself: then its silence is enough,
+but for the time in which its process would run and may not: on a busy machine, or while it is read back from a disk. A
 machine that is gone is found by the adapter itself, whose connections to it break.
 
 Only the time counts in which this process was running: if it was stopped itself, or asleep with the whole machine, or
@@ -55,6 +56,9 @@ class Pulse:
         self._asked = False
         self._look_at_s = 0.0  # silent for so long, it is to be looked at
         self._first: tuple[float, float] | None = None  # its silence and its CPU time at the first look
+        self._last: tuple[float, float] | None = None  # the same at the last one
+        self._judged_s = 0.0  # until then in its silence it is known how long it was held up
+        self._excused_s = 0.0  # so long
         self._mentioned = False
 
     def __repr__(self) -> str:
@@ -68,6 +72,8 @@ class Pulse:
         self.silent_s = 0.0
         self._look_at_s = min(_FIRST_LOOK_S, STOPPED_S)
         self._first = None
+        self._last = None
+        self._judged_s = self._excused_s = 0.0
         return True
 
     def answered(self) -> None:
@@ -96,8 +102,10 @@ class Pulse:
         """Why it must be ended, as far as a look at its process tells; empty if it need not."""
         if not self._asked:
             return ""
+        if vitals is not None:
+            self._excuse(vitals)
         if vitals is None or not vitals.stopped:
-            if self.silent_s >= max(patience_s, STOPPED_S):
+            if self.silent_s - self._excused_s >= max(patience_s, STOPPED_S):
                 return self._silence("no Python runs in its process, and it may take so long for nothing")
         if vitals is None:
             return ""
@@ -108,6 +116,17 @@ class Pulse:
         since_s, cpu_s = self._first
         worked = vitals.cpu_s - cpu_s >= _LEAST_WORK * (self.silent_s - since_s)
         return self._silence("its process does nothing") if self.silent_s >= FROZEN_S and not worked else ""
+
+    def _excuse(self, vitals: Vitals) -> None:
+        """Do not count the time in which it was held up: then it wants a CPU, and uses less than it could."""
+        last, self._last = self._last, (self.silent_s, vitals.cpu_s)
+        if last is None:
+            return
+        since_s, cpu_s = last
+        idle = 1.0 - min(1.0, (vitals.cpu_s - cpu_s) / max(self.silent_s - since_s, 0.001))
+        if vitals.held_up:
+            self._excused_s += idle * (self.silent_s - self._judged_s)
+        self._judged_s = self.silent_s
 
     def mention(self) -> bool:
         """Whether people are to be told, for the first time, that it works without answering."""

@@ -25,6 +25,7 @@ from ..seam.worker import WorkerSpec
 from ..serving.replica_spec import ReplicaSpec
 from .backend_plan import BackendPlan
 from .checkpoint import KnownBackend, KnownWorker
+from .recycling import Recycling
 from .restarts import Restarts
 from .rollout import Room
 from .workers import Life, Worker, Workers
@@ -93,6 +94,8 @@ class ReplicaPool:
         marked: Replicas in service that others are to take the places of, and why.
         dismissals: What ends replicas. (The loop itself holds tasks weakly.)
         restarts: When those that are missing may start.
+        recycling: Whether that is of use where replicas need too much memory.
+        notice: What is amiss with the configuration, for people.
         waits: Seconds that replacements have to wait, of those that have yet to begin.
         retry: Set, and replaced, when starts that failed are to be tried again at once.
         last_error: What became of the last replica that failed or died.
@@ -121,6 +124,8 @@ class ReplicaPool:
         self.marked: dict[Worker, Due] = {}
         self.dismissals: set[asyncio.Task[None]] = set()
         self.restarts = Restarts()
+        self.recycling = Recycling()
+        self.notice: str | None = None
         self.waits: list[float] = []
         self.retry = asyncio.Event()
         self.last_error: str | None = None
@@ -207,6 +212,7 @@ class ReplicaPool:
             "state": self.state,
             "version": self.plan.version,
             "failures": self.restarts.failures,
+            "notice": self.notice,
             "last_error": self.last_error,
             "last_error_s": time.monotonic() - self._failed_at if self.last_error is not None else None,
             "replicas": {worker_id: worker["state"] for worker_id, worker in workers.items()},
@@ -328,9 +334,11 @@ class ReplicaPool:
             pass
 
     def try_anew(self) -> None:
-        """Forget that starts have failed: something is different now, so that the next ones may succeed."""
+        """Forget what was in vain: something is different now, so that the next ones may succeed."""
         was_hopeless = self.hopeless
         self.restarts.reset()
+        self.recycling.reset()
+        self.notice = None
         self.retry_starts()
         if was_hopeless:
             self.announce()

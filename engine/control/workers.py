@@ -224,7 +224,9 @@ class Workers:
 
     def _patience_with(self, worker_id: str) -> float:
         worker = self._by_id.get(worker_id)
-        return math.inf if worker is None else self._patience(worker)
+        if worker is None or worker.replies:  # what takes a configuration has a limit of its own
+            return math.inf
+        return self._patience(worker)
 
     def hurry(self) -> None:
         """Kill all workers, also those that are finishing what they hold. Does not wait for their ends."""

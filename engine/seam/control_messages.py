@@ -119,11 +119,13 @@ class Unhealthy(NamedTuple):
         reason: Follows the worker's name, e.g. "has been in one call for 12 s".
         hung: I am of no use any more. Otherwise I go on until the other one is there.
         worn: I am as good as ever, but have done my share: others that say so may go first.
+        from_start: So it was when I had hardly begun, and will be with the other one.
     """
 
     reason: str
     hung: bool
     worn: bool = False
+    from_start: bool = False
 
 
 class Subscribe(NamedTuple):

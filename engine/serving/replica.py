@@ -55,7 +55,7 @@ from ..seam.service import ServiceLoop
 from .turns import Turns
 from .user_callable import Method, NoSuchMethod, UserCallable
 from .watching import Watched
-from .wear import worn_by_calls, worn_by_memory
+from .wear import Memory, worn_by_calls
 
 if TYPE_CHECKING:
     import asyncio
@@ -123,6 +123,7 @@ class Replica(Watched):
         "_jobs",
         "_limit",
         "_max_call_s",
+        "_memory",
         "_most_calls",
         "_result_name",
         "_retry_on",
@@ -158,6 +159,7 @@ class Replica(Watched):
         self._turns: Turns | None = None  # as long as callers have been refused
         self._answered = False  # as the controller was told
         self._calls = 0  # that user code was given
+        self._memory = Memory()
         self._jobs: dict[tuple[Channel, int], Job] = {}
         self._chores: deque[tuple[int, Reconfigure | None]] = deque()  # None is a check of its health
         self._config_lock = threading.Lock()  # guards the next two, and what `_take` sets
@@ -193,7 +195,9 @@ class Replica(Watched):
         if isinstance(body, Ping):
             self._tell(Pong(body.token, self._held))
             # Again, until it is replaced: a controller that has died meanwhile has not kept it.
-            self._say_worn(worn_by_calls(self._config, self._calls) or worn_by_memory(self._config))
+            too_much, from_start = self._memory.look(self._config, self._calls)
+            self._say_worn(worn_by_calls(self._config, self._calls))
+            self._say_worn(too_much, from_start=from_start)
         elif isinstance(body, Reconfigure):
             self._asked += 1
             if body.user_config_changed:
@@ -207,9 +211,9 @@ class Replica(Watched):
             self._hands_over = self._hands_over or body.others
             self._wake()
 
-    def _say_worn(self, why: str) -> None:
+    def _say_worn(self, why: str, *, from_start: bool = False) -> None:
         if why:
-            self._tell(Unhealthy(why, hung=False, worn=True))
+            self._tell(Unhealthy(why, hung=False, worn=True, from_start=from_start))
 
     def _wake(self) -> None:
         if self._service_loop is not None:

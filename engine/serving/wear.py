@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 
 from ..config import BackendConfig
 
-__all__ = ["resident_mb", "worn_by_calls", "worn_by_memory"]
+__all__ = ["Memory", "resident_mb", "worn_by_calls"]
 
 
 def worn_by_calls(config: BackendConfig, calls: int) -> str:
     """Why a replica that has begun so many calls is to be recycled, in words that follow its name; empty if not."""
     most = config.max_calls_per_replica
     return f"has begun {calls} calls (max_calls_per_replica={most})" if most is not None and calls >= most else ""
-
-
-def worn_by_memory(config: BackendConfig) -> str:
-    """As `worn_by_calls`, for the memory of this process."""
-    most = config.max_rss_mb
-    if most is None:
-        return ""
-    mb = resident_mb()
-    return f"has {mb:.0f} MB in memory (max_rss_mb={most:g})" if mb is not None and mb > most else ""
 
 
 def resident_mb() -> float | None:
@@ -40,3 +32,29 @@ def resident_mb() -> float | None:
         return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
     except (OSError, ImportError):  # no file descriptor is left, say
         return None
+
+
+class Memory:
+    """What this process has in memory, as the replica that runs in it sees it from time to time.
+
+    Args:
+        resident_mb: Says how much that is.
+    """
+
+    def __init__(self, resident_mb: Callable[[], float | None] = resident_mb) -> None:
+        self._resident_mb = resident_mb
+        self._first_mb: float | None = None  # at the first look at which calls had begun
+
+    def look(self, config: BackendConfig, calls: int) -> tuple[str, bool]:
+        """As `worn_by_calls`; and whether it had too much from the start, as another replica in its place will have."""
+        most = config.max_rss_mb
+        first = self._first_mb is None
+        if most is None and (not first or not calls):
+            return "", False
+        mb = self._resident_mb()
+        if first and calls:
+            self._first_mb = mb
+        if most is None or mb is None or mb <= most:
+            return "", False
+        from_start = self._first_mb is None or self._first_mb > most
+        return f"has {mb:.0f} MB in memory (max_rss_mb={most:g})", from_start

@@ -61,6 +61,26 @@ def test_by_memory(adapter, engine, serve):
     assert adapter.processes or {name for name, _ in load.answers} == {first}
 
 
+def test_less_memory_than_any_replica_needs(adapter, engine, serve):
+    """Another one would be no better: they serve, and people are told."""
+    if not adapter.processes:
+        pytest.skip("replicas share the application's process, whose memory is not theirs")
+    served = serve(who, config={"max_rss_mb": 1}, route=None)
+
+    def notice():
+        return engine.statistics()["backends"][served.tag]["notice"]
+
+    with Load(served.handle.call) as load:
+        eventually(notice)
+        told = len(load.answers)
+        eventually(lambda: len(load.answers) > told + 100)
+    assert load.failures == []
+    assert set(load.answers) == {f"{served.tag}#1", f"{served.tag}#2"}
+    assert "(max_rss_mb=1)" in notice()
+    engine.update_backend_config(served.tag, {"max_rss_mb": None})
+    assert notice() is None
+
+
 def test_a_limit_that_is_set_later_counts_the_calls_before(engine, serve):
     served = serve(who, route=None)
     before = {served.call() for _ in range(5)}
