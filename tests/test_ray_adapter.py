@@ -36,6 +36,7 @@ if why_not() is None:
     import ray
 
     from engine_ray import RayAdapter
+    from engine_ray.link.registry import Registry
 
 NO_HTTP = {"location": None}
 
@@ -141,6 +142,28 @@ def kit(engine: Engine) -> Any:
         return handle.options(method_name=method).remote(*args, **kwargs)
 
     return start
+
+
+# -- its secret ------------------------------------------------------------------------------------------------------
+
+
+def test_the_secret_of_an_engine_is_shown_nowhere(engine: Engine, kit: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    pid = ray.get(kit("pid"))
+    for fails in (kit("fail", 3), kit("leave", 3)):
+        with pytest.raises((Mishap, errors.ReplicaDied)):
+            engine.get(fails)
+    eventually(lambda: ray.get(kit("pid")) != pid)
+    entry = Registry(engine._id).get()
+    assert entry is not None
+    parts = (engine, vars(engine), vars(engine._client), vars(engine._adapter), engine.get_handle("kit"), entry)
+    shown = [repr(one) for one in parts]
+    shown += [f"{record.getMessage()} {vars(record)!r}" for record in caplog.records]
+    secret = bytes(entry.secret)
+    assert not any(text in one for text in (repr(secret)[2:-1], secret.hex()) for one in shown)
+    for of_process in ("environ", "cmdline"):
+        seen = Path(f"/proc/{ray.get(kit('pid'))}/{of_process}").read_bytes()
+        assert secret not in seen and secret.hex().encode() not in seen
 
 
 # -- refs ------------------------------------------------------------------------------------------------------------

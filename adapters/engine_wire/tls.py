@@ -21,6 +21,8 @@ from typing import NamedTuple
 from engine.errors import InvalidArgument
 from engine.seam.log import Log
 
+from .secret import SecretText
+
 __all__ = ["TLS", "Identity", "identity_of", "make_tls"]
 
 _log = Log("engine.wire")
@@ -57,7 +59,7 @@ class TLS:
                 value = os.fspath(value)
             if not isinstance(value, str) or not value:
                 raise InvalidArgument(f"TLS: {name} must be a path or PEM text, not {_kind(value)}")
-            object.__setattr__(self, name, value)
+            object.__setattr__(self, name, SecretText(value) if name == "key" and _PEM in value else value)
 
     def __repr__(self) -> str:
         shown = (f"{name}={_shown(getattr(self, name))}" for name in _FIELDS)
@@ -209,7 +211,7 @@ def _text(tls: TLS, name: str) -> str:
         return value
     try:
         with open(value) as file:
-            return file.read()
+            return SecretText(file.read()) if name == "key" else file.read()
     except (OSError, ValueError) as error:
         raise InvalidArgument(f"TLS: {name}={value!r} cannot be read: {_reason(error)}") from error
 

@@ -26,6 +26,7 @@ from engine.seam.log import Log
 from engine.seam.messages import Control, Message
 from engine.seam.worker import Listen, WorkerExit, WorkerSpec
 from engine_wire import Acceptor, SocketChannel, StopWatch, notice_silence, process_behind
+from engine_wire.secret import Secret
 from engine_wire.tls import TLS
 
 from ..calling.addresses import Address
@@ -242,7 +243,7 @@ class ClusterAdapter(RayCaller):
     # -- what is different where the controller is an actor ------------------------------------------------------------
 
     def _make_secret(self) -> bytes:
-        return os.urandom(SECRET_BYTES)
+        return Secret(os.urandom(SECRET_BYTES))
 
     def _announce(self, registry: Registry, control_address: str) -> str:
         """Leave word of the engine with the cluster; returns the address that its parties are told."""

@@ -24,6 +24,7 @@ from engine.seam.detached import RemoteController, StateStore
 from engine.seam.log import Log
 from engine.seam.worker import WorkerSpec
 from engine.seam.workplace import enter_worker
+from engine_wire.secret import Secret
 from engine_wire.tls import TLS
 
 from ..calling.addresses import symbolic
@@ -80,7 +81,7 @@ class DetachedAdapter(ClusterAdapter):
 
     def _make_secret(self) -> bytes:
         left = self._registry.get()
-        return os.urandom(SECRET_BYTES) if left is None else left.secret
+        return Secret(os.urandom(SECRET_BYTES)) if left is None else left.secret
 
     def _announce(self, registry: Registry, control_address: str) -> str:
         registry.put(Entry(self.secret(), "", control_address, self._tls))

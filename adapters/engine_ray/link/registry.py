@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from engine.errors import EngineClosed, RetryLater
+from engine_wire.secret import Secret
 
 from .connection import where
 
@@ -56,12 +57,15 @@ class Registry:
 
     def put(self, entry: Entry) -> None:
         """Write the engine's entry."""
-        _put(self._entry, pickle.dumps(tuple(entry)))
+        _put(self._entry, pickle.dumps((bytes(entry.secret), *entry[1:])))
 
     def get(self) -> Entry | None:
         """The engine's entry, or None when it is gone."""
         data = _get(self._entry)
-        return None if data is None else Entry(*pickle.loads(data))
+        if data is None:
+            return None
+        secret, *rest = pickle.loads(data)
+        return Entry(Secret(secret), *rest)
 
     def clear(self) -> None:
         """Remove everything of the engine (idempotent)."""
