@@ -568,6 +568,25 @@ def test_a_stream_goes_on_as_far_as_there_is_credit(worlds: Any) -> None:
     assert events == ["closed"]
 
 
+def test_large_items_take_more_of_the_credit(worlds: Any) -> None:
+    large = b"x" * (INITIAL_CREDIT // 2 << 16)
+    world = worlds(lambda request: iter([large] * 3 + [large * 3] * 2))
+    seen: list[int] = []
+
+    def give(amount: int) -> Any:
+        def give_credit() -> None:
+            seen.append(len(world.caller.sent))
+            world.caller.answer(Credit(1, amount))
+
+        return give_credit
+
+    world.loop.script = [lambda: None] * 3 + [give(INITIAL_CREDIT // 2)] + [lambda: None] + [give(INITIAL_CREDIT)]
+    world.loop.script += [lambda: None, give(8), give(1)]
+    answers = world.ask(http_call(1))
+    assert seen == [2, 3, 4, 4], "one that is larger than all that is left is sent, too, but then it is owed for"
+    assert [len(answer.payload) for answer in answers[:-1]] == [len(large)] * 3 + [3 * len(large)] * 2
+
+
 def test_each_step_of_a_stream_is_user_code(worlds: Any) -> None:
     world = worlds(lambda request: iter(["a", "b"]))
     world.loop.script = [lambda: None] * 2

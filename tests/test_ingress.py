@@ -581,6 +581,19 @@ async def test_items_pass_as_they_come() -> None:
     assert not call.cancelled
 
 
+async def test_large_items_are_given_more_credit_for() -> None:
+    client, app = make()
+    exchange = Exchange(app).says()
+    call = await client.calls.get()
+    call.item(b"0", encode_head(200, []))
+    call.item(b"x" * (100 << 16))
+    await exchange.until_sent(3)
+    await asyncio.sleep(0)
+    assert call.credit == 101
+    call.end()
+    await exchange.task
+
+
 async def test_credit_is_given_for_what_the_client_took() -> None:
     client, app = make()
     exchange = Exchange(app).says()

@@ -38,6 +38,7 @@ from ..seam.messages import (
     Failure,
     Item,
     Reply,
+    credit_of,
 )
 from .bodies import BodyTooLarge, Budget, Claim, ClientLeft, read_body
 from .exchange import TEXT_TYPE, Exchange, printable, request_id_of
@@ -393,7 +394,7 @@ class Ingress:
             if kind is Item:
                 if message.payload:
                     await exchange.send({"type": "http.response.body", "body": message.payload, "more_body": True})
-                owed += 1
+                owed += credit_of(message.payload)
                 if owed >= _CREDIT_BATCH:
                     caller.credit(slot, owed)
                     owed = 0

@@ -32,6 +32,7 @@ __all__ = [
     "Item",
     "Message",
     "Reply",
+    "credit_of",
 ]
 
 PYTHON: Final = 0
@@ -54,7 +55,8 @@ ANY_CALL: Final = 0
 before; a `Cancel` from a caller, that it has none for it."""
 
 INITIAL_CREDIT: Final = 16
-"""Items a replica may send ahead of the consumer before it must wait for `Credit`."""
+"""What a replica may send ahead of the consumer before it must wait for `Credit`: so many items, if they are small."""
+_SMALL_BITS = 16  # 64 KiB
 
 
 class FailureKind:
@@ -135,8 +137,16 @@ class Cancel(NamedTuple):
     id: int
 
 
+def credit_of(payload: bytes) -> int:
+    """How much credit an item takes: one, or one for each 64 KiB, so that large ones cannot fill the consumer's memory.
+
+    Who sends one needs no more than some credit, and then may owe the rest.
+    """
+    return len(payload) >> _SMALL_BITS or 1
+
+
 class Credit(NamedTuple):
-    """The consumer has room for ``amount`` more items."""
+    """The consumer has room for ``amount`` more, in the measure of `credit_of`."""
 
     id: int
     amount: int

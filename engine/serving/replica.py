@@ -49,6 +49,7 @@ from ..seam.messages import (
     Item,
     Message,
     Reply,
+    credit_of,
 )
 from ..seam.serialization import dumps, loads, loads_leniently, pack_exception, shorten_packed_exception
 from ..seam.service import ServiceLoop
@@ -467,7 +468,7 @@ class Replica(Watched):
                         await self._between_items(job)
                         if job.cancelled:
                             break
-                        job.credit -= 1
+                        job.credit -= credit_of(chunk)
                         self._send_item(job, Item(call.id, head, chunk))
                         started = True
                         budget.end()
