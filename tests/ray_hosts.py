@@ -46,12 +46,11 @@ _SCRATCH = "/dev/shm"
 
 _OBJECT_STORE_BYTES = 80 * 2**20  # Ray's least is 75 MB
 _SYSTEM_CONFIG = {
-    # a host that does not answer is dead after 5 failures in a row, so 5 to 6 s (by default it is more than a minute).
-    # Not less: after a cut of 2 s, TCP tries again when 3 s have passed
+    # a host that does not answer is dead after some failures in a row (by default it is more than a minute). Five of
+    # them, 5 to 6 s, are the least: after a cut of 2 s, TCP tries again when 3 s have passed
     "health_check_initial_delay_ms": 1000,
     "health_check_period_ms": 500,
     "health_check_timeout_ms": 500,
-    "health_check_failure_threshold": 5,
 }
 _RAY_ENVIRONMENT = {
     "RAY_TMPDIR": _SCRATCH,
@@ -93,6 +92,43 @@ try:
         socket.send_fds(channel, [b"0"], [connection.fileno()])
 except OSError as error:
     channel.send(str(error.errno or errno.ETIMEDOUT).encode())
+"""
+_CHECK_SUMS = """
+import ctypes, fcntl, socket, struct, sys
+for command in (0x17, 0x1F, 0x24):  # no check sums and no cutting into packets is left to the device
+    value = bytearray(struct.pack("II", command, 0))
+    address = ctypes.addressof((ctypes.c_char * len(value)).from_buffer(value))
+    with socket.socket() as sock:
+        fcntl.ioctl(sock, 0x8946, struct.pack("16sP", sys.argv[1].encode(), address))
+"""
+_SLOW_CABLE = """
+import collections, random, select, socket, sys, time
+delay_s, loss = float(sys.argv[3]), float(sys.argv[4])
+ends = [socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3)) for _ in range(2)]
+for end, name in zip(ends, sys.argv[1:3]):
+    end.bind((name, 0))
+    end.setblocking(False)
+on_their_way = collections.deque()
+print("ready", flush=True)
+while True:
+    waiting_s = max(0.0, on_their_way[0][0] - time.monotonic()) if on_their_way else None
+    readable = select.select([*ends, sys.stdin], [], [], waiting_s)[0]
+    if sys.stdin in readable:
+        break
+    for end in readable:
+        try:
+            while True:
+                frame, about = end.recvfrom(1 << 16)
+                if about[2] != socket.PACKET_OUTGOING and random.random() >= loss:
+                    on_their_way.append((time.monotonic() + delay_s, ends[end is ends[0]], frame))
+        except OSError:  # there is no more; or the cable is cut
+            pass
+    while on_their_way and on_their_way[0][0] <= time.monotonic():
+        _, end, frame = on_their_way.popleft()
+        try:
+            end.send(frame)
+        except OSError:  # lost, as on any cable
+            pass
 """
 
 
@@ -194,6 +230,10 @@ class _Namespaces:
         user = ("--user", "--preserve-credentials") if self._unprivileged else ()
         return ["nsenter", f"--target={self.pid}", *user, *kinds, "--"]
 
+    def take_no_short_cuts(self, device: str) -> None:
+        """Have packets leave a device as they would travel on a real cable, for those that read them there."""
+        subprocess.run([*self.enter("--net"), sys.executable, "-ISc", _CHECK_SUMS, device], check=True)
+
     def ip(self, *commands: str) -> None:
         """Change the network in there. Outside of the process namespace, so that process ids are this process's."""
         argv = [*self.enter("--net"), "ip", "-batch", "-"]
@@ -252,6 +292,7 @@ class Host:
         self._switch = switch
         self._inside = _Namespaces(self.name, within=switch)
         self._processes: list[HostProcess] = []
+        self._cable: subprocess.Popen[str] | None = None
 
     def __repr__(self) -> str:
         return f"<{self.name} at {self.address}>"
@@ -265,10 +306,19 @@ class Host:
         # a default route as any host has, although nobody is there: programs ask it for their own address
         self._inside.ip(f"addr add {self.address}/24 dev eth0", "link set eth0 up", "route add default dev eth0")
 
-    def start_head(self, *, num_cpus: int = 2, resources: Mapping[str, float] | None = None) -> None:
-        """Start a Ray cluster, of which this host is the head node."""
+    def start_head(
+        self, *, num_cpus: int = 2, resources: Mapping[str, float] | None = None, missed_health_checks: int = 5
+    ) -> None:
+        """Start a Ray cluster, of which this host is the head node.
+
+        Args:
+            num_cpus: Of this host, as Ray sees it.
+            resources: Its others.
+            missed_health_checks: After so many, a second each, a host is dead to Ray.
+        """
+        config = _SYSTEM_CONFIG | {"health_check_failure_threshold": missed_health_checks}
         head = ("--head", f"--port={_GCS_PORT}", "--include-dashboard=false", "--no-monitor")
-        self._ray_start(*head, f"--system-config={json.dumps(_SYSTEM_CONFIG)}", num_cpus=num_cpus, resources=resources)
+        self._ray_start(*head, f"--system-config={json.dumps(config)}", num_cpus=num_cpus, resources=resources)
 
     def join(self, head: Host, *, num_cpus: int = 2, resources: Mapping[str, float] | None = None) -> None:
         """Make this host a node of the cluster."""
@@ -326,6 +376,32 @@ class Host:
         """Undo `cut`."""
         self._switch.ip(f"link set {self.name} up")
 
+    def slow_down(self, delay_s: float, loss: float) -> None:
+        """Lay a long and bad cable, for good: packets take longer each way, and some are lost.
+
+        A process hands them on: the kernel's own way (netem) is not in every kernel.
+
+        Args:
+            delay_s: How much longer, in seconds.
+            loss: The share of packets that is lost, each way.
+        """
+        near, far = f"{self.name}-near", f"{self.name}-far"
+        self._switch.ip(
+            f"link set {self.name} nomaster",
+            f"link add {near} type veth peer name {far}",
+            f"link set {near} up",
+            f"link set {far} up",
+        )
+        self._switch.take_no_short_cuts(far)
+        self._inside.take_no_short_cuts("eth0")
+        command = (sys.executable, "-ISc", _SLOW_CABLE, self.name, near, str(delay_s), str(loss))
+        self._cable = subprocess.Popen(
+            [*self._switch.enter("--net"), *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert self._cable.stdout is not None
+        assert self._cable.stdout.readline() == "ready\n", "the cable could not be laid"
+        self._switch.ip(f"link set {far} master bridge")
+
     def kill(self) -> None:
         """Let the host die. All its processes are dead when this returns.
 
@@ -338,6 +414,8 @@ class Host:
     def close(self) -> None:
         """Let the host die, and forget what its processes have printed. `Hosts` does that in the end."""
         self.kill()
+        if self._cable is not None:
+            self._cable.communicate()
         for process in self._processes:
             for pipe in (process.stdin, process.stdout, process.stderr):
                 if pipe is not None:

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -170,6 +171,31 @@ def test_a_test_makes_requests_from_any_host(hosts: Hosts, tmp_path: Path) -> No
         server.terminate()
     with pytest.raises(ConnectionRefusedError, match=r"8000 from <host2"):
         b.connect(a.address, 8000)
+
+
+_ECHO = """
+import socket
+with socket.create_server(("", 8000)) as server:
+    print("ready", flush=True)
+    connection = server.accept()[0]
+    while data := connection.recv(1 << 16):
+        connection.sendall(data)
+"""
+
+
+def test_a_long_cable_takes_its_time_and_loses_nothing_for_good(hosts: Hosts) -> None:
+    near, far = hosts.add(), hosts.add()
+    far.slow_down(0.05, 0.1)
+    with far.popen(sys.executable, "-c", _ECHO, stdout=subprocess.PIPE) as echo:
+        assert echo.stdout is not None and echo.stdout.readline() == "ready\n"
+        with near.connect(far.address, 8000) as connection:
+            begun = time.monotonic()
+            connection.sendall(b"x" * 20_000)  # several packets, unless devices are trusted to cut them
+            received = 0
+            while received < 20_000:
+                received += len(connection.recv(1 << 16))
+            assert time.monotonic() - begun >= 0.1
+    far.kill()
 
 
 def test_signals_reach_the_process_itself(hosts: Hosts) -> None:

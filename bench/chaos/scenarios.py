@@ -11,6 +11,7 @@ from .endings import endings
 from .fuzz import fuzz
 from .interrupts import interrupts
 from .kills import kills, poison
+from .network import network
 from .outcome import Outcome
 from .overload import overload
 from .stateful import stateful
@@ -48,6 +49,7 @@ SCENARIOS: Final = {
     "interrupts": Scenario(interrupts, 60.0, 5.0, _LOCAL),
     "stateful": Scenario(stateful, 60.0, 5.0, _BOTH),
     "endings": Scenario(endings, 60.0, 5.0, _BOTH),
+    "network": Scenario(network, 20.0, 8.0, ("ray",)),
     "calls": Scenario(calls, 300.0, 3.0, _LOCAL),
     "cycles": Scenario(cycles, 300.0, 0.0, _LOCAL),
 }

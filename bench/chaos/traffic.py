@@ -25,7 +25,11 @@ PATIENCE_S = 30.0
 
 
 class Marks:
-    """Says of each number how often a backend began with it. One file, shared by all processes."""
+    """Says of each number how often a backend began with it. One file, shared by all processes.
+
+    Attributes:
+        numbers: Of the calls of this process: no two have the same.
+    """
 
     def __init__(self, path: Path) -> None:
         if not path.exists():
@@ -33,6 +37,7 @@ class Marks:
                 file.truncate(MOST_CALLS)
         with path.open("r+b") as file:
             self._bytes = mmap.mmap(file.fileno(), MOST_CALLS)
+        self.numbers = itertools.count()
 
     def begin(self, number: int) -> None:
         """Note that a call began."""
@@ -68,6 +73,7 @@ class Account:
         self.name = name
         self.outcomes: Counter[str] = Counter()
         self.latencies_s: list[float] = []
+        self.records: list[tuple[float, float, str]] = []  # when it ended, how long it took, its outcome
         self.sent = 0
         self.begun_and_failed = 0
         self.failed_unbegun = 0
@@ -81,6 +87,7 @@ class Account:
         with self._lock:
             self.sent += 1
             self.outcomes[outcome] += 1
+            self.records.append((time.monotonic(), latency_s, outcome))
             self.began_twice += begun > 1
             if outcome == "ok":
                 self.latencies_s.append(latency_s)
@@ -92,6 +99,11 @@ class Account:
     def count(self, *outcomes: str) -> int:
         """How many calls came to one of these ends."""
         return sum(self.outcomes[outcome] for outcome in outcomes)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For another process."""
+        kept = ("name", "records", "failed_unbegun", "began_twice")
+        return {name: getattr(self, name) for name in kept} | {"text": str(self)}
 
     def __str__(self) -> str:
         others = {name: count for name, count in self.outcomes.items() if name != "ok"}
@@ -111,7 +123,6 @@ class Traffic:
         self._engine = engine
         self._endpoint = endpoint
         self._marks = marks
-        self._numbers = itertools.count()
         self._stopping = threading.Event()
         self._threads: list[threading.Thread] = []
         self.accounts: list[Account] = []
@@ -122,9 +133,9 @@ class Traffic:
 
         return self._by_python(name, callers, lambda number: handle.call(n=number))
 
-    def by_ref(self, name: str, callers: int) -> Account:
+    def by_ref(self, name: str, callers: int, **options: Any) -> Account:
         """Add callers that make refs, on Ray object refs, and wait for each."""
-        handle: Any = self._engine.get_handle(self._endpoint)
+        handle: Any = self._engine.get_handle(self._endpoint).options(**options)
         return self._by_python(name, callers, lambda number: self._engine.get(handle.remote(n=number), PATIENCE_S))
 
     def _by_python(self, name: str, callers: int, make_call: Callable[[int], Any]) -> Account:
@@ -183,7 +194,7 @@ class Traffic:
         def go_on() -> None:
             call = make()
             while not self._stopping.is_set():
-                number = next(self._numbers)
+                number = next(self._marks.numbers)
                 began = time.monotonic()
                 outcome = call(number)
                 account.enter(number, outcome, time.monotonic() - began)
