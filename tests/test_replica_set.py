@@ -469,6 +469,30 @@ def test_the_last_words_of_a_replica_that_cannot_be_reached_bring_it_no_calls(wo
     assert [name for name, _ in placed(known, NOW + UNREACHABLE_S)][:1] == ["d"]
 
 
+def test_one_that_could_not_be_reached_gets_one_call_until_it_answers() -> None:
+    known = make("r1", "r2", limit=9)
+    target = known.targets["r1"]
+    known.unreachable(target, 0, NOW)
+    now = NOW + UNREACHABLE_S
+    assert [place(known, now=now) for _ in range(5)].count("r1") <= 1
+    while target.in_flight < 1:
+        place(known, now=now)
+    assert [place(known, now=now) for _ in range(3)] == ["r2"] * 3
+    known.answered(target, 0, now)
+    assert [place(known, now=now) for _ in range(3)] == ["r1"] * 3
+
+
+def test_one_that_takes_its_time_after_it_could_not_be_reached_gets_others_soon() -> None:
+    """It may be at a long call, and have room beside it."""
+    known = make("r1", limit=3)
+    known.unreachable(known.targets["r1"], 0, NOW)
+    now = NOW + UNREACHABLE_S
+    assert [place(known, name, now=now) for name in "abc"] == ["r1", None, None]
+    assert known.some_blocked(now), "nobody looks again"
+    assert placed(known, now + 0.2) == []
+    assert placed(known, now + 0.25) == [("b", "r1"), ("c", "r1")]
+
+
 def test_the_other_one_takes_over_meanwhile() -> None:
     known = make("r1", "r2", limit=5)
     known.unreachable(known.targets["r1"], 0, NOW + 1 - UNREACHABLE_S)

@@ -57,6 +57,7 @@ class Target:
         "blocked_until",
         "channel",
         "dead",
+        "doubted",
         "elsewhere",
         "elsewhere_at",
         "gone",
@@ -87,6 +88,7 @@ class Target:
         self.elsewhere_at = 0.0
         self.slow_for = 0  # its calls are long: it gets one at a time, until it has answered so many
         self.blocked_until = 0.0  # it refused, or could not be reached: not before this time
+        self.doubted = False  # the same, lately: one call shows whether it can be now, before others follow
         self.unreachable_until = 0.0  # the same of the latter alone, which no answer of its ends: it may be its last
         self.in_turn = False  # it refused, says by itself when it takes a call, and did so just now
         self.heard_at = 0.0  # it answered last, or got something to do when it had nothing
@@ -403,6 +405,7 @@ class ReplicaSet:
             target.blocked_until = target.unreachable_until
         if target.slow_for:
             target.slow_for -= 1
+            target.doubted = False
         longer_s = now - target.heard_at - self._usual_s
         target.heard_at = now
         if longer_s > 0.0:
@@ -446,8 +449,14 @@ class ReplicaSet:
         self._file(target)
 
     def unreachable(self, target: Target, lost: int, now: float) -> None:
-        """A replica cannot be reached, and so many calls are lost there: leave it alone for a while."""
+        """A replica cannot be reached, and so many calls are lost there: leave it alone for a while.
+
+        Then it gets one call, and no others until it has answered that or had a moment to. A machine that is gone does
+        not refuse connections, and every call that found it idle would wait for one.
+        """
         target.in_flight -= lost
+        target.slow_for = target.slow_for or 1
+        target.doubted = True
         target.blocked_until = target.unreachable_until = now + UNREACHABLE_S
         self._file(target)
 
@@ -463,7 +472,7 @@ class ReplicaSet:
 
     def some_blocked(self, now: float) -> bool:
         """Whether a replica is left alone for a while, after which calls that wait may find room."""
-        return any(target.blocked_until > now for target in self._resting)
+        return any(target.blocked_until > now or target.doubted for target in self._resting)
 
     def choose(self, now: float) -> Target | None:
         """An idle replica if there is one, any; else the less busy of two with room, picked at random.
@@ -523,6 +532,8 @@ class ReplicaSet:
         pool: list[Target] | None
         if target.gone or busy >= target.limit or (busy and target.slow_for):
             pool = None
+            if target.doubted and not target.gone:
+                self._rest(target, target.heard_at + _SILENT_S)
         elif target.blocked_until:
             pool = None
             self._rest(target, target.blocked_until)
@@ -567,6 +578,8 @@ class ReplicaSet:
                 target.elsewhere = 0
             if target.try_at <= now:
                 target.aside_at = -1.0
+            if target.doubted and target.in_flight and target.heard_at + _SILENT_S <= now:
+                target.doubted, target.slow_for = False, 0
             self._file(target)
 
 
