@@ -142,6 +142,7 @@ class Backend:
             self.limit,
             self.max_queued,
             self.expecting,
+            failures=0 if self.expecting else 3,
             dead=self.dead,
             max_retries=self.max_retries,
         )
@@ -188,8 +189,8 @@ class Machine(RuleBasedStateMachine):
         self.clock.now = START
         self.adapter = Adapter()
         self.home = Home(self.clock)
-        self.ruling = RoutingSnapshot(version=-1)
-        self.caller = Caller(self.adapter, self.home, lambda: self.ruling)
+        self.snapshot = RoutingSnapshot(version=-1)
+        self.caller = Caller(self.adapter, self.home, self)
         self.calls: list[Told] = []
         self.backends: dict[str, Backend] = {}
         self.endpoints: dict[str, EndpointEntry] = {}
@@ -217,12 +218,12 @@ class Machine(RuleBasedStateMachine):
 
     def _publish(self, push: bool) -> None:
         entries = {tag: backend.entry(tag) for tag, backend in self.backends.items()}
-        self.ruling = RoutingSnapshot(self.ruling.version + 1, dict(self.endpoints), entries)
+        self.snapshot = RoutingSnapshot(self.snapshot.version + 1, dict(self.endpoints), entries)
         if push:
-            self.caller.apply(self.ruling)
+            self.caller.apply(self.snapshot)
 
     def check_reason(self, call: Told, error: EngineError) -> None:
-        pictures = (self.ruling, self.caller._router.snapshot)
+        pictures = (self.snapshot, self.caller._router.snapshot)
         entries = [entry for picture in pictures for entry in picture.backends.values()]
         reasons = {
             ReplicaDied: bool(call.began) or call.lost >= MOST_LOSSES or self._may_run(call),
@@ -231,7 +232,7 @@ class Machine(RuleBasedStateMachine):
             or call.call.deadline is not None,
             EndpointNotFound: any(call.endpoint not in picture.endpoints for picture in pictures),
             ResourcesUnavailable: self.refused_by_system,
-            EngineClosed: self.ruling.closing,
+            EngineClosed: self.snapshot.closing,
         }
         assert reasons.get(type(error)), f"{call} failed with {error!r} for no reason"
 
