@@ -374,6 +374,7 @@ def test_resources(options: Any, expected: Resources) -> None:
             "ray_actor_options: runtime_env has no field 'env_var'; did you mean 'env_vars'?",
         ),
         ({"num_cpus": -1}, "ray_actor_options: num_cpus must be a number of at least 0, not -1"),
+        ({"num_cpus": 10**400}, "ray_actor_options: num_cpus must be a number of at least 0, not 1" + 400 * "0"),
         ({"num_cpus": True}, "ray_actor_options: num_cpus must be a number of at least 0, not True"),
         ({"num_gpus": "1"}, "ray_actor_options: num_gpus must be a number of at least 0, not '1'"),
         ({"num_gpus": NAN}, "ray_actor_options: num_gpus must be a number of at least 0, not nan"),

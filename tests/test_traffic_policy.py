@@ -83,6 +83,7 @@ def test_weights_that_are_fine(weights: dict[str, float]) -> None:
         ({"a": math.inf}, "traffic: the weight of 'a' must be a finite number of at least 0, not inf"),
         ({"a": -0.5, "b": 1.5}, "traffic: the weight of 'a' must be at least 0, not -0.5"),
         ({"a": 10**400}, "traffic: the weight of 'a' must be a finite number of at least 0, not 1" + 400 * "0"),
+        ({"a": 1e308, "b": 1e308}, "traffic: the weights must sum to 1, but {'a': 1e+308, 'b': 1e+308} sums to inf"),
         ({"a": 0.5, "b": 0.4}, "traffic: the weights must sum to 1, but {'a': 0.5, 'b': 0.4} sums to 0.9"),
         ({"a": 0.0}, "traffic: the weights must sum to 1, but {'a': 0.0} sums to 0"),
     ],

@@ -5,7 +5,7 @@ Every message names the field, the value and what is allowed.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -122,6 +122,7 @@ def resources_of(options: Mapping[str, Any] | None) -> Resources:
 def _amount(value: Any, name: str) -> float | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+    # no question of isfinite(): an integer may be too large to be asked as a float
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= sys.float_info.max:
         raise InvalidArgument(f"ray_actor_options: {name} must be a number of at least 0, not {value!r}")
     return float(value)
