@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
+import signal
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -289,6 +292,25 @@ def test_nobody_notices_the_death_of_the_controller(engine: Engine, client: http
     with Engine.connect(str(engine.name)) as other:
         assert list(other.list_endpoints()) == ["e"]
         assert other.get_handle("e").call() == "second"
+
+
+def test_a_stopped_controller_is_killed_by_its_workers(engine: Engine) -> None:
+    """Ray itself would wait for it; and nobody else asks it whether it is there."""
+    before, handle = actors("RayWorker"), engine.get_handle("e")
+    former = controller()
+    os.kill(former.pid, signal.SIGSTOP)
+    answers, until = 0, time.monotonic() + PATIENCE_S
+    try:
+        while not former.gone() and time.monotonic() < until:
+            assert handle.call() == "first"
+            answers += 1
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(former.pid, signal.SIGCONT)
+    assert answers
+    assert former.gone()
+    assert engine.list_backends()["b"].user_config == "first"  # by the next one
+    assert actors("RayWorker") == before
 
 
 def test_who_comes_while_there_is_no_controller_waits_for_the_next(engine: Engine) -> None:

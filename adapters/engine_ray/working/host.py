@@ -3,12 +3,15 @@
 Opens the worker's channel to the controller, read by a thread of its own, and the sockets on which it is called: a Unix
 socket for callers on its node and TCP on the node's address for all others. When the controller is lost, the engine is
 gone, and the process ends at once; unless the engine is detached: then the worker goes on, and looks for the next
-controller until there is one, or the engine was shut down.
+controller until there is one, or the engine was shut down. A controller of that kind which is stopped, on the same
+node, is killed by its workers.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import time
 from typing import Any
 
@@ -16,12 +19,14 @@ from engine.errors import EngineClosed, InvalidArgument
 from engine.seam.channel import ChannelClosed, ChannelListener
 from engine.seam.connector import Connector
 from engine.seam.control_messages import Ready, Started
+from engine.seam.log import Log
 from engine.seam.messages import Control
 from engine.seam.service import Service
-from engine_wire import SocketChannel, Undriven, WireWorkerHost, connect, notice_silence
+from engine_wire import SocketChannel, Undriven, WireWorkerHost, connect, notice_silence, process_behind
 from engine_wire.listening import bind_shared
+from engine_wire.vitals import LOOK_EVERY_S, STOPPED_S, vitals_of
 
-from ..calling.addresses import Address
+from ..calling.addresses import Address, is_symbolic
 from ..calling.carried import refuse_refs
 from ..calling.refs import RayCaller
 from ..link.sockets import listen_everywhere
@@ -30,6 +35,7 @@ from .order import Order
 
 __all__ = ["RayHost"]
 
+_log = Log("engine.ray")
 _RETRY_S = 0.2
 """Between looks for the next controller: Ray's store tells nobody of a changed row, so who waits for one asks again."""
 _OPEN_WITHIN_S = 20.0
@@ -133,9 +139,35 @@ class RayHost(WireWorkerHost):
 
     def _read(self) -> None:
         while True:
-            super()._read()  # until the controller is lost
+            killed = self._listen()
             if not self._rejoin():
                 _leave_process(1)
+            if killed:  # only the next one can be told
+                _log.warning("the controller of the engine (process %d) was stopped, and has been killed", killed)
+
+    def _listen(self) -> int:
+        """Read until the controller is lost; returns its process if this worker has killed it, else 0.
+
+        Nobody else watches a controller that is an actor. One of this machine that is stopped is ended, as a worker is:
+        Ray starts an actor again that has died, and waits for one that is stopped.
+        """
+        killed = 0
+        pid = process_behind(self._channel.sock) if is_symbolic(self._order.control_address) else None
+        if pid is None:
+            super()._read()
+            return killed
+        stopped_s = 0.0
+        while not self._channel.closed:
+            since = time.monotonic()
+            self._channel.drive(lambda: False, LOOK_EVERY_S)
+            vitals = vitals_of(pid)
+            passed_s = min(time.monotonic() - since, LOOK_EVERY_S)  # else this process was stopped itself
+            stopped_s = stopped_s + passed_s if vitals is not None and vitals.stopped else 0.0
+            if stopped_s >= STOPPED_S and not self._channel.closed:
+                with contextlib.suppress(OSError):  # another worker was faster
+                    os.kill(pid, signal.SIGKILL)
+                    killed = pid
+        return killed
 
     def _rejoin(self) -> bool:
         """Find the next controller; false if there will be none."""
