@@ -107,7 +107,8 @@ class BackendConfig:
             exception of a derived type counts, too. `errors.ReplicaDied` is the death of the replica.
         retry_posts: Whether it goes for POST and PATCH, too.
         max_queued_bytes: Bytes that the arguments of calls may have together which wait with one caller; the next call
-            fails with `errors.Overloaded`, unless none waits. None means any number.
+            fails with `errors.Overloaded`, unless none waits. As many may wait in a replica, the others with their
+            callers; and a batch that has so many is full. None means any number.
 
     Raises:
         errors.InvalidArgument: A field has the wrong type or value, at construction or when it is set; or there is no
@@ -179,7 +180,8 @@ class BackendConfig:
         wear = self.max_calls_per_replica, self.max_rss_mb
         checks = self.health_check_period_s, self.health_check_timeout_s, self.health_check_threshold
         cancelling = self.cancel_running, self.cancel_grace_s
-        return self.max_concurrent_queries, *batches, *cancelling, *times, *wear, *checks, self.retry_on
+        waiting = self.max_concurrent_queries, self.max_queued_bytes
+        return *waiting, *batches, *cancelling, *times, *wear, *checks, self.retry_on
 
     @property
     def retries_deaths(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -21,7 +22,7 @@ from engine.errors import (
     ResultNotSerializable,
 )
 from engine.seam.channel import ChannelClosed
-from engine.seam.control_messages import Answered, Drain, Ping, Pong, Reconfigure, Reconfigured
+from engine.seam.control_messages import Answered, Drain, Ping, Pong, Reconfigure, Reconfigured, Unhealthy
 from engine.seam.messages import ANY_CALL, INITIAL_CREDIT, Cancel, Credit, End, Failure, FailureKind, Item, Reply
 from engine.seam.serialization import dumps, unpack_exception
 from engine.serving import blocking_replica
@@ -322,6 +323,70 @@ def test_places_go_round_the_callers_that_were_refused(worlds: Any) -> None:
     other.answer(Cancel(ANY_CALL))
     assert world.replica._turns is None
     assert repr(world.replica) == "<BlockingReplica b open held=0/2>"
+
+
+def test_one_that_outlasts_its_cancellation_hands_back_what_waits_before_it_is_ended(worlds: Any) -> None:
+    """Where nobody else knows what had begun, say over TCP, its callers could not tell that these had not."""
+
+    def work(request: Any) -> None:
+        replica = world.replica
+        [job] = [job for job in replica._jobs.values() if job.call.id == 1]
+        told = threading.Thread(target=replica._outlasted, args=(job, 0.5))
+        told.start()
+        eventually(lambda: replica._hangs is not None)
+        assert not any(isinstance(body, Unhealthy) for body in world.told)
+        replica.delayed()  # as whoever reads meanwhile does once it is woken
+        told.join()
+        assert [(failure.id, failure.kind) for failure in world.caller.of_type(Failure)] == [
+            (2, FailureKind.DRAINING),
+            (1, FailureKind.ENGINE),
+        ]
+
+    world = worlds(work)
+    world.ask(python_call(1), python_call(2))
+    reason = "has gone on with backend 'b' for 0.5 s after it was cancelled"
+    assert [body for body in world.told if isinstance(body, Unhealthy)] == [Unhealthy(reason, hung=True)]
+
+
+def test_what_waits_is_bounded_in_bytes(worlds: Any) -> None:
+    world = worlds(lambda request: len(request.data), max_queued_bytes=5000)
+    replica = world.replica
+    for number, size in enumerate(
+        (10_000, 10_000, 10)
+    ):  # what runs next does not wait, nor is what waits alone too large
+        world.caller.answer(python_call(number, bytes(size)))
+    assert world.caller.sent == [Failure(2, 2, FailureKind.REFUSED, b"", b"")]
+    assert 10_000 < replica._waiting_bytes < 10_200
+    replica.run_next()
+    assert world.caller.of_type(Credit) == [], "there is no room yet"
+    replica.run_next()
+    assert world.caller.of_type(Credit) == [Credit(ANY_CALL, 8)]
+    assert replica._waiting_bytes == 0
+    for number, size in enumerate((10, 3000, 3000, 1000)):
+        world.caller.answer(python_call(number, bytes(size)))
+    refused, waiting = world.caller.of_type(Failure)[1:], replica._waiting_bytes
+    assert ([failure.id for failure in refused], 4000 < waiting < 4400) == ([2], True)
+    world.caller.answer(Cancel(1))
+    assert 1000 < replica._waiting_bytes < 1200
+    world.caller.break_off()
+    world.run()
+    assert (replica._waiting_bytes, replica._held, replica._turns) == (0, 0, None)
+
+
+def test_a_batch_of_so_many_bytes_is_full(worlds: Any) -> None:
+    config = {"max_batch_size": 10, "batch_wait_timeout": 1000.0, "max_queued_bytes": 5000}
+    world = worlds(accept_batch(lambda requests: [len(requests)] * len(requests)), **config)
+    world.caller.answer(python_call(0, bytes(3000)))
+    assert world.replica.run_next() > 0, "it waits for others"
+    world.caller.answer(python_call(1, bytes(3000)))
+    world.caller.answer(python_call(2, b"too many"))
+    assert [message.kind for message in world.caller.sent] == [FailureKind.REFUSED]
+    world.replica.run_next()
+    assert [outcome(answer) for answer in world.caller.of_type(Reply)] == [2, 2]
+    assert world.replica._waiting_bytes == 0
+    world.caller.answer(python_call(3, b""))
+    world.caller.answer(Cancel(3))
+    assert world.replica._waiting_bytes == 0
 
 
 def test_calls_of_different_callers_may_have_the_same_number(worlds: Any) -> None:

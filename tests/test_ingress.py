@@ -736,6 +736,17 @@ async def test_a_flood_of_refusals_is_logged_once_a_second(
         assert "full (request" in caplog.messages[-1]
 
 
+async def test_nothing_is_kept_of_endpoints_that_are_gone() -> None:
+    client, app = make(lambda asked: asked.slot.fail(errors.Overloaded("full")))
+    async with http(app) as browser:
+        assert (await browser.get("/echo")).status_code == 503
+        app._refused_websockets.update({"echo", "user"})
+        assert set(app._refusals) == {"echo"}
+        client.snapshot = snapshot(2, user=("/user", ("GET",)))
+        assert (await browser.get("/echo")).status_code == 404
+    assert (app._refusals, app._refused_websockets) == ({}, {"user"})
+
+
 async def test_own_routes() -> None:
     client, app = make(echo)
     async with http(app) as browser:

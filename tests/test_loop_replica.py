@@ -109,6 +109,18 @@ async def double_all(requests: list[Any]) -> list[Any]:
 
 
 @on_loop
+async def test_a_batch_of_so_many_bytes_is_full() -> None:
+    world = World(double_all, max_batch_size=10, batch_wait_timeout=1000.0, max_queued_bytes=5000)
+    world.caller.answer(python_call(0, bytes(3000)))
+    assert 3000 < world.replica._waiting_bytes < 3200
+    answers = await world.ask(python_call(1, bytes(3000)), answers=2)
+    assert [outcome(answer)[0] for answer in answers] == [2, 2]
+    world.caller.answer(python_call(2, b""))
+    world.caller.answer(Cancel(2))
+    assert world.replica._waiting_bytes == 0
+
+
+@on_loop
 async def test_calls_interleave() -> None:
     latch = Latch()
     world = World(latch, max_concurrent_queries=3)

@@ -548,6 +548,19 @@ def test_nobody_overtakes_those_who_wait() -> None:
     assert placed(known) == [("b", "r1")]
 
 
+def test_a_large_call_is_not_sent_again_soon() -> None:
+    known = make("r1", limit=2)
+    for size in (0, 10_000_000):
+        slot = FakeSlot("a")
+        target = known.place(slot, NOW)
+        assert target is not None
+        known.refused(target, 0, NOW, size)
+        known.put_back(slot, NOW)
+        assert placed(known, NOW + size * 0.99e-8) == []
+        assert placed(known, NOW + RETRY_S + size * 1.01e-8) == [("a", "r1")]
+        hold(known, "r1", 0)
+
+
 def test_calls_that_are_put_back_keep_their_order() -> None:
     known = make("r1", limit=3)
     slots = [FakeSlot(name) for name in "abcde"]

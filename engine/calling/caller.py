@@ -556,7 +556,7 @@ class Caller:
                 elif answer.kind == FailureKind.BUSY:  # type: ignore[union-attr]
                     replica_set.handed_back(target, answer.load, now)
                 else:
-                    replica_set.refused(target, answer.load, now)
+                    replica_set.refused(target, answer.load, now, bytes_of(slot.call))
                 hung_up = self._disconnect(target) if target.gone and not target.in_flight else None
                 line = replica_set.waiting
                 some_wait = line.normal or line.low or replica_set.copies.normal

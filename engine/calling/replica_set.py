@@ -22,6 +22,8 @@ __all__ = ["RETRY_S", "UNREACHABLE_S", "ReplicaSet", "Target"]
 _random = random.random
 RETRY_S = 0.005
 """How long a replica that refused is left alone. Other callers' calls end without our hearing of it, so look again."""
+_RESENDING_S = 1e-8
+"""So much longer for each byte of a call that was refused: sending it in vain takes time on both sides."""
 UNREACHABLE_S = 0.05
 """How long one is left alone that cannot be reached."""
 _MAX_COPIES = 1000
@@ -421,10 +423,10 @@ class ReplicaSet:
         target.slow_for = _QUICK_AGAIN
         self._file(target)
 
-    def refused(self, target: Target, load: int, now: float) -> None:
-        """A replica did not take a call: leave it alone for a moment."""
+    def refused(self, target: Target, load: int, now: float, size: int = 0) -> None:
+        """A replica did not take a call of so many bytes: leave it alone for a moment."""
         self._count_out(target, load, now)
-        target.blocked_until = max(now + RETRY_S, target.unreachable_until)
+        target.blocked_until = max(now + RETRY_S + size * _RESENDING_S, target.unreachable_until)
         self._file(target)
 
     def welcomed(self, target: Target, places: int) -> bool:

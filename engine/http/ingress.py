@@ -279,6 +279,9 @@ class Ingress:
         if snapshot is not self._snapshot or self._routes is None:
             self._routes = RouteTable(snapshot)
             self._snapshot = snapshot
+            for gone in self._refusals.keys() - snapshot.endpoints.keys():
+                del self._refusals[gone]
+            self._refused_websockets &= snapshot.endpoints.keys()
         return self._routes.match(path, method)
 
     def _is_open(self, endpoint_name: str, call_method: str) -> bool:

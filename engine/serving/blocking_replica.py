@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ..calling.budget import Budget, running_budget
 from ..config import BackendConfig
 from ..seam.channel import Channel
-from ..seam.control_messages import Reconfigure, Reconfigured, Unhealthy
+from ..seam.control_messages import Reconfigure, Reconfigured
 from ..seam.messages import End, Failure, FailureKind
 from ..seam.serialization import pack_exception_briefly
 from ..seam.service import ServiceLoop
@@ -141,6 +141,8 @@ class BlockingReplica(Replica):
         queue = self._queue
         if queue and (queue[-1].channel is not job.channel or queue[-1].call.priority != job.call.priority):
             self._mixed = True
+        if (self._held > 1 or job.method.batched) and not self._may_wait(job):  # type: ignore[union-attr]
+            return
         queue.append(job)
         if self._began is None:
             return
@@ -205,8 +207,11 @@ class BlockingReplica(Replica):
             self._began = time.monotonic()
             if self._mixed:
                 self._note_turn(queue[0])
+            job = queue.popleft()
+            if job.size:
+                self._waits_no_more(job)
             try:
-                self._run_one(queue.popleft())
+                self._run_one(job)
             finally:
                 self._began = None
                 self._gave_way = False
@@ -389,7 +394,8 @@ class BlockingReplica(Replica):
         if self._mixed:
             alike[1:] = sorted(alike[1:], key=_priority_of)
         batch = alike[: self._batch_size]
-        if len(batch) < self._batch_size and self._config.batch_wait_timeout and self._drain_until is None:
+        incomplete = len(batch) < self._batch_size and not self._is_full_of_bytes()
+        if incomplete and self._config.batch_wait_timeout and self._drain_until is None:
             now = time.monotonic()
             if self._batch_due is None or self._batch_head is not batch[0]:
                 self._batch_head = batch[0]
@@ -403,6 +409,7 @@ class BlockingReplica(Replica):
         self._queue = deque(job for job in self._queue if id(job) not in taken)
         live: list[Job] = []
         for job in batch:
+            self._waits_no_more(job)
             if job.expired:
                 self._drop(job)
             else:
@@ -559,10 +566,17 @@ class BlockingReplica(Replica):
                 "nobody waits for this call any more",
                 lasts=lambda: self._jobs.get((job.channel, job.call.id)) is job,
                 grace_s=grace_s,
-                outlasted=lambda: self._tell(
-                    Unhealthy(f"has gone on with {self._name(job)} for {grace_s:g} s after it was cancelled", hung=True)
-                ),
+                outlasted=lambda: self._outlasted(job, grace_s or 0.0),
             )
+
+    def _outlasted(self, job: Job, grace_s: float) -> None:
+        """A call goes on although it was cancelled: be replaced, but hand back first what waits for it."""
+        reason = f"has gone on with {self._name(job)} for {grace_s:g} s after it was cancelled"
+        since = self._running_since()
+        if since is None:  # between two steps of a stream, where whoever runs it looks at its cancellation
+            self._ask_to_be_replaced(reason, hung=True)
+        else:
+            self._say_that_it_hangs(since, reason, grace_s)
 
     async def _between_items(self, job: Job) -> None:
         assert self._service_loop is not None

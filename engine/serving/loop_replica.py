@@ -13,6 +13,7 @@ from types import CoroutineType
 from typing import TYPE_CHECKING, Any
 
 from ..calling.budget import Budget
+from ..calling.line import bytes_of
 from ..config import BackendConfig
 from ..seam.control_messages import Reconfigure, Reconfigured
 from ..seam.may_block import mark_loop_thread, unmark_loop_thread
@@ -174,7 +175,8 @@ class LoopReplica(Replica):
         name = job.call.method
         batch = self._batches.setdefault(name, [])
         batch.append(job)
-        if len(batch) >= self._batch_size:
+        self._waits(job, bytes_of(job.call))
+        if len(batch) >= self._batch_size or self._is_full_of_bytes():
             self._start_batch(name)
         elif len(batch) == 1:
             loop = asyncio.get_running_loop()
@@ -201,6 +203,7 @@ class LoopReplica(Replica):
             timer.cancel()
         live: list[Job] = []
         for job in self._batches.pop(name, []):
+            self._waits_no_more(job)
             if job.cancelled or job.expired:
                 self._drop(job)
             else:

@@ -21,6 +21,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 from ..calling.budget import Budget
+from ..calling.line import bytes_of
 from ..config import BackendConfig, name_of_exception
 from ..errors import (
     BackendError,
@@ -74,7 +75,7 @@ FAREWELL_S = 1.0
 class Job:
     """A call the replica holds."""
 
-    __slots__ = ("call", "cancelled", "channel", "credit", "kept", "method", "more_credit", "request", "task")
+    __slots__ = ("call", "cancelled", "channel", "credit", "kept", "method", "more_credit", "request", "size", "task")
 
     def __init__(self, channel: Channel, call: Call) -> None:
         self.channel = channel
@@ -82,6 +83,7 @@ class Job:
         self.method: Method | None = None
         self.cancelled = False
         self.kept = False  # its caller knows that it has to wait here
+        self.size = 0  # bytes that it takes where it waits, if it does
         self.credit = INITIAL_CREDIT
         self.more_credit: asyncio.Event | None = None
         self.task: asyncio.Task[None] | None = None
@@ -133,6 +135,8 @@ class Replica(Watched):
         "_taken",
         "_turns",
         "_user",
+        "_waiting_bytes",
+        "_wanted_bytes",
         "loads",
     )  # more than an object's own dictionary is quick for
 
@@ -158,6 +162,8 @@ class Replica(Watched):
         self.loads: Callable[[bytes], Any] = loads
         self._held = 0
         self._turns: Turns | None = None  # as long as callers have been refused
+        self._waiting_bytes = 0  # of calls that have not begun, and had to wait
+        self._wanted_bytes = 0  # of one that was too large for what there is room for
         self._answered = False  # as the controller was told
         self._calls = 0  # that user code was given
         self._memory = Memory()
@@ -317,7 +323,7 @@ class Replica(Watched):
             return
         now = time.monotonic()
         turns.lapse(now)
-        while self._held + turns.kept < self._limit and self._drain_until is None:
+        while self._held + turns.kept < self._limit and self._drain_until is None and not self._is_full_of_bytes():
             channel = turns.next(now)
             if channel is None:
                 break
@@ -337,6 +343,40 @@ class Replica(Watched):
         """Note from how many calls on it is to be looked whose turn it is: always, while anybody has one."""
         with self._config_lock:
             self._full_at = self._limit if self._turns is None else 0
+
+    # -- what waits here -------------------------------------------------------------------------------------------
+
+    def _may_wait(self, job: Job) -> bool:
+        """Let a call wait that has not begun; if it is too large for what there is room for, it is refused.
+
+        One for a batch may take the batch over the limit, which is full then.
+        """
+        most, size = self._config.max_queued_bytes, bytes_of(job.call)
+        assert job.method is not None
+        if most is None or not self._waiting_bytes or self._waiting_bytes + (not job.method.batched and size) <= most:
+            self._waits(job, size)
+            return True
+        self._wanted_bytes = size
+        if self._turns is None:
+            self._turns = Turns()
+        self._turns.refused(job.channel, low=bool(job.call.priority))
+        self._finish(job, Failure(job.call.id, 0, FailureKind.REFUSED, b"", b""))
+        return False
+
+    def _waits(self, job: Job, size: int) -> None:
+        job.size = size
+        self._waiting_bytes += size
+        self._wanted_bytes = 0
+
+    def _waits_no_more(self, job: Job) -> None:
+        """A call begins, or does not wait any more for another reason (idempotent)."""
+        self._waiting_bytes -= job.size
+        job.size = 0
+
+    def _is_full_of_bytes(self) -> bool:
+        """Whether the calls that wait leave no room, or not enough for the one that was refused last."""
+        most, waiting = self._config.max_queued_bytes, self._waiting_bytes
+        return most is not None and waiting > 0 and (waiting >= most or waiting + self._wanted_bytes > most)
 
     def _refuse(self, channel: Channel, call: Call, kind: int) -> None:
         with contextlib.suppress(ChannelClosed):  # the caller is gone, and `lost` follows
@@ -547,6 +587,8 @@ class Replica(Watched):
         if self._jobs.pop((job.channel, job.call.id), None) is None:
             return
         self._held = load = self._held - 1
+        if job.size:
+            self._waits_no_more(job)
         try:
             # All of them begin with the number and the load; `_replace` would take as long as all else here.
             job.channel.send(_new(type(answer), (answer[0], load, *answer[2:])) if load else answer)
