@@ -276,7 +276,7 @@ def test_the_turn_comes_back_as_soon_as_user_code_ends(path: str, poller: Poller
 
 
 def test_the_stand_in_returns_after_a_nap(path: str, poller: Poller, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service_loops, "_QUIET_TICKS", 1)
+    monkeypatch.setattr(service_loops, "_TICKS_A_RUN", 1)
     service = Echo()
     with serving(BlockingServiceLoop, service, path), connected(path, poller) as (channel, listener):
         loop: Any = service.loop
@@ -291,6 +291,21 @@ def test_the_stand_in_returns_after_a_nap(path: str, poller: Poller, monkeypatch
             assert not work.ended.is_set()
             work.end.set()
             assert work.ended.wait(PATIENCE_S)
+
+
+def test_one_run_of_user_code_keeps_the_stand_in_awake_for_a_moment_only(path: str) -> None:
+    service, ran = Echo(), threading.Event()
+    with serving(BlockingServiceLoop, service, path):
+        loop: Any = service.loop
+        service.run(lambda: None)
+        eventually(lambda: loop._dozing)
+        looks: list[float | None] = []
+        wait = loop._bell.wait
+        loop._bell.wait = lambda timeout_s: (looks.append(timeout_s), wait(timeout_s))
+        service.run(ran.set)
+        assert ran.wait(PATIENCE_S)
+        eventually(lambda: loop._dozing and looks[-1:] == [None])
+        assert 0 < len(looks) < 2 * service_loops._TICKS_A_RUN < service_loops._MOST_TICKS
 
 
 def test_short_user_code_needs_no_stand_in(path: str, poller: Poller) -> None:

@@ -35,7 +35,10 @@ __all__ = ["AsyncServiceLoop", "BlockingServiceLoop"]
 
 _TICK_S = 0.01
 """How often the stand-in looks whether user code takes long. A call that is shorter costs no thread switch."""
-_QUIET_TICKS = 100
+_TICKS_A_RUN = 10
+"""How long the stand-in stays awake for one run of user code. Who is called at least ten times a second need not wake
+it; and what runs once in a while, such as a check of a replica's health, does not keep it awake for long."""
+_MOST_TICKS = 100
 _MOST_READY = 64
 """Channels that are served before the kernel is asked again; the others come next."""
 _LONGEST_POLL_S = 86400.0  # the kernel takes no more than 2**31 ms; whoever waits longer looks again
@@ -193,18 +196,18 @@ class BlockingServiceLoop:
 
     def _watch(self) -> None:
         """Tick while there are calls; take the turn when one call lasts from one tick to the next."""
-        quiet_ticks = 0
+        ticks = 0  # before it dozes, if nothing runs any more
         while not self._closed:
             steps = self._steps
             self._bell.wait(None if self._dozing else _TICK_S)
             self._bell.clear()
             if self._steps != steps:
-                quiet_ticks = 0
+                ticks = min(_MOST_TICKS, ticks + _TICKS_A_RUN * (self._steps - steps))
             elif self._out:
                 self._serve_meanwhile()
             else:
-                quiet_ticks += 1
-                self._dozing = quiet_ticks >= _QUIET_TICKS
+                ticks = max(0, ticks - 1)
+                self._dozing = not ticks
                 if self._steps != steps:
                     self._dozing = False  # a call began before it could know that nobody watches
 
