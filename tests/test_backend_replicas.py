@@ -119,10 +119,11 @@ class SlowAfter(Restarts):
         super().__init__()
         self._most = failures
 
-    def failed(self, began: float, now: float) -> None:
-        super().failed(began, now)
+    def failed(self, began: float, now: float) -> bool:
+        counts = super().failed(began, now)
         if self.failures >= self._most:
             self.not_before = now + 1000.0
+        return counts
 
 
 class Dying:
@@ -281,6 +282,34 @@ async def test_callers_wait_while_anything_can_come_back(world: Dying) -> None:
     await updating
     await until(lambda: world.backend.state == "ready" and len(world.backend.running) == 1)
     assert world.backend.entry().last_error == ""
+
+
+@dying(50)
+async def test_many_that_do_not_start_are_told_of_once_a_round_and_heal_together(world: Dying) -> None:
+    """Each has its own name, process and port in what it says."""
+    caught = Caught()
+    world.backend.restarts = SlowAfter(3)
+
+    def fail(spec: WorkerSpec) -> None:
+        world.soon_gone(spec.worker_id, f"exited with code 3 (port {len(world.started)} is taken)")
+
+    world.adapter.on_start = fail
+    world.die(*[f"b#{number}" for number in range(1, 51)])
+    logging.getLogger("engine.controller").addHandler(caught)
+    try:
+        await until(lambda: len(world.started) == 200)
+        await until(lambda: len(world.workers) == 0)
+        assert world.backend.state == "unhealthy"
+        assert [text.partition(":")[0] for text in caught.texts] == ["backend 'b'"] * 3
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert len(world.started) == 200, "they wait"
+    finally:
+        logging.getLogger("engine.controller").removeHandler(caught)
+    world.adapter.on_start = world.ready_at_once
+    await world.backend.update({"max_queued_requests": 7})
+    await until(lambda: world.backend.state == "ready" and len(world.in_service) == 50)
+    assert len(world.started) == 250
 
 
 @dying(1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import math
+import re
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Sequence
@@ -37,6 +38,7 @@ _logger = Log("engine.controller")
 _ENTRY = "engine.serving.replica_worker:main"
 _LONGEST_REASON = 300
 """Characters of an error that travel to all callers."""
+_KEPT_REASONS = 16
 _KEPT_DEAD = 100
 """Deaths that callers are told of: far more than happen between two snapshots that a caller gets."""
 
@@ -106,7 +108,7 @@ class ReplicaPool:
         self._started = 0  # numbers the replicas
         self._failed_at = 0.0  # monotonic seconds
         self._why = ""  # the last start that failed, in a line
-        self._explained: str | None = None  # the log has the traceback of this failure to start; None after a start
+        self._explained: deque[str] = deque(maxlen=_KEPT_REASONS)  # the log has the tracebacks of these, since a start
         self._dead: deque[str] = deque(maxlen=_KEPT_DEAD)  # ids of the last ones
         self._starting: dict[str, float] = {}  # ids of those that are not ready yet, and when their start began
         self.workers = means.workers
@@ -313,7 +315,7 @@ class ReplicaPool:
         finally:
             del self._starting[replica_tag]
         self.restarts.reset()
-        self._explained = None
+        self._explained.clear()
         self.retry_starts()
         return worker
 
@@ -443,19 +445,28 @@ class ReplicaPool:
         self.last_error = what
         self._failed_at = time.monotonic()
 
-    def log_failure(self, error: Exception) -> None:
-        """Say why a replica did not start; with its traceback only if that was not said of the last one."""
+    def log_failure(self, error: Exception, *, again: bool = False) -> None:
+        """Say why a replica did not start; with its traceback only if that was not said before.
+
+        Args:
+            error: Why.
+            again: It failed side by side with another one, and is mentioned only if that was for another reason.
+        """
         what = summary_of(error)
         self._why = shortened(what.partition("\n")[0], _LONGEST_REASON)
-        exc_info = error if what != self._explained else None
-        self._explained = what
+        reason = re.sub(r"\d+", "#", what)  # but for which replica, process or port it was
+        exc_info = error if reason not in self._explained else None
+        if exc_info is not None:
+            self._explained.append(reason)
+        elif again:
+            return
         _logger.error("backend %r: a replica could not be replaced: %s", self.plan.tag, what, exc_info=exc_info)
 
     def start_failed(self, error: Exception, began: float) -> None:
         """A replica did not start that is missing."""
         self.note(summary_of(error))
-        self.restarts.failed(began, self._failed_at)
-        self.log_failure(error)
+        counts = self.restarts.failed(began, self._failed_at)
+        self.log_failure(error, again=not counts)
 
 
 def _replica_tag(plan: BackendPlan, number: int) -> str:

@@ -66,12 +66,14 @@ class Restarts:
         self._level_at = now
         return max(0.0, self._level - burst) / per_s * (1 + self._jitter() / 2)
 
-    def failed(self, began: float, now: float) -> None:
-        """A start that began then has failed: its place is to wait until `not_before`."""
-        if began >= self.not_before:  # else it was tried side by side with the one that was counted
-            self.failures += 1
-            self._first_failed_at = min(self._first_failed_at, now)
-            self.not_before = now + backoff_s(self.failures, self._jitter)
+    def failed(self, began: float, now: float) -> bool:
+        """A start that began then has failed: its place is to wait until `not_before`; returns whether that counts."""
+        if began < self.not_before:  # it was tried side by side with one that was counted
+            return False
+        self.failures += 1
+        self._first_failed_at = min(self._first_failed_at, now)
+        self.not_before = now + backoff_s(self.failures, self._jitter)
+        return True
 
     def reset(self) -> None:
         """A replica became ready, or what is started is another thing now: places that wait may be tried at once."""
