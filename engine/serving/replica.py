@@ -12,6 +12,7 @@ are taken one at a time, in the order in which they came.
 from __future__ import annotations
 
 import contextlib
+import functools
 import pickle
 import sys
 import threading
@@ -474,14 +475,13 @@ class Replica(Watched):
                 return None
             self._finish(job, _new(Reply, (call.id, 0, b"", payload)))
             return None
-        from ..http.results import Encoded, encode_result
-
+        results = _http_results()
         try:
-            encoded = encode_result(result, job.request)
+            encoded = results.encode_result(result, job.request)
         except BaseException as error:
             self._fail(job, error)
             return None
-        if isinstance(encoded, Encoded):
+        if isinstance(encoded, results.Encoded):
             self._finish(job, Reply(call.id, 0, encoded.head, encoded.body))
             return self._background(encoded.background, job) if encoded.background is not None else None
         return self._stream(job, encoded)
@@ -647,6 +647,14 @@ class Replica(Watched):
                 f"an array, a generator): it got {len(jobs)} requests and returned {size}"
             )
         return results
+
+
+@functools.cache
+def _http_results() -> Any:
+    """The module `engine.http.results`, imported when the first request is answered and not looked for again."""
+    from ..http import results
+
+    return results
 
 
 def _is_one_of(error: BaseException, names: frozenset[Any]) -> bool:
