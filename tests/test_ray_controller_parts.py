@@ -6,23 +6,25 @@ import asyncio
 import logging
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
 from ray_cluster import why_not
 
-from engine.seam.adapter import Node
+from engine.seam.adapter import Node, Vitals
 from engine.seam.control_messages import Drain, Ready
 from engine.seam.messages import Control
 from engine.seam.worker import Listen, WorkerSpec
 from engine.testing.fakes import FakeChannel
-from engine.testing.instruments import PATIENCE_S
+from engine.testing.instruments import PATIENCE_S, Footprint, eventually
 from engine_wire import SocketChannel, Undriven
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 if why_not() is None:
-    from engine_ray.controlling import leftovers, nodes, process, strangers
+    from engine_ray.controlling import asking as asking_module
+    from engine_ray.controlling import leftovers, nodes, strangers
+    from engine_ray.controlling.asking import Asking
     from engine_ray.controlling.cluster import ClusterAdapter
     from engine_ray.controlling.nodes import NodeWatch
     from engine_ray.controlling.public_ports import PublicPorts
@@ -300,27 +302,111 @@ def test_an_engine_is_left_over_when_its_job_is_over_and_nobody_answers(monkeypa
 # -- asking other nodes ------------------------------------------------------------------------------------------------
 
 
-def test_no_node_is_asked_once_the_engine_is_about_to_disconnect(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_node_is_asked_once_the_engine_is_about_to_disconnect() -> None:
     begun, ended = threading.Event(), threading.Event()
 
-    def ask(node_id: str, pid: int, kill: bool, over: threading.Event) -> None:
+    def look(node_id: str, pids: Mapping[int, bool], over: threading.Event) -> Mapping[int, Vitals | None]:
         begun.set()
         assert over.wait(PATIENCE_S)
         ended.set()
-
-    monkeypatch.setattr(process, "_ask_node", ask)
+        return {}
 
     async def main() -> None:
-        asking = process.Asking()
+        asking = Asking(look)
         asks = asyncio.ensure_future(asking.ask("there", 1))
         await asyncio.to_thread(begun.wait, PATIENCE_S)
+        waits = asyncio.ensure_future(asking.ask("there", 2))  # until the first one is answered
+        await asyncio.sleep(0)
         asks.cancel()  # who asked does not wait any more
         with pytest.raises(asyncio.CancelledError):
             await asks
         assert not ended.is_set()
         await asking.end()
         assert ended.is_set()
+        assert await waits is None
         assert await asking.ask("there", 1) is None
+        await asking.end()
+
+    asyncio.run(main())
+
+
+class Nodes:
+    """Answers questions about the processes of nodes once it is told to, and writes them down."""
+
+    def __init__(self) -> None:
+        self.looks: list[tuple[str, dict[int, bool]]] = []
+        self._gates: dict[str, threading.Event] = {}
+
+    def look(self, node_id: str, pids: Mapping[int, bool], over: threading.Event) -> Mapping[int, Vitals | None]:
+        self.looks.append((node_id, dict(pids)))
+        assert self.gate(node_id).wait(PATIENCE_S)
+        if node_id == "broken":
+            raise RuntimeError("no such node")
+        return {pid: Vitals(kill, 0.0) for pid, kill in pids.items() if pid < 100}
+
+    def gate(self, node_id: str) -> threading.Event:
+        return self._gates.setdefault(node_id, threading.Event())
+
+
+async def settled(done: Callable[[], bool]) -> None:
+    await asyncio.to_thread(eventually, done)
+
+
+def test_a_node_is_asked_one_thing_at_a_time_and_all_that_is_wanted_meanwhile_next(leaves_nothing: Footprint) -> None:
+    async def main() -> None:
+        nodes = Nodes()
+        asking = Asking(nodes.look)
+        ask = asyncio.ensure_future
+        first = ask(asking.ask("a", 1))
+        await settled(lambda: len(nodes.looks) == 1)
+        later = [ask(asking.ask("a", pid)) for pid in (2, 3, 2, 100)]
+        kills = ask(asking.ask("a", 3, kill=True))
+        other = ask(asking.ask("b", 1))
+        await settled(lambda: len(nodes.looks) == 2)
+        nodes.gate("b").set()  # one that is silent holds up no other
+        assert await other == Vitals(False, 0.0)
+        assert not first.done()
+        nodes.gate("a").set()
+        assert await first == Vitals(False, 0.0)
+        assert await asyncio.gather(*later) == [Vitals(False, 0.0), Vitals(True, 0.0), Vitals(False, 0.0), None]
+        assert await kills == Vitals(True, 0.0)
+        assert nodes.looks == [("a", {1: False}), ("b", {1: False}), ("a", {2: False, 3: True, 100: False})]
+        await asking.end()
+
+    asyncio.run(main())
+
+
+def test_only_so_many_nodes_are_asked_and_every_question_has_its_time(
+    leaves_nothing: Footprint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        nodes = Nodes()
+        asking = Asking(nodes.look)
+        names = [str(number) for number in range(asking_module.MOST_NODES + 2)]
+        asks = [asyncio.ensure_future(asking.ask(name, 1)) for name in names]
+        await settled(lambda: len(nodes.looks) == asking_module.MOST_NODES)
+        # The loop's own threads are free, however many are silent.
+        assert await asyncio.wait_for(asyncio.to_thread(lambda: 1), PATIENCE_S) == 1
+        monkeypatch.setattr(asking_module, "ANSWER_WITHIN_S", 0.01)
+        assert await asking.ask("one more", 1) is None
+        monkeypatch.undo()
+        for name in (*names, "one more"):
+            nodes.gate(name).set()
+        assert await asyncio.gather(*asks) == [Vitals(False, 0.0)] * len(names)
+        await settled(lambda: len(nodes.looks) == len(names) + 1)
+        await asking.end()
+
+    asyncio.run(main())
+
+
+def test_a_node_that_cannot_be_asked(leaves_nothing: Footprint) -> None:
+    async def main() -> None:
+        nodes = Nodes()
+        asking = Asking(nodes.look)
+        nodes.gate("broken").set()
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="no such node"):
+                await asking.ask("broken", 1)
         await asking.end()
 
     asyncio.run(main())

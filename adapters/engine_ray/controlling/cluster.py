@@ -40,10 +40,11 @@ from ..link.sockets import listen_everywhere
 from ..link.surroundings import Surroundings
 from ..working.bodies import Hello
 from ..working.order import Order
+from .asking import Asking
 from .leftovers import sweep_leftovers
 from .nodes import NodeWatch
 from .places import options_of, shortage
-from .process import Asking, Process, process_of
+from .process import Process, process_of
 from .public_ports import PublicPorts
 from .strangers import Newcomer, Strangers
 from .watched import WatchedWorker, described_death
