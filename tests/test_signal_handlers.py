@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 from harness import run_python
 
-from engine import Engine, Handle
+from engine import AsyncHandle, Engine, Handle
 from engine.calling.answers import open_answer
 from engine.calling.client import Client
 from engine.seam.messages import Reply
@@ -58,6 +59,43 @@ def test_no_strike_in_a_call_harms_another(engine: Engine, how: str) -> None:
     assert 20 < place < 1999
     eventually(lambda: engine.statistics()["backends"]["double"]["in_flight"] == 0)
     assert engine.statistics()["backends"]["double"]["replicas"] == replicas
+
+
+_ASYNCIO = tuple(f"asyncio/{name}.py" for name in ("base_events", "events", "selector_events", "futures", "tasks"))
+
+
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")  # what is struck before it begins
+def test_what_strikes_on_an_event_loop_is_raised_or_told_to_the_loop(engine: Engine) -> None:
+    """As with all callbacks of a loop: their exceptions go to its handler."""
+    handle: AsyncHandle[int] = engine.get_handle("double", sync=False)
+    told: list[object] = []
+    loop = asyncio.new_event_loop()
+    loop.set_exception_handler(lambda loop, context: told.append(context.get("exception")))
+    assert loop.run_until_complete(handle.call(1)) == 2
+    raised: list[object] = []
+
+    def call() -> None:
+        try:
+            loop.run_until_complete(handle.call(1))
+        except Alarm as error:
+            raised.append(error)
+            raise
+
+    ways = set()
+    for place in range(2000):
+        told.clear()
+        raised.clear()
+        alarm = Alarm("struck")
+        where = struck(call, place, alarm, spare=(*_ASYNCIO, "selectors.py", __file__))
+        assert loop.run_until_complete(handle.call(2)) == 4, where
+        if not where:
+            break
+        assert [*raised, *told] == [alarm], where
+        ways.add("raised" if raised else "told")
+    assert ways == {"raised", "told"}
+    loop.run_until_complete(loop.shutdown_asyncgens())
+    loop.close()
+    eventually(lambda: engine.statistics()["backends"]["double"]["in_flight"] == 0)
 
 
 def test_no_strike_on_the_way_to_an_engine_keeps_others_from_it() -> None:

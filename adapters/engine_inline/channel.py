@@ -19,6 +19,8 @@ from engine.seam.messages import Call, End, Failure, Message, Reply
 
 __all__ = ["InlineChannel", "Mailbox"]
 
+_TERMINAL = (Reply, Failure, End)
+
 
 class Mailbox:
     """What comes in for one worker: functions to run on its thread, in order. Any thread may post.
@@ -150,11 +152,14 @@ class InlineChannel:
         except BaseException:  # raised by a signal handler: nobody knows whether it was on its way
             peer._deliver(delivery)
             raise
+        if isinstance(message, _TERMINAL):
+            # If a signal handler raises as the first one begins, its loop has done with that, and a caller waits on.
+            peer._deliver(delivery)
 
     def _take(self, message: Message) -> None:
         if not self.closed:
             self._listener.received(self, message)
-            if isinstance(message, (Reply, Failure, End)):
+            if isinstance(message, _TERMINAL):
                 self._unanswered.pop(message.id, None)
                 self._begun.discard(message.id)
 
@@ -217,9 +222,19 @@ class _Delivery:
             self._taken = True
             try:
                 self._channel._take(self._message)
-            except BaseException:  # nobody knows whether it has it
-                self._channel.cut("taking a message from it was interrupted")
+            except BaseException:
+                self._take_again()
                 raise
+
+    def _take_again(self) -> None:
+        """Nobody knows whether its listener has it. An answer can be taken twice; of all else nothing is certain."""
+        try:
+            if isinstance(self._message, _TERMINAL):
+                self._channel._take(self._message)
+                return
+        except BaseException:  # it was the listener's own
+            pass
+        self._channel.cut("taking a message from it was interrupted")
 
 
 def connect(
