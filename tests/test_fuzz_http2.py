@@ -113,6 +113,13 @@ def test_a_request_that_cannot_be_served_leaves_others_alone(
     assert answers(told) == {1: 200, 3: status, 5: 200, **last}
 
 
+def test_a_request_that_is_refused_and_reset_at_once_leaves_others_alone(front: Front) -> None:
+    for ends in (frame(RST_STREAM, 0, 3, bytes(4)), frame(DATA, 0, 3, b"abc")):
+        told = front.reads((BEGIN + head(1) + head(3, path=b"*") + ends + head(5),))
+        assert {1: 200, 5: 200} == {stream: status for stream, status in answers(told).items() if stream != 3}
+        assert not told.closes
+
+
 def test_priorities_are_not_heard(front: Front) -> None:
     many = b"".join(frame(PRIORITY, 0, 2 * n + 1, struct.pack(">IB", 0, 1)) for n in range(5, 3000))
     told = front.reads((BEGIN + many + head(1) + frame(PRIORITY, 0, 1, struct.pack(">IB", 3, 255)) + head(3),))

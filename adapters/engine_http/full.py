@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import collections
+import contextlib
 import re
 from collections.abc import Awaitable, Callable, Iterable, Sized
 from typing import TYPE_CHECKING, Any
@@ -511,9 +512,10 @@ class _H2(H2Protocol):
             return
         stream_id = request.stream_id
         headers = [(b":status", b"%d" % status), (b"content-length", b"0"), *self.config.response_headers("h2")]
-        self.connection.send_headers(stream_id, headers, end_stream=True)
-        if request.stream_ended is None:  # it need not send its body
-            self.connection.reset_stream(stream_id, h2.errors.ErrorCodes.NO_ERROR)
+        with contextlib.suppress(h2.exceptions.ProtocolError):  # what came with the request has ended its stream
+            self.connection.send_headers(stream_id, headers, end_stream=True)
+            if request.stream_ended is None:  # it need not send its body
+                self.connection.reset_stream(stream_id, h2.errors.ErrorCodes.NO_ERROR)
         await self._flush()
 
     async def _discard(self, stream_id: int) -> None:

@@ -21,26 +21,31 @@ TESTS = Path(__file__).parents[2] / "tests"
 
 
 def fuzz(_: str, seconds: float) -> Iterator[Outcome]:
-    """Run each fuzzer for its share of the time, or until it has found something."""
-    fuzzers = dict(_fuzzers())
-    for name, fuzzer in fuzzers.items():
-        count, failed = _run(fuzzer, time.monotonic() + seconds / len(fuzzers))
-        found = f"{count:,} examples" + (", one of them fails" if failed else "")
-        yield Outcome(name, "no example that breaks it", found, not failed)
+    """Run the fuzzers of each module for its share of the time, each until it has found something."""
+    modules = list(_modules())
+    for about, fuzzers in modules:
+        for name, fuzzer in fuzzers:
+            count, failed = _run(fuzzer, time.monotonic() + seconds / len(modules) / len(fuzzers))
+            found = f"{count:,} examples" + (", one of them fails" if failed else "")
+            yield Outcome(f"{about}: {name}", "no example that breaks it", found, not failed)
 
 
-def _fuzzers() -> Iterator[tuple[str, Any]]:
+def _modules() -> Iterator[tuple[str, list[tuple[str, Any]]]]:
+    """What each is about, and its fuzzers by name."""
     sys.path.insert(0, str(TESTS))
     import fuzzing
 
     fuzzing.examples.update(max_examples=500, derandomize=False)
     for path in sorted(TESTS.glob("test_fuzz_*.py")):
         module = importlib.import_module(path.stem)
-        about = str(module.__doc__).partition("\n")[0]
-        for name, value in vars(module).items():
-            if name.startswith("test_") and hasattr(value, "hypothesis"):
-                title = name.removeprefix("test_").replace("_", " ")
-                yield f"{about.partition(':')[0]}: {title}", value
+        yield (
+            str(module.__doc__).partition(":")[0],
+            [
+                (name.removeprefix("test_").replace("_", " "), value)
+                for name, value in vars(module).items()
+                if name.startswith("test_") and hasattr(value, "hypothesis")
+            ],
+        )
 
 
 def _run(fuzzer: Any, end: float) -> tuple[int, bool]:
