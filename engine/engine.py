@@ -17,8 +17,8 @@ from .calling.ref import get as get_results
 from .calling.ref import wait as wait_for
 from .calling.traffic import validate_proportion, validate_weights
 from .config import BackendConfig, HTTPOptions
-from .control.arguments import also_named, check_init_options, private_copy
-from .control.backend_plan import BackendPlan, pack_definition
+from .control.arguments import also_named, private_copy
+from .control.checks import adapter_of, check_name, checked_call_methods, checked_methods, detachable, plan_of
 from .control.operations import (
     CreateBackend,
     CreateEndpoint,
@@ -38,26 +38,16 @@ from .control.operations import (
 )
 from .control.runner import Runner
 from .errors import EndpointNotFound, EngineClosed, InvalidArgument
-from .seam.adapter import Adapter, lacking
+from .seam.adapter import Adapter
 from .seam.connector import PlatformRefs
-from .seam.detached import Detachable, RemoteController
+from .seam.detached import RemoteController
 from .seam.error_text import all_there_are
 from .seam.importable import note_modules
 from .seam.may_block import check_may_block, check_not_own_thread, running_asyncio_loop
 from .seam.patched import check_unpatched
-from .seam.plugins import load_adapter
-from .seam.resources import resources_of
 from .seam.serialization import dumps_by_value
 from .seam.snapshot import EndpointEntry
 from .seam.workplace import surrounding_engine, why_inert
-from .serving.user_callable import (
-    accepts_batches,
-    check_servable,
-    class_served,
-    is_open,
-    is_reconfigurable,
-    runs_on_loop,
-)
 
 if TYPE_CHECKING:
     from .control.inert_runner import InertRunner
@@ -71,7 +61,6 @@ _GRACE_S = 5.0
 """What calls in flight get when an engine shuts down."""
 _SERVICE_GRACE_S = 20.0
 """The same where it has served until it was told to end: as long as backends grant by default."""
-_VERBS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT")
 
 
 class Engine:
@@ -121,10 +110,10 @@ class Engine:
             return
         self._validate_server_options()
         check_unpatched()
-        adapter = _adapter_of(backend)
+        adapter = adapter_of(backend)
         if detached:
             assert name is not None
-            self._attach(name, adapter, _detachable(adapter, name).detach(name, self._http))
+            self._attach(name, adapter, detachable(adapter, name).detach(name, self._http))
             return
         self._set_up(name, adapter, os.urandom(6).hex())
         self._client = Client(self._id, adapter)
@@ -147,15 +136,15 @@ class Engine:
         Raises:
             errors.InvalidArgument: There is no detached engine of this name, or the adapter has none.
         """
-        _check_name(name, "name")
+        check_name(name, "name")
         engine = cls.__new__(cls)
         if why := why_inert():
             engine._http = HTTPOptions()
             engine._stand_in(name, why)
             return engine
         check_unpatched()
-        adapter = _adapter_of(backend)
-        engine._attach(name, adapter, _detachable(adapter, name).detach(name, None))
+        adapter = adapter_of(backend)
+        engine._attach(name, adapter, detachable(adapter, name).detach(name, None))
         try:
             engine._http = engine._runner.run(GetOptions())
         except BaseException:
@@ -273,10 +262,10 @@ class Engine:
         self._check_open()
         if self._inert is not None:
             return self._inert.skip()
-        _check_name(tag, "tag")
+        check_name(tag, "tag")
         if not isinstance(replace, bool):
             raise InvalidArgument(f"replace must be True or False, not {replace!r}")
-        plan = _plan(tag, func_or_class, init_args, init_kwargs, config, ray_actor_options)
+        plan = plan_of(tag, func_or_class, init_args, init_kwargs, config, ray_actor_options)
         plan.check(plan.config)
         self._control(CreateBackend(plan, replace=replace))
 
@@ -309,6 +298,7 @@ class Engine:
             errors.InvalidArgument: The backend is unknown, an argument is wrong, or the new version does not fit the
                 configuration that is kept (a ``user_config`` and no ``reconfigure``, say).
             errors.NotSerializable: The callable or an argument cannot be pickled; the message says which part.
+            errors.Superseded: Somebody updated the backend anew before this was done.
             errors.BackendStartError: A new replica died before it was ready, took too long, or several died soon after.
             errors.ResourcesUnavailable: The resources are not free.
             BaseException: What the constructor raised, with its traceback as cause.
@@ -316,8 +306,8 @@ class Engine:
         self._check_open()
         if self._inert is not None:
             return self._inert.skip()
-        _check_name(tag, "tag")
-        plan = _plan(tag, func_or_class, init_args, init_kwargs, config, ray_actor_options)
+        check_name(tag, "tag")
+        plan = plan_of(tag, func_or_class, init_args, init_kwargs, config, ray_actor_options)
         self._control(UpdateBackend(plan, keep_resources=ray_actor_options is None))
 
     @overload
@@ -342,7 +332,7 @@ class Engine:
             BaseException: What ``reconfigure`` or a new replica's constructor raised.
         """
         self._check_open()
-        _check_name(tag, "tag")
+        check_name(tag, "tag")
         self._control(UpdateBackendConfig(tag, private_copy(tag, config)))
 
     @overload
@@ -358,7 +348,7 @@ class Engine:
             errors.InvalidArgument: The backend is unknown.
         """
         self._check_open()
-        _check_name(tag, "tag")
+        check_name(tag, "tag")
         return private_copy(tag, self._control(GetBackendConfig(tag)))
 
     def list_backends(self) -> dict[str, BackendConfig]:
@@ -384,7 +374,7 @@ class Engine:
             errors.InvalidArgument: The backend is unknown, an endpoint uses it, or ``force`` is wrong.
         """
         self._check_open()
-        _check_name(tag, "tag")
+        check_name(tag, "tag")
         if not isinstance(force, bool):
             raise InvalidArgument(f"force must be True or False, not {force!r}")
         self._control(DeleteBackend(tag, force))
@@ -437,7 +427,7 @@ class Engine:
                 address of ``http_options`` cannot be bound.
         """
         self._check_open()
-        _check_name(name, "name")
+        check_name(name, "name")
         if not isinstance(backend, str):
             raise InvalidArgument(f"backend must be the tag of a backend, not {backend!r}")
         if route is not None:
@@ -445,7 +435,7 @@ class Engine:
 
             validate_route(route)
         entry = EndpointEntry(
-            name, route, _checked_methods(methods), ((backend, 1.0),), call_methods=_checked_call_methods(call_methods)
+            name, route, checked_methods(methods), ((backend, 1.0),), call_methods=checked_call_methods(call_methods)
         )
         self._control(CreateEndpoint(entry))
 
@@ -462,7 +452,7 @@ class Engine:
             errors.InvalidArgument: It is unknown.
         """
         self._check_open()
-        _check_name(name, "name")
+        check_name(name, "name")
         self._control(DeleteEndpoint(name))
 
     def list_endpoints(self) -> dict[str, dict[str, Any]]:
@@ -498,7 +488,7 @@ class Engine:
             errors.InvalidArgument: The endpoint or a backend is unknown, or a weight is wrong.
         """
         self._check_open()
-        _check_name(name, "name")
+        check_name(name, "name")
         self._control(SetTraffic(name, validate_weights(weights)))
 
     @overload
@@ -521,8 +511,8 @@ class Engine:
             errors.InvalidArgument: The endpoint or the backend is unknown, or the proportion is wrong.
         """
         self._check_open()
-        _check_name(name, "name")
-        _check_name(tag, "tag")
+        check_name(name, "name")
+        check_name(tag, "tag")
         self._control(ShadowTraffic(name, tag, validate_proportion(proportion)))
 
     # -- calls ---------------------------------------------------------------------------------------------------------
@@ -552,7 +542,7 @@ class Engine:
             errors.EndpointNotFound: There is no such endpoint.
         """
         self._check_open()
-        _check_name(name, "name")
+        check_name(name, "name")
         if self._inert is not None:
             return make_handle("", "", "", name, sync=sync)
         if not missing_ok and name not in self._client.snapshot.endpoints:
@@ -791,81 +781,6 @@ class Engine:
             dumps_by_value(list(self._http.middlewares), "http_options: middlewares")
 
 
-def _plan(
-    tag: str,
-    func_or_class: Any,
-    init_args: tuple[Any, ...],
-    init_kwargs: dict[str, Any],
-    config: BackendConfig | Mapping[str, Any] | None,
-    ray_actor_options: Mapping[str, Any] | None,
-) -> BackendPlan:
-    """A backend from what the user passed; whether it fits its configuration is yet to be checked."""
-    check_servable(func_or_class)
-    check_init_options(tag, func_or_class, init_kwargs)
-    if (init_args or init_kwargs) and not isinstance(func_or_class, type):
-        kind = "a function" if class_served(func_or_class) is None else "an object, constructed already"
-        raise InvalidArgument(f"backend {tag!r} is {kind}: only a class takes init arguments")
-    return BackendPlan(
-        tag=tag,
-        definition=pack_definition(tag, func_or_class, init_args, init_kwargs),
-        config=private_copy(tag, {} if config is None else config),
-        resources=resources_of(ray_actor_options),
-        on_loop=runs_on_loop(func_or_class),
-        batches=accepts_batches(func_or_class),
-        reconfigurable=is_reconfigurable(func_or_class),
-    )
-
-
 def _grace_s(kind: type[BaseException] | None) -> float:
     """How long calls in flight may go on if this is how a ``with`` block was left."""
     return 0.0 if kind is not None and issubclass(kind, Exception) else _GRACE_S
-
-
-def _adapter_of(backend: Any) -> Adapter:
-    adapter: Adapter = load_adapter(backend) if isinstance(backend, str) else backend
-    if isinstance(adapter, type) and hasattr(adapter, "start_worker"):
-        raise InvalidArgument(f"backend must be an instance, not the class {adapter.__name__}: {adapter.__name__}(...)")
-    if not hasattr(adapter, "start_worker"):
-        raise InvalidArgument(f"backend must be the name of an adapter or an adapter instance, not {backend!r}")
-    if missing := lacking(adapter):
-        raise InvalidArgument(f"backend={backend!r} is no adapter: it lacks {', '.join(missing)}")
-    return adapter
-
-
-def _detachable(adapter: Adapter, name: str) -> Detachable:
-    if not isinstance(adapter, Detachable):
-        raise InvalidArgument(
-            f"detached engine {name!r}: what the {adapter.name} adapter runs ends with this process; "
-            'one that outlives its creator needs backend="ray"'
-        )
-    return adapter
-
-
-def _check_name(value: Any, field: str) -> None:
-    if not isinstance(value, str) or not value:
-        raise InvalidArgument(f"{field} must be a non-empty str, not {value!r}")
-
-
-def _checked_methods(methods: Any) -> tuple[str, ...]:
-    if isinstance(methods, str) or not isinstance(methods, (list, tuple, set, frozenset)) or not methods:
-        raise InvalidArgument(f'methods must be a list of HTTP verbs such as ["GET"], not {methods!r}')
-    for verb in methods:
-        if not isinstance(verb, str) or verb.upper() not in _VERBS:
-            raise InvalidArgument(f"methods: every verb must be one of {', '.join(_VERBS)}, not {verb!r}")
-    return tuple(dict.fromkeys(verb.upper() for verb in methods))
-
-
-def _checked_call_methods(call_methods: Any) -> tuple[str, ...] | None:
-    if call_methods is None:
-        return None
-    if isinstance(call_methods, str) or not isinstance(call_methods, (list, tuple, set, frozenset)):
-        raise InvalidArgument(
-            f'call_methods must be a list of names such as ["predict"], or None, not {call_methods!r}'
-        )
-    for name in call_methods:
-        if not isinstance(name, str) or not name.isidentifier() or not is_open(name):
-            raise InvalidArgument(
-                "call_methods: every name must be that of a public method which the engine does not call itself, "
-                f"not {name!r}"
-            )
-    return tuple(dict.fromkeys(call_methods))
