@@ -71,6 +71,16 @@ def test_memory_that_is_needed_is_asked_for_less_and_less() -> None:
     assert process.looks(4000) in range(6, 12)
 
 
+def test_memory_that_is_needed_now_and_then_is_asked_for_less_and_less() -> None:
+    process = Process()
+    for _ in range(100):
+        process.has = 300 * MB
+        process.looks(10)
+        process.has = 200 * MB
+        process.looks(10)
+    assert process.asked < 20
+
+
 def test_what_is_freed_without_a_sign_is_given_back_later() -> None:
     process = Process()
     process.has = 200 * MB

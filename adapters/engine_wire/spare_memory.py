@@ -45,7 +45,7 @@ class SpareMemory:
         self._clock = clock
         self._least = 0  # that it ever had
         self._before = 0  # when it was looked at last
-        self._left = 0  # what it had when the allocator had been asked
+        self._needed = 0  # the most it ever had when it was asked in vain
         self._asked_at = -math.inf
         self._pause_s = _PAUSE_S
 
@@ -56,15 +56,18 @@ class SpareMemory:
         self._least = min(self._least or has, has)
         if has - self._least < _MUCH_BYTES or abs(has - before) >= _LITTLE_BYTES:
             return
-        if abs(has - self._left) >= _MUCH_BYTES:
+        if has - self._needed >= _MUCH_BYTES:
             self._pause_s = _PAUSE_S
         if self._clock() - self._asked_at < self._pause_s:
             return
         self._trim()
-        self._before = self._left = self._resident()
+        self._before = left = self._resident()
         self._asked_at = self._clock()
-        helped = has - self._left >= _LITTLE_BYTES
-        self._pause_s = _PAUSE_S if helped else min(2 * self._pause_s, _LONGEST_PAUSE_S)
+        if has - left >= _LITTLE_BYTES:
+            self._pause_s = _PAUSE_S
+        else:
+            self._needed = max(self._needed, left)
+            self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
 
 
 def _resident() -> int:
