@@ -21,6 +21,8 @@ __all__ = ["client", "gate", "leaves_nothing", "opened_once_per_process", "ray_c
 
 
 _MOST_PROCESSES = 4
+_SECOND_HALF = "test_hanging"
+"""The first module of the conformance suite whose tests on Ray run beside those of the modules before it."""
 _ON_RAY = frozenset({"test_docs", "test_examples", "test_ray_controller_parts", "test_ray_parts"})
 _CLUSTERS_OF_THEIR_OWN = frozenset(
     {"test_ray_across_hosts", "test_ray_adapter", "test_ray_detached", "test_ray_forgotten", "test_ray_hosts"}
@@ -35,13 +37,16 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """What ``-n auto`` means: tests that start processes by the dozen gain nothing by more."""
-    return min(len(os.sched_getaffinity(0)), _MOST_PROCESSES)
+    """What ``-n auto`` means: one more than there are processors, as those with several hosts mostly wait.
+
+    Tests that start processes by the dozen gain nothing by more.
+    """
+    return min(len(os.sched_getaffinity(0)) + 1, _MOST_PROCESSES)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Keep what needs the session's Ray cluster in one process, so that there is one; and all others in another."""
+    """Keep what needs a Ray cluster together, so that a process has one at most, and what makes its own as well."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):  # type: ignore[misc]
@@ -57,9 +62,9 @@ def group_of(nodeid: str) -> str:
     module = PurePath(path).stem
     if module in _CLUSTERS_OF_THEIR_OWN:
         return "clusters"
-    if module in _ON_RAY or ("conformance/" in path and "[ray" in name):
-        return "the cluster"
-    return nodeid
+    if "conformance/" in path and "[ray" in name:
+        return "one cluster" if module < _SECOND_HALF else "another cluster"
+    return "one cluster" if module in _ON_RAY else nodeid
 
 
 @pytest.fixture(scope="session")
