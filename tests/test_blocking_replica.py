@@ -538,6 +538,25 @@ def test_calls_given_up_do_not_come_with_the_batch(worlds: Any) -> None:
     assert [outcome(answer) for answer in answers if isinstance(answer, Reply)] == [(2, 2), (2, 8)]
 
 
+def test_a_batch_that_never_came_about_holds_its_calls_and_their_object_no_longer(worlds: Any) -> None:
+    ended = []
+
+    class Backend:
+        @accept_batch
+        def __call__(self, requests: list[Any]) -> list[Any]:
+            return requests
+
+        def __del__(self) -> None:
+            ended.append(self)
+
+    world = worlds(Backend, max_batch_size=2, batch_wait_timeout=1000.0)
+    world.caller.answer(python_call(1, 1))
+    assert world.replica.run_next()
+    world.ask(Cancel(1))
+    world.replica._user.drop()  # as when it leaves
+    assert len(ended) == 1
+
+
 class Mixed:
     @accept_batch
     def many(self, requests: list[Any]) -> list[Any]:

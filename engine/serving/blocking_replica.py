@@ -81,7 +81,8 @@ class BlockingReplica(Replica):
         self._queue: deque[Job] = deque()
         self._batch: list[Job] | None = None  # that runs
         self._later: deque[Job] = deque()  # of a batch that ran, those whose streams wait for each other
-        self._batch_head: Job | None = None  # the call that `_batch_due` counts from
+        # What `_batch_due` counts from: channel and number of a call, not the call itself, which may be given up.
+        self._batch_head: tuple[Channel, int] | None = None
         self._batch_due: float | None = None  # when the batch at the head of the queue runs, full or not
         self._loop: asyncio.AbstractEventLoop | None = None  # for streams and stray coroutines; made when needed
         self._began: float | None = None  # when the call that runs began; None also for batches, which fill meanwhile
@@ -397,8 +398,9 @@ class BlockingReplica(Replica):
         incomplete = len(batch) < self._batch_size and not self._is_full_of_bytes()
         if incomplete and self._config.batch_wait_timeout and self._drain_until is None:
             now = time.monotonic()
-            if self._batch_due is None or self._batch_head is not batch[0]:
-                self._batch_head = batch[0]
+            head = batch[0].channel, batch[0].call.id
+            if self._batch_due is None or self._batch_head != head:
+                self._batch_head = head
                 self._batch_due = now + self._config.batch_wait_timeout
             if now < self._batch_due:
                 return self._batch_due - now
