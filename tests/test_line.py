@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import random
+import sys
 
 import pytest
 from fakes import backend_entry
@@ -189,6 +191,34 @@ def test_what_is_counted_stays_exact_whatever_becomes_of_calls() -> None:
     assert left > 100
     known.give_up_waiting()
     assert (known.waiting.bytes, len(known.waiting)) == (0, 0)
+
+
+@pytest.mark.parametrize("fate", ["placed", "given up", "late", "all given up"])
+def test_nothing_is_kept_of_what_has_left_the_queue(fate: str) -> None:
+    """Without the help of the cyclic collector: arguments may be large."""
+    payload = random.Random(0).randbytes(1000)
+    gc.disable()
+    try:
+        known = known_with()
+        before = sys.getrefcount(payload)
+        for name in "AbC":
+            slot = slot_of(name)
+            slot.call = slot.call._replace(payload=payload, deadline=NOW + 1)
+            assert known.place(slot, NOW) is None
+            if fate == "given up":
+                slot.give_up()
+        assert known.waiting.bytes == (0 if fate == "given up" else 3000)
+        del slot
+        if fate == "all given up":
+            known.give_up_waiting()
+        for _ in range(3):
+            known.targets["r1"].holds.clear()
+            known.answered(known.targets["r1"], 0, NOW)
+            known.next_placements(NOW + (2 if fate == "late" else 0), [])
+        known.targets["r1"].holds.clear()
+        assert (sys.getrefcount(payload), known.waiting.bytes) == (before, 0)
+    finally:
+        gc.enable()
 
 
 def test_what_was_torn_is_made_anew() -> None:
