@@ -127,6 +127,7 @@ class BlockingReplica(Replica):
     def close(self) -> None:
         """End the watch, and release the private loop."""
         self._watchdog.stop()
+        self._turns = self._last = None  # the channels know this object: they would keep each other in memory
         if self._loop is not None:
             from ..seam.event_loop import close_event_loop
 

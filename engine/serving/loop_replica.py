@@ -103,6 +103,7 @@ class LoopReplica(Replica):
     def close(self) -> None:
         """End the watch, and take the mark off the loop's thread."""
         self._watchdog.stop()
+        self._turns = None  # the channels know this object: they would keep each other in memory
         unmark_loop_thread()
 
     def run_next(self) -> float | None:
