@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import logging
 import os
@@ -10,6 +11,7 @@ import select
 import socket
 import ssl
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -379,6 +381,21 @@ class Pair:
             while data := self.peer.recv(1 << 20):
                 got += data
         return got
+
+
+def test_what_a_connection_held_goes_with_it(stack: ExitStack) -> None:
+    """Without the cyclic collector: that is some memory."""
+    listening = stack.enter_context(listen_tcp("127.0.0.1"))
+    host = socket.create_connection(listening.getsockname())
+    sock = SecureSocket(host, MINE, server_side=False)
+    left = weakref.ref(sock)
+    gc.disable()
+    try:
+        sock.close()
+        del sock
+        assert left() is None
+    finally:
+        gc.enable()
 
 
 def test_a_farewell_ends_the_connection_though_the_socket_stays_open(stack: ExitStack) -> None:

@@ -296,6 +296,11 @@ class SecureSocket(socket.socket):
             self._sealed += (sealed,)
             break
 
+    def close(self) -> None:
+        """As that of `socket.socket`; its memory goes with the last who has it."""
+        super().close()
+        self._receives, self._sends = iter(()), iter(())  # the former have it, too
+
     def shutdown(self, how: int, /) -> None:
         """As that of `socket.socket`; says farewell before, if that can be done at once."""
         if how != socket.SHUT_RD and self.shaken and not self._sealed:
