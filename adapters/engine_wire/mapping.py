@@ -3,6 +3,9 @@
 `mmap.mmap` keeps one of its own for each, unless told not to, which it can be since Python 3.13. Before that, the C
 library puts the file in the place of memory that has none. Either way it is the `mmap` object that gives the memory
 back, when the last view of it goes, and it runs no Python for that: a signal handler could raise there, unheard.
+
+What is needed for that is imported here, not at the first call of a process: a handler could raise in its midst. So
+workers that are forked share it, too.
 """
 
 from __future__ import annotations
@@ -12,6 +15,12 @@ import mmap
 import os
 import sys
 from collections.abc import Callable
+
+if sys.version_info < (3, 13) and sys.platform == "linux":
+    try:
+        import ctypes
+    except ImportError:  # an interpreter without it: each page keeps a descriptor
+        pass
 
 __all__ = ["mapped"]
 
@@ -34,7 +43,7 @@ def mapped(descriptor: int, size: int) -> memoryview:
         return memoryview(mmap.mmap(descriptor, size, trackfd=False)).cast("Q")
     try:
         put_in_place = _from_the_c_library()
-    except (ImportError, OSError, AttributeError):  # an interpreter without ctypes: it keeps a descriptor
+    except (NameError, OSError, AttributeError):
         return memoryview(mmap.mmap(descriptor, size)).cast("Q")
     memory = mmap.mmap(-1, size)
     put_in_place(memory, size, descriptor)
@@ -43,8 +52,6 @@ def mapped(descriptor: int, size: int) -> memoryview:
 
 @functools.cache
 def _from_the_c_library() -> Callable[[mmap.mmap, int, int], None]:
-    import ctypes
-
     library = ctypes.CDLL(None, use_errno=True)
     place = library.mmap
     place.restype = ctypes.c_void_p
