@@ -348,6 +348,26 @@ def test_one_that_outlasts_its_cancellation_hands_back_what_waits_before_it_is_e
     assert [body for body in world.told if isinstance(body, Unhealthy)] == [Unhealthy(reason, hung=True)]
 
 
+@pytest.mark.parametrize("then", ["another call", "nothing"])
+def test_one_that_ends_as_its_time_is_over_costs_no_replica(worlds: Any, then: str) -> None:
+    def run(request: Any) -> Any:
+        if request.data == 2:
+            replica._outlasted(job, 0.5)
+        return request.data
+
+    world = worlds(run)
+    replica = world.replica
+    world.caller.answer(python_call(1, 1))
+    (job,) = replica._jobs.values()
+    world.run()
+    if then == "nothing":
+        replica._outlasted(job, 0.5)
+    else:
+        (answer,) = world.ask(python_call(2, 2))
+        assert outcome(answer) == 2
+    assert not any(isinstance(body, Unhealthy) for body in world.told)
+
+
 def test_what_waits_is_bounded_in_bytes(worlds: Any) -> None:
     world = worlds(lambda request: len(request.data), max_queued_bytes=5000)
     replica = world.replica

@@ -576,6 +576,8 @@ class BlockingReplica(Replica):
         """A call goes on although it was cancelled: be replaced, but hand back first what waits for it."""
         reason = f"has gone on with {self._name(job)} for {grace_s:g} s after it was cancelled"
         since = self._running_since()
+        if self._jobs.get((job.channel, job.call.id)) is not job:
+            return  # it ended just now: what runs by then is not to be ended for it
         if since is None:  # between two steps of a stream, where whoever runs it looks at its cancellation
             self._ask_to_be_replaced(reason, hung=True)
         else:
