@@ -173,6 +173,27 @@ class Methods:
 
 
 @on_loop
+async def test_calls_leave_no_tasks_behind_whoever_begins_them_at_once() -> None:
+    """As `asyncio.eager_task_factory` does, which user code may set: a task can end before it is given to its maker."""
+    loop: Any = asyncio.get_running_loop()
+
+    def eager(loop: Any, coroutine: Any, **options: Any) -> Any:
+        task = asyncio.Task(coroutine, loop=loop, **options)
+        if coroutine.__qualname__ == LoopReplica._run_one.__qualname__:
+            loop._ready.pop()._run()
+        return task
+
+    world = World(double)
+    loop.set_task_factory(eager)
+    for number in range(3):
+        loop.call_soon(world.caller.answer, python_call(number, number))
+    await until(lambda: len(world.caller.sent) == 3)
+    loop.set_task_factory(None)
+    assert [outcome(answer) for answer in world.caller.sent] == [0, 2, 4]
+    assert not world.replica._tasks
+
+
+@on_loop
 async def test_plain_methods_run_on_the_loop() -> None:
     world = World(Methods)
     (answer,) = await world.ask(python_call(1, 4, method="plain"))

@@ -140,7 +140,7 @@ class LoopReplica(Replica):
         if job.method.batched:
             self._join_batch(job)
         elif self._max_call_s is None:
-            self._tasks.add(self._loop.create_task(self._run_one(job)))
+            self._loop.create_task(self._run_one(job))  # which enters itself in `_tasks`: it may end right here
         else:
             self._spawn(self._limited([job], self._run_one, job))
 
@@ -148,6 +148,7 @@ class LoopReplica(Replica):
         method = job.method
         task = asyncio.current_task()
         assert method is not None and task is not None
+        self._tasks.add(task)
         try:
             if job.cancelled or job.expired or not job.channel.begin(job.call.id):
                 self._drop(job)
