@@ -5,6 +5,7 @@ The other side is scripted: nothing is answered, refused or broken unless the te
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import sys
 import threading
@@ -1630,3 +1631,46 @@ def test_giving_up_may_be_interrupted() -> None:
         settle(world)
         assert last.heard and not held.heard and not waiting.heard, where
         assert world.counted() == IDLE, where
+
+
+@pytest.mark.parametrize(
+    ("what", "timer"),
+    [
+        ("calls that wait", Caller._retry),
+        ("a call that pauses", Caller._resume),
+        ("copies that wait", Caller._retry_copies),
+    ],
+)
+def test_timers_do_their_work_wherever_they_are_interrupted(what: str, timer: Any) -> None:
+    """On a loop nobody else does it. Only where one begins nothing of it has run yet."""
+    begins = f"{timer.__code__.co_filename}:{timer.__code__.co_firstlineno} "
+    entry = dataclasses.replace(backend_entry("b", ["r1"]), max_retries=1)
+    for world, strike in each_strike(entry):
+        world.show(entry, backend_entry("s", ["r2"]), shadows=(("s", 1.0),) if "copies" in what else ())
+        slots = [world.submit("a")]
+        if "copies" in what:
+            slots.append(world.submit("b"))
+            make_room(world, "s")
+        elif "pauses" in what:
+            world.refuse("r1", kind=FailureKind.REPEATABLE)
+        else:
+            world.refuse("r1")
+            make_room(world, "b")
+        assert [one.function.__name__ for one in world.home.timers] == [timer.__name__]
+        where = strike(world.home.fire)
+        if where.startswith(begins) or where.endswith(" in fire"):
+            continue
+        settle(world)
+        assert all(slot.heard and slot.error is None for slot in slots), where
+        assert world.names("r1") == (["a", "b"] if "copies" in what else ["a", "a"]), where
+        assert world.counted() == world.counted("s") == IDLE, where
+        assert "pending=0" in repr(world.caller), where
+
+
+def make_room(world: World, tag: str) -> None:
+    """The replica of a backend has room from now on, and nobody has noticed yet."""
+    its_set = world.caller._router.replica_sets[tag]
+    for target in its_set.targets.values():
+        target.limit = 2
+        target.blocked_until = min(target.blocked_until, time.monotonic())
+        its_set._file(target)

@@ -426,11 +426,19 @@ class Caller:
 
     def _resume(self, slot: Slot, call_id: int, replica_set: ReplicaSet) -> None:
         """Place a call again that paused; does nothing if that was done, or it has failed."""
-        with self._lock:
-            paused = slot in replica_set.pausing
-            replica_set.pausing.pop(slot, None)
-        if paused:
-            self._requeue(slot, call_id, lost=True)
+        paused = False
+        try:
+            with self._lock:
+                paused = slot in replica_set.pausing
+                replica_set.pausing.pop(slot, None)
+            if paused:
+                self._requeue(slot, call_id, lost=True)
+        except BaseException:
+            with self._lock:
+                paused = replica_set.pausing.pop(slot, self) is None or paused
+            if paused:
+                self._requeue(slot, call_id, lost=True)  # which was done already, or does it now
+            raise
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
@@ -713,15 +721,22 @@ class Caller:
 
     def _retry_copies(self, replica_set: ReplicaSet) -> None:
         ready: list[Slot] = []
-        with self._lock:
-            if self._torn:
-                self._mend()
-            replica_set.copies_watched = False
-            now = time.monotonic()
-            replica_set.drop_late_copies(now)
-            replica_set.next_placements(now, ready)
-            self._watch_copies(replica_set)
-        self._send_all(ready)
+        try:
+            with self._lock:
+                if self._torn:
+                    self._mend()
+                self._torn = True
+                replica_set.copies_watched = False
+                now = time.monotonic()
+                replica_set.drop_late_copies(now)
+                replica_set.next_placements(now, ready)
+                self._watch_copies(replica_set)
+                self._torn = False
+            self._send_all(ready)
+        except BaseException:
+            replica_set.copies_watched = False  # there is no timer for them any more
+            self._recover(ready)
+            raise
 
     def _schedule_retry(self, replica_set: ReplicaSet, delay_s: float, now: float) -> None:
         worthwhile = replica_set.waiting and replica_set.some_blocked(now)
@@ -731,14 +746,21 @@ class Caller:
 
     def _retry(self, replica_set: ReplicaSet) -> None:
         ready: list[Slot] = []
-        with self._lock:
-            if self._torn:
-                self._mend()
-            replica_set.retry_scheduled = False
-            now = time.monotonic()
-            replica_set.next_placements(now, ready)
-            self._schedule_retry(replica_set, RETRY_S, now)
-        self._send_all(ready)
+        try:
+            with self._lock:
+                if self._torn:
+                    self._mend()
+                self._torn = True
+                replica_set.retry_scheduled = False
+                now = time.monotonic()
+                replica_set.next_placements(now, ready)
+                self._schedule_retry(replica_set, RETRY_S, now)
+                self._torn = False
+            self._send_all(ready)
+        except BaseException:
+            replica_set.retry_scheduled = False  # there is no timer any more
+            self._recover(ready)
+            raise
 
 
 def _nobody() -> bool:
