@@ -255,6 +255,7 @@ class Engine:
         Raises:
             errors.InvalidArgument: An argument is wrong, or the tag is taken (until `delete_backend` has returned).
             errors.NotSerializable: The callable or an argument cannot be pickled; the message says which part.
+            errors.Superseded: Somebody updated the backend that was to be replaced, before this was done.
             errors.BackendStartError: A replica died before it was ready, or took too long.
             errors.ResourcesUnavailable: The resources are not free.
             BaseException: What the constructor raised, with its traceback as cause.

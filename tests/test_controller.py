@@ -317,6 +317,27 @@ def test_a_deletion_ends_an_update(holds: str, force: bool) -> None:
     test()
 
 
+@on_loop
+async def test_of_two_deletions_one_that_is_given_up_leaves_the_other_in_force(one: Incarnation) -> None:
+    await one.controller.create_backend(plan("b"))
+    start = one.adapter.on_start
+    become_ready = held(one)
+    growing = asyncio.ensure_future(one.controller.update_backend_config("b", {"num_replicas": 2}))
+    await until(lambda: started(one)[1:] == ["b#2"])
+    given_up, other = [asyncio.ensure_future(one.controller.delete_backend("b", force=False)) for _ in range(2)]
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    given_up.cancel()
+    await asyncio.wait([given_up])
+    await one.controller.create_endpoint(endpoint("e", "b"))  # it was kept, as far as anybody knows
+    one.adapter.on_start = start
+    become_ready("b#2")
+    await growing
+    with pytest.raises(InvalidArgument, match="in use by endpoint"):
+        await other
+    assert len(one.replicas("b")) == 2
+
+
 @pytest.mark.parametrize("holds", ["one that leaves", "one that starts"])
 @pytest.mark.parametrize("what", ["an update", "a recycle"])
 def test_a_shutdown_ends_an_exchange(holds: str, what: str) -> None:

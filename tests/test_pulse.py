@@ -80,7 +80,7 @@ def test_what_is_limited_is_ended_for_its_silence_alone(seen: Vitals | None) -> 
                 return why
         return ""
 
-    why = "(no Python runs in its process, and it may take so long for nothing)"
+    why = "(no Python runs in its process, or its event loop does not turn; nothing may take so long there)"
     assert silent(10.0) == f"has not answered for 10 s {why}"
     assert silent(0.1) == f"has not answered for 4 s {why}"
     assert silent(math.inf) == ""
@@ -322,7 +322,7 @@ def test_how_ps_writes_times(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.param(
             {"STOPPED_S": 0.2, "_FIRST_LOOK_S": 0.1},
             {"max_call_s": 0.4},
-            "no Python runs in its process, and it may take so long for nothing",
+            "no Python runs in its process, or its event loop does not turn; nothing may take so long there",
             id="at its limit",
         ),
     ],

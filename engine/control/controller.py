@@ -9,7 +9,6 @@ operations on different ones run side by side.
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Callable, Coroutine
 from contextlib import closing
 from typing import Any
@@ -268,7 +267,9 @@ class Controller:
         try:
             if not force:  # else it is not waited for whoever's turn it is: he may wait for a replica that is stuck
                 async with backend.turns.turn(instead=True):
-                    pass
+                    if not backend.deleted:  # somebody else who wanted that gave it up, and kept the backend
+                        self._endpoints.check_unused(tag)
+                        backend.deleted = True
         except BaseException:
             self._keep_after_all(backend)
             raise
@@ -604,7 +605,8 @@ class Controller:
 
     def _patience_with(self, worker: Worker) -> float:
         """For how many seconds a worker may run no Python code."""
-        return min((one.patience_s for one in self._backends.values() if worker in one.running), default=math.inf)
+        limits_s = [one.patience_s for one in self._backends.values() if worker in one.running]
+        return min(limits_s, default=self._ingresses.patience_with(worker))
 
     def _refill(self, backend: BackendReplicas) -> None:
         if self._closing:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import time
 from collections import defaultdict
 from typing import Any
@@ -24,6 +25,8 @@ __all__ = ["IngressFleet"]
 
 _logger = Log("engine.controller")
 _START_TIMEOUT_S = 60.0
+STUCK_AFTER_S = 60.0
+"""For so long a middleware may keep the event loop of an ingress from turning, as an async backend may by default."""
 _ENTRY = "engine.http.ingress_worker:main"
 _SERVER = "hypercorn"
 
@@ -161,6 +164,10 @@ class IngressFleet:
                 self._wait_s = self._restarts.died(time.monotonic(), answered=False, replicas=self._http.workers)
                 return True
         return False
+
+    def patience_with(self, worker: Worker) -> float:
+        """For how many seconds a worker may be silent: an ingress, no longer than its event loop may stand still."""
+        return STUCK_AFTER_S if any(worker in running for running in self._running.values()) else math.inf
 
     async def stop(self, grace_s: float) -> None:
         """Let every ingress finish what it serves and leave."""

@@ -1,11 +1,12 @@
 """Whether workers answer: one timer asks all of them, and whoever is silent is looked at from outside.
 
-Silence alone proves little. A worker answers on a thread of its own, also while user code runs; but native code that
+Silence alone proves little. A replica answers on a thread of its own, also while user code runs; but native code that
 does not release Python's lock keeps that thread from it, for as long as it takes, and works all the same. So a worker
 that is silent is ended on evidence only: its process is stopped, or does nothing at all. The adapter sees that
 (`engine.seam.adapter.SeesProcesses`); where it cannot, a silent worker is left alone. But what it runs may have a limit
 (``max_call_s``, ``stuck_after_s``), which native code keeps it from seeing to itself: then its silence is enough,
-but for the time in which its process would run and may not: on a busy machine, or while it is read back from a disk. A
+but for the time in which its process would run and may not: on a busy machine, or while it is read back from a disk.
+An ingress answers on its event loop, which it shares with middlewares, and has such a limit, too. A
 machine that is gone is found by the adapter itself, whose connections to it break.
 
 Only the time counts in which this process was running: if it was stopped itself, or asleep with the whole machine, or
@@ -106,7 +107,9 @@ class Pulse:
             self._excuse(vitals)
         if vitals is None or not vitals.stopped:
             if self.silent_s - self._excused_s >= max(patience_s, STOPPED_S):
-                return self._silence("no Python runs in its process, and it may take so long for nothing")
+                return self._silence(
+                    "no Python runs in its process, or its event loop does not turn; nothing may take so long there"
+                )
         if vitals is None:
             return ""
         if vitals.stopped:
@@ -236,8 +239,9 @@ class PulseWatch:
             self._end(worker_id, why)
         elif pulse.mention():
             _logger.warning(
-                "%s has not answered for %.0f s, though %s: native code that keeps Python's lock is likely the cause. "
-                "It can neither be drained nor have its calls cancelled meanwhile",
+                "%s has not answered for %.0f s, though %s: native code that keeps Python's lock is likely the cause, "
+                "in an ingress also a middleware that blocks its event loop. It can neither be drained nor have its "
+                "calls cancelled meanwhile",
                 self._name(worker_id),
                 pulse.silent_s,
                 "its process cannot be looked at" if vitals is None else "its process is not stopped",

@@ -31,7 +31,7 @@ class Recycling:
         self.in_vain = 0
 
     def reset(self) -> None:
-        """Something else is asked for now, or a replica has grown as others had not."""
+        """Something else is asked for now."""
         self.in_vain = 0
 
     def allows(self, now: float) -> bool:

@@ -142,13 +142,16 @@ class _Worker:
 
     def _control(self, body: Any) -> None:
         # on the worker's control thread
-        if isinstance(body, Ping):
-            self._host.tell(Pong(body.token, self._ingress.in_flight if self._ingress is not None else 0))
-        elif isinstance(body, Drain):
-            try:
+        try:
+            if isinstance(body, Ping):  # one whose loop does not turn serves nobody
+                self._loop.call_soon_threadsafe(self._answer, body.token)
+            elif isinstance(body, Drain):
                 self._loop.call_soon_threadsafe(self._drain, body.timeout_s)
-            except RuntimeError:
-                pass  # the loop is closed: the worker is leaving already
+        except RuntimeError:
+            pass  # the loop is closed: the worker is leaving already
+
+    def _answer(self, token: int) -> None:
+        self._host.tell(Pong(token, self._ingress.in_flight if self._ingress is not None else 0))
 
     def _drain(self, timeout_s: float) -> None:
         if not self._draining.is_set():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,7 +13,7 @@ import httpx
 import pytest
 
 from engine import errors
-from engine.control import pulse
+from engine.control import ingress_fleet, pulse
 from engine.seam.scribe import scribe
 from engine.testing.instruments import PATIENCE_S, eventually, is_running
 
@@ -115,3 +116,33 @@ def test_a_stopped_ingress_is_replaced_at_its_address(own_engine, quick):
     assert engine.http_url == url.removesuffix("/e")
     (other,) = engine.statistics()["ingresses"].values()
     assert other["pid"] != ingress["pid"]
+
+
+def test_an_ingress_whose_event_loop_is_blocked_is_replaced(own_engine, quick, monkeypatch, caplog):
+    monkeypatch.setattr(ingress_fleet, "STUCK_AFTER_S", 1.0)
+
+    def blocking(app):
+        async def middleware(scope, receive, send):
+            if scope.get("path") == "/block":
+                threading.Event().wait()
+            await app(scope, receive, send)
+
+        return middleware
+
+    engine = own_engine(workers=1, middlewares=[blocking])
+    engine.create_backend("b", Mortal)
+    engine.create_endpoint("e", backend="b", route="/e")
+    url = engine.http_url
+    assert httpx.get(f"{url}/e").status_code == 200
+    with pytest.raises(httpx.TransportError):
+        httpx.get(f"{url}/block", timeout=PATIENCE_S)
+
+    def answer():
+        try:
+            return httpx.get(f"{url}/e", timeout=PATIENCE_S).status_code
+        except httpx.HTTPError:
+            return None
+
+    eventually(lambda: answer() == 200)
+    scribe().flush(PATIENCE_S)
+    assert "its event loop does not turn; nothing may take so long there) and was killed" in caplog.text
