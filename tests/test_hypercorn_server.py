@@ -640,6 +640,14 @@ class Http2:
         client.flush()
         return client
 
+    @classmethod
+    async def open(cls, server: Running) -> Http2:
+        """A client that has asked for nothing yet."""
+        client = cls(*await server.connect())
+        client.connection.initiate_connection()
+        await client.echo()
+        return client
+
     def get(self, stream_id: int, path: str) -> None:
         pseudo = [(":method", "GET"), (":path", path), (":scheme", "http"), (":authority", "x")]
         self.connection.send_headers(stream_id, pseudo, end_stream=True)
@@ -868,6 +876,32 @@ async def test_idle_connections_are_closed_at_once_when_it_stops(browser: Client
         await client.get(server.url)
         server.stop.set()
         await server.ended()
+
+
+@pytest.mark.parametrize("how", ["refused", "refused at once", "reset", "reset early", "no such server"])
+async def test_a_connection_of_http_2_is_idle_after_streams_that_have_come_to_nothing(how: str) -> None:
+    async with serving(**({"server_names": ["y"]} if how == "no such server" else {})) as server:
+        client = await Http2.open(server)
+        if how.startswith("refused"):
+            client.get(1, "*")
+        elif how == "no such server":
+            client.get(1, "/a")
+        else:
+            client.get(1, "/listen")
+            if how == "reset":
+                assert await server.app.started.get() == "/listen"
+            client.connection.reset_stream(1)
+        if how != "refused at once":
+            await client.echo()
+        server.stop.set()
+        await server.ended()
+        client.writer.close()
+
+
+async def test_who_asks_for_another_server_over_http_1_is_answered_and_hung_up_on() -> None:
+    async with serving(server_names=["y"]) as server:
+        assert (await exchange(server, b"GET /a HTTP/1.1\r\nhost: x\r\n\r\n")).startswith(b"HTTP/1.1 404")
+        assert not server.app.scopes
 
 
 async def test_requests_in_flight_are_finished_when_it_stops(browser: Client) -> None:

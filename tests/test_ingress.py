@@ -24,6 +24,7 @@ from engine.http.guard import wrap_middlewares
 from engine.http.heads import encode_head
 from engine.http.ingress import Ingress
 from engine.http.results import encode_result
+from engine.http.watch import Lookout
 from engine.seam.ingress_server import StreamBroken
 from engine.seam.messages import HTTP, INITIAL_CREDIT, LOW, NORMAL, End, Failure, FailureKind, Item, Reply
 from engine.seam.snapshot import BackendEntry, EndpointEntry, ReplicaEntry, RoutingSnapshot
@@ -561,6 +562,65 @@ async def test_a_cancelled_request_cancels_its_call() -> None:
 
 
 # -- streams -------------------------------------------------------------------------------------------------------
+
+
+class Timers:
+    """A loop as far as a lookout needs one."""
+
+    def __init__(self) -> None:
+        self.set: list[Callable[[], None]] = []
+
+    def call_later(self, delay: float, callback: Callable[[], None]) -> None:
+        self.set.append(callback)
+
+    def fire(self) -> None:
+        due, self.set = self.set, []
+        for callback in due:
+            callback()
+
+
+class Watched:
+    """A watch as far as a lookout needs one."""
+
+    soon_s = None
+
+    def __init__(self, strikes: bool = False) -> None:
+        self.strikes = strikes
+        self.started = False
+
+    def start(self) -> None:
+        self.started = True
+        if self.strikes:
+            raise KeyboardInterrupt
+
+
+def test_whoever_looks_out_for_clients_goes_on_after_an_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
+    def strike(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    timers = Timers()
+    lookout = Lookout(timers)  # type: ignore[arg-type]
+    watches: list[Any] = [Watched(), Watched(), Watched(strikes=True), Watched()]
+    with monkeypatch.context() as struck, pytest.raises(KeyboardInterrupt):
+        struck.setattr(timers, "call_later", strike)
+        lookout.enter(watches[0])
+    for watch in watches[1:3]:
+        lookout.enter(watch)
+    timers.fire()
+    with pytest.raises(KeyboardInterrupt):
+        timers.fire()
+    lookout.enter(watches[3])
+    timers.fire()
+    with monkeypatch.context() as struck, pytest.raises(KeyboardInterrupt):
+        lookout.enter(late := Watched())  # type: ignore[arg-type]
+        struck.setattr(timers, "call_later", strike)
+        timers.fire()
+    lookout.enter(last := Watched())  # type: ignore[arg-type]
+    for _ in range(2):
+        timers.fire()
+    assert all(watch.started for watch in [*watches, late, last])
+    timers.fire()
+    assert not timers.set, "none without requests"
 
 
 async def test_items_pass_as_they_come() -> None:

@@ -396,6 +396,8 @@ class _H1(H11Protocol):
                 http_version=request.http_version,
             )
         await super()._create_stream(request)
+        if self.stream is not None and self.stream.closed:  # refused because of its host
+            await self._maybe_recycle()
 
     async def stream_send(self, event: StreamEvent) -> None:
         closing = self._framed_twice or self.context.terminated.is_set()
@@ -504,6 +506,8 @@ class _H2(H2Protocol):
                         await self.send(Closed())
                         return
                 await super()._handle_events([event])
+                if isinstance(event, (h2.events.RequestReceived, h2.events.StreamReset)):
+                    await self._note_end(event.stream_id)
 
     async def _create_stream(self, request: h2.events.RequestReceived) -> None:
         status = refusal_of_stream(request.headers)
@@ -517,6 +521,15 @@ class _H2(H2Protocol):
             if request.stream_ended is None:  # it need not send its body
                 self.connection.reset_stream(stream_id, h2.errors.ErrorCodes.NO_ERROR)
         await self._flush()
+
+    async def _note_end(self, stream_id: int | None) -> None:
+        # Hypercorn's own keeps what it refused because of its host, and takes a connection for idle after answers only:
+        # it would be waited for when the server stops, and never make room for another one.
+        stream = self.streams.get(stream_id or 0)
+        if stream is not None and stream.closed:
+            await self._close_stream(stream.stream_id)
+        if self.idle:
+            await self.send(Updated(idle=True))
 
     async def _discard(self, stream_id: int) -> None:
         """Drop what was still to be sent on a stream; the sending task then finds it complete, and forgets it."""

@@ -33,7 +33,6 @@ _FIELD = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n"
 _HEAD = re.compile(rb"([A-Z]{1,20}) (/[\x21-\x7e]*) HTTP/1\.1\r\n((?:" + _FIELD + rb")+)\r\n")
 _FIELDS = re.compile(rb"(?:" + _FIELD + rb")*")
 _PAIR = re.compile(rb"([^:]+):([^\r]*)\r\n")
-_BARE_LF = re.compile(rb"(?<!\r)\n")
 _LENGTH = re.compile(rb"[0-9]{1,15}")
 
 _NOT_PLAIN_METHODS = frozenset((b"CONNECT", b"PRI"))
@@ -94,7 +93,7 @@ class PlainLane:
         if end == 3:
             too_long = len(data) > self._connection.context.config.h11_max_incomplete_size
             # a head whose lines end with LF alone may be complete: it must not wait for an end that never comes
-            if too_long or not 65 <= data[0] <= 90 or _BARE_LF.search(data):
+            if too_long or not 65 <= data[0] <= 90 or data.count(b"\n") > data.count(b"\r\n"):
                 self._connection.take_full_lane(data)
             return
         limit = self._connection.context.config.h11_max_incomplete_size

@@ -38,8 +38,7 @@ class Lookout:
             return
         self._new[watch] = None
         if not self._runs:
-            self._runs = True
-            self.loop.call_later(_WATCH_AFTER_S / 2, self._look)
+            self._run()
 
     def leave(self, watch: Watch) -> None:
         """Its request is over (idempotent)."""
@@ -48,13 +47,17 @@ class Lookout:
         else:
             self._seen.pop(watch, None)
 
+    def _run(self) -> None:
+        self.loop.call_later(_WATCH_AFTER_S / 2, self._look)
+        self._runs = True
+
     def _look(self) -> None:
-        overdue, self._seen, self._new = self._seen, self._new, {}
-        self._runs = bool(self._seen)
-        if self._runs:
-            self.loop.call_later(_WATCH_AFTER_S / 2, self._look)
-        for watch in overdue:
-            watch.start()
+        self._runs = False  # first: if this is interrupted, the next request goes on with it
+        while self._seen:
+            self._seen.popitem()[0].start()
+        self._seen, self._new = self._new, {}
+        if self._seen:
+            self._run()
 
 
 class Watch:
