@@ -325,6 +325,21 @@ def test_places_go_round_the_callers_that_were_refused(worlds: Any) -> None:
     assert repr(world.replica) == "<BlockingReplica b open held=0/2>"
 
 
+def test_what_is_handed_back_is_no_answer(worlds: Any) -> None:
+    """Else a backend that dies of each call would pass for one that works, and be started again without a pause."""
+
+    def work(request: Any) -> Any:
+        world.replica._began -= 1.0  # it has taken long
+        world.caller.answer(python_call(2, 2))
+        return len(world.told)
+
+    world = worlds(work)
+    handed_back, answer = world.ask(python_call(1, 1))
+    assert handed_back.kind == FailureKind.BUSY
+    assert outcome(answer) == 0
+    assert world.told == [Answered()]
+
+
 def test_one_that_outlasts_its_cancellation_hands_back_what_waits_before_it_is_ended(worlds: Any) -> None:
     """Where nobody else knows what had begun, say over TCP, its callers could not tell that these had not."""
 

@@ -69,6 +69,7 @@ __all__ = ["FAREWELL_S", "Job", "Replica", "awaited"]
 
 _logger = Log("engine.backend")
 _new = tuple.__new__  # a named tuple's own constructor takes longer
+_NOT_BEGUN = frozenset((FailureKind.REFUSED, FailureKind.DRAINING, FailureKind.BUSY))
 FAREWELL_S = 1.0
 """How long a drained replica waits for its callers to hang up, so that no call is lost in a socket's buffer."""
 
@@ -601,7 +602,7 @@ class Replica(Watched):
                 job.request.release()
             except BaseException as error:
                 self._log(f"the uploads of a request to {self._name(job)} could not be closed", job, error)
-        if not self._answered:
+        if not self._answered and not (type(answer) is Failure and answer.kind in _NOT_BEGUN):
             self._answered = True
             self._tell(Answered())
         if self._turns is not None:
