@@ -317,6 +317,60 @@ def test_a_deletion_ends_an_update(holds: str, force: bool) -> None:
     test()
 
 
+@pytest.mark.parametrize("what", ["an update", "a creation"])
+@pytest.mark.parametrize("how", ["is given up", "is deleted"])
+def test_whenever_it_is_broken_off_no_replica_is_forgotten(what: str, how: str) -> None:
+    """Also while those are being ended that are ready, because another one did not start."""
+
+    async def strike(turns: int) -> None:
+        one = await Platform().controller().started()
+        if what == "an update":
+            await one.controller.create_backend(plan("b", num_replicas=2))
+        start = one.adapter.on_start
+        become_ready = held(one)
+        if what == "an update":
+            changing = updating(one)
+        else:
+            changing = asyncio.ensure_future(one.controller.create_backend(plan("b", num_replicas=2)))
+        await until(lambda: len(one.platform.alive) == (4 if what == "an update" else 2))
+        ready, fails = started(one)[-2:]
+        become_ready(ready)
+        one.adapter.on_start = start
+        one.controller.worker_said(fails, StartFailed(pack_exception(LookupError("no model"))))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        if how == "is given up":
+            changing.cancel()
+        else:
+            await asyncio.gather(one.controller.delete_backend("b", force=True), return_exceptions=True)
+        await asyncio.wait([changing])
+        left = set(one.client.snapshot.backends)
+        assert left <= ({"b"} if what == "an update" and how == "is given up" else set()), turns
+        await until(lambda: set(one.platform.alive) == {tag for b in left for tag in one.replicas(b)})
+        if left:
+            await until(lambda: versions(one) == [1, 1])
+
+    async def main() -> None:
+        for turns in range(20):
+            await asyncio.wait_for(strike(turns), 20)
+
+    asyncio.run(main())
+
+
+@on_loop
+async def test_callers_hear_of_no_backend_that_did_not_come_about(one: Incarnation) -> None:
+    start = one.adapter.on_start
+    held(one)
+    creating = asyncio.ensure_future(one.controller.create_backend(plan("b")))
+    await until(lambda: started(one) == ["b#1"])
+    one.adapter.on_start = start
+    await one.controller.create_backend(plan("other"))
+    one.controller.worker_said("b#1", StartFailed(pack_exception(LookupError("no model"))))
+    with pytest.raises(LookupError):
+        await creating
+    assert set(one.client.snapshot.backends) == {"other"}
+
+
 @on_loop
 async def test_of_two_deletions_one_that_is_given_up_leaves_the_other_in_force(one: Incarnation) -> None:
     await one.controller.create_backend(plan("b"))

@@ -60,7 +60,7 @@ class BackendReplicas(ReplicaPool):
             self.publish()
         except BaseException:
             self.live, self.deleted = False, True
-            await self.end(self.running, at_once=True)
+            await self.take_back(self.running)
             raise
 
     def amended(self, given: BackendPlan, *, keep_resources: bool) -> BackendPlan:

@@ -454,7 +454,7 @@ class Controller:
         self._let_rule()
 
     def _let_rule(self) -> int:
-        backends = {tag: backend.entry() for tag, backend in self._backends.items()}
+        backends = {tag: backend.entry() for tag, backend in self._backends.items() if backend.live}
         version = self._publisher.publish(self._endpoints.entries(), backends)
         if not self._closing:
             self._ages.look()

@@ -94,7 +94,7 @@ class Reconfiguring:
             pool.publish()
         except BaseException:
             pool.plan, pool.running = before, running
-            await pool.end(started, at_once=True)
+            await pool.take_back(started)
             await self._return_from(after)
             raise
         if failure is not None:

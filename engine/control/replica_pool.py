@@ -12,7 +12,7 @@ import math
 import re
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from typing import Any, NamedTuple
 
 from ..config import BackendConfig
@@ -262,18 +262,21 @@ class ReplicaPool:
         try:
             await asyncio.gather(*starts)
         except BaseException:
-            for start in starts:
-                start.cancel()
-            await asyncio.gather(*starts, return_exceptions=True)
-            # Also those that were being killed already: their starts did not wait for that any more.
-            ids = [_replica_tag(plan, number) for number in numbers]
-            await self.end([one for one in map(self.workers.get, ids) if one is not None], at_once=True)
+            undoing = self._dismissal(self._undo(starts, [_replica_tag(plan, number) for number in numbers]))
+            await _see_through([undoing])
             raise
         workers = [start.result() for start in starts]
         for worker in workers:
             if worker.life is not Life.READY:  # while the others were still starting
                 self._died(worker)
         return [worker for worker in workers if worker.life is Life.READY]
+
+    async def _undo(self, starts: list[asyncio.Task[Worker]], ids: list[str]) -> None:
+        for start in starts:
+            start.cancel()
+        await asyncio.gather(*starts, return_exceptions=True)
+        # Also those that were being killed already: their starts did not wait for that any more.
+        await self.end([one for one in map(self.workers.get, ids) if one is not None], at_once=True)
 
     def next_number(self) -> int:
         """A number for a replica that is to be started.
@@ -363,11 +366,17 @@ class ReplicaPool:
         for worker in leaving:
             self.marked.pop(worker, None)
         self.leaving.update(leaving)
-        tasks = [asyncio.get_running_loop().create_task(self._see_off(one, at_once=at_once)) for one in leaving]
-        for task in tasks:
-            self.dismissals.add(task)
-            task.add_done_callback(self.dismissals.discard)
-        return tasks
+        return [self._dismissal(self._see_off(one, at_once=at_once)) for one in leaving]
+
+    async def take_back(self, started: Collection[Worker]) -> None:
+        """End replicas that are not to be in service after all, also if whoever waits for that is interrupted."""
+        await _see_through(self.let_go(started, at_once=True))
+
+    def _dismissal(self, ending: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(ending)
+        self.dismissals.add(task)
+        task.add_done_callback(self.dismissals.discard)
+        return task
 
     async def _see_off(self, worker: Worker, *, at_once: bool) -> None:
         if not at_once:
@@ -467,6 +476,18 @@ class ReplicaPool:
         self.note(summary_of(error))
         counts = self.restarts.failed(began, self._failed_at)
         self.log_failure(error, again=not counts)
+
+
+async def _see_through(tasks: Collection[asyncio.Task[None]]) -> None:
+    """Wait until all are done. Who is interrupted meanwhile hears so afterwards."""
+    interrupted: asyncio.CancelledError | None = None
+    while left := [task for task in tasks if not task.done()]:
+        try:
+            await asyncio.wait(left)
+        except asyncio.CancelledError as error:
+            interrupted = error
+    if interrupted is not None:
+        raise interrupted
 
 
 def _replica_tag(plan: BackendPlan, number: int) -> str:

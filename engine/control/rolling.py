@@ -140,7 +140,7 @@ class Rolling:
             publish()
         except BaseException:
             pool.plan, pool.running = before
-            await pool.end(started, at_once=True)
+            await pool.take_back(started)
             raise
         if pool.plan.version != before[0].version:
             self._refill.give_up()

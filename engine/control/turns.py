@@ -80,7 +80,7 @@ class Turns:
             try:
                 await asyncio.wait({task})
             except BaseException:
-                task.cancel()
+                self._break_off(task)
                 await asyncio.wait({task})
                 raise
             finally:
@@ -97,8 +97,13 @@ class Turns:
     def _interrupt(self) -> None:
         gives_way = self._waiting if self._background else self._waiting_instead
         if self._exchange is not None and gives_way:
+            self._break_off(self._exchange)
+
+    def _break_off(self, task: asyncio.Task[Any]) -> None:
+        """Once, however many come: the second time would strike it while it ends what it has started."""
+        if not self.interrupted:
             self.interrupted = True
-            self._exchange.cancel()
+            task.cancel()
 
 
 async def _outcome(work: Coroutine[Any, Any, _Result]) -> tuple[_Result | None, BaseException | None]:
