@@ -15,7 +15,7 @@ from engine.control.controller import Controller
 from engine.control.replica_pool import Means
 from engine.control.workers import Workers
 from engine.seam.adapter import Node
-from engine.seam.control_messages import Drain, Drained, Publish, Ready, Reconfigure, Reconfigured, Subscribe
+from engine.seam.control_messages import Applied, Drain, Drained, Publish, Ready, Reconfigure, Reconfigured, Subscribe
 from engine.seam.messages import Control
 from engine.seam.resources import Resources
 from engine.seam.serialization import loads
@@ -72,6 +72,7 @@ class Platform:
         self.store = FakeStore()
         self.alive: dict[str, str] = {}  # addresses by worker id
         self.silent: set[str] = set()  # workers that do not come back, yet are not known to be dead
+        self.lagging: set[str] = set()  # ingresses that come back, but do not ask for snapshots yet
         self.nodes = (Node("here", "127.0.0.1"),)
 
     def controller(self) -> Incarnation:
@@ -126,6 +127,8 @@ class Incarnation:
             self.die(spec.worker_id, "died while the engine had no controller")
         elif spec.worker_id not in self.platform.silent:
             asyncio.get_running_loop().call_soon(self.controller.worker_said, spec.worker_id, Ready(address))
+            if spec.worker_id.startswith("ingress") and spec.worker_id not in self.platform.lagging:
+                asyncio.get_running_loop().call_soon(self.come_back, spec.worker_id)
 
     def _tell(self, worker_id: str, body: Any) -> None:
         if isinstance(body, Drain):
@@ -134,6 +137,19 @@ class Incarnation:
         elif isinstance(body, Reconfigure):
             reply = Reconfigured(body.token, self.refusal(loads(body.config)))
             asyncio.get_running_loop().call_soon(self.controller.worker_said, worker_id, reply)
+
+    def come_back(self, ingress: str) -> FakeChannel:
+        """An ingress of the former controller asks for snapshots, and takes each."""
+        channel = FakeChannel(ingress)
+
+        def take(message: Any) -> None:
+            version = message.body.snapshot.version
+            asyncio.get_running_loop().call_soon(channel.answer, Control(Applied(version)))
+
+        channel.on_send = take
+        channel.listener = self.controller.peer_connected(channel)
+        channel.answer(Control(Subscribe(True, ingress)))
+        return channel
 
     def subscribe(self, *, ingress: bool = False) -> FakeChannel:
         """A caller elsewhere."""

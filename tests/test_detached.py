@@ -198,6 +198,23 @@ async def test_nothing_rules_elsewhere_until_everything_came_back_or_is_certain_
 
 
 @on_loop
+async def test_a_route_is_there_when_the_ingresses_of_a_former_controller_have_it(platform: Platform) -> None:
+    """They are back with their words and serve, before they have asked for what rules; or die instead."""
+    await furnished(platform)
+    platform.lagging |= {"ingress#1", "ingress#2"}
+    two = await platform.controller().started()
+    changing = asyncio.ensure_future(two.controller.create_endpoint(endpoint("new", "b", "/new")))
+    await until(lambda: "new" in two.client.snapshot.endpoints)
+    ingress = two.come_back("ingress#1")
+    await until(lambda: "new" in published(ingress)[-1].endpoints)
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert not changing.done()
+    two.die("ingress#2", "was killed by SIGKILL")
+    await changing
+
+
+@on_loop
 async def test_what_dies_while_the_rest_has_yet_to_come_back_is_replaced_afterwards(platform: Platform) -> None:
     """Else callers would lose the replicas that are still to come back, and the next controller never hear of them."""
     one = await furnished(platform)

@@ -135,6 +135,7 @@ class Controller:
         if picture.ingresses is not None:
             restoring.append(self._ingresses.restore(*picture.ingresses))
         await asyncio.gather(*restoring)
+        self._publisher.expect(self._ingresses.worker_ids())
         self._publish()
         self._restoring = False
         for backend in self._backends.values():
@@ -562,6 +563,7 @@ class Controller:
                     self._refill(backend)
                 return
         if not self._closing and self._ingresses.forget(worker):
+            self._publisher.give_up(worker.spec.worker_id)
             told = worker.last_words.told()
             _logger.warning("%s %s; replacing it%s", worker.spec.name, worker.exit_reason, told)
             if not self._restoring:

@@ -133,6 +133,10 @@ class IngressFleet:
             if node_id in nodes
         }
 
+    def worker_ids(self) -> list[str]:
+        """Those that serve."""
+        return [worker.spec.worker_id for workers in self._running.values() for worker in workers]
+
     def known(self) -> tuple[int, tuple[KnownWorker, ...]] | None:
         """For the checkpoint: see `engine.control.checkpoint.Picture.ingresses`."""
         if not self._wanted:

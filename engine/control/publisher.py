@@ -6,6 +6,7 @@ Runs on the controller's loop.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from dataclasses import replace
 
 from ..calling.client import Client
@@ -20,6 +21,7 @@ __all__ = ["Publisher"]
 class _Subscriber:
     def __init__(self) -> None:
         self.ingress = False
+        self.worker_id = ""
         self.subscribed = False
         self.version = -1
         self.at_rest = -1  # as of this version of a snapshot that drains
@@ -40,6 +42,7 @@ class Publisher:
         self._base = 0  # the version that a former controller had come to
         self._snapshot = RoutingSnapshot()
         self._subscribers: dict[Channel, _Subscriber] = {}
+        self._expected: set[str] = set()
         self._moved = asyncio.Event()  # replaced whenever a subscriber applied something or left
         client.apply(self._snapshot)
 
@@ -100,6 +103,18 @@ class Publisher:
                 return False
         return True
 
+    def expect(self, ingresses: Iterable[str]) -> None:
+        """Wait for these workers, too, until each has subscribed or is given up: they serve, and come back themselves.
+
+        Their workers were taken over from a former controller, which says nothing of the routes they have.
+        """
+        self._expected = set(ingresses) - {subscriber.worker_id for subscriber in self._subscribers.values()}
+
+    def give_up(self, ingress: str) -> None:
+        """This worker is gone."""
+        self._expected.discard(ingress)
+        self._signal()
+
     # -- subscribers -------------------------------------------------------------------------------------------------
 
     def connected(self, channel: Channel) -> Publisher:
@@ -115,6 +130,8 @@ class Publisher:
         if isinstance(message.body, Subscribe):
             subscriber.subscribed = True
             subscriber.ingress = message.body.ingress
+            subscriber.worker_id = message.body.worker_id
+            self._expected.discard(subscriber.worker_id)
             if not self._silent:
                 self._push(channel)
         elif isinstance(message.body, Applied):
@@ -135,7 +152,7 @@ class Publisher:
             self.lost(channel, str(error))
 
     def _behind(self, version: int, *, ingress_only: bool) -> bool:
-        return any(
+        return bool(self._expected) or any(
             subscriber.version < version
             for subscriber in self._subscribers.values()
             if subscriber.ingress or (subscriber.subscribed and not ingress_only)
