@@ -419,6 +419,25 @@ def test_bytes_that_somebody_else_put_in(stack: ExitStack) -> None:
     assert pair.listener.reason is not None and pair.listener.reason.startswith("the connection broke (TLS: ")
 
 
+def test_bytes_that_somebody_else_put_in_leave_alone_what_a_writer_is_at(stack: ExitStack) -> None:
+    """The library has something to say to the peer then. It would say that in the midst of a record of the writer's."""
+    pair = Pair(stack)
+    pair.say(reply(1))
+    pair.channel.drive(lambda: bool(pair.listener.heard), PATIENCE_S)
+    sock = pair.channel.sock
+    with suppress(BlockingIOError):
+        while True:
+            sock.send(bytes(1 << 17))
+    assert isinstance(sock, SecureSocket)
+    being_sent = [*sock._sealed]
+    assert being_sent
+    socket.socket.send(pair.peer, b"\x17\3\3\0\x20" + bytes(32))
+    select.select([sock], [], [], PATIENCE_S)
+    with pytest.raises(ConnectionError):
+        sock.recv(1 << 16)
+    assert sock._sealed == being_sent
+
+
 def test_what_a_poll_does_not_show_is_read(stack: ExitStack) -> None:
     """The end of a large message and small ones in one record; more records than one read asks for."""
     pair = Pair(stack)

@@ -69,7 +69,7 @@ class SecureSocket(socket.socket):
         self._server_side = server_side
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=server_side)
-        self._lock = threading.Lock()  # of `_tls`: one thread may read while another one writes
+        self._lock = threading.Lock()  # of `_tls` and `_outgoing`: one thread may read while another one writes
         super().__init__(sock.family, sock.type, sock.proto, sock.detach())
         self.shaken = False
         # The reader's. Each item of `_receives` is what the kernel gave.
@@ -132,7 +132,8 @@ class SecureSocket(socket.socket):
 
     def _push(self) -> None:
         if self._outgoing.pending:
-            self._sealed[:] = [b"".join((*self._sealed, self._outgoing.read()))]
+            with self._lock:
+                self._sealed[:] = [b"".join((*self._sealed, self._outgoing.read()))]
         while self._sealed and self._sealed[0]:
             self._sealed[0] = self._sealed[0][next(self._sends) :]
         self._sealed.clear()
@@ -247,9 +248,9 @@ class SecureSocket(socket.socket):
                 # when the library had filled `_content`.
                 self._size = end - self._at - _HEAD_BYTES - _TAG_BYTES if struck else -1
             except ssl.SSLError as error:
-                self._explain()
-                if self._heard:
+                if self._heard:  # `shutdown` tells the peer: a writer may be at what is to be sent
                     raise ConnectionError(errno.EPROTO, f"TLS: {_words(error)}") from error
+                self._explain()
                 raise _refusal(error) from error  # the peer is first heard of when it has seen the certificate
         size = self._size
         assert size is not None
@@ -292,9 +293,10 @@ class SecureSocket(socket.socket):
                     self._tls.write(piece)
             except ssl.SSLError as error:
                 raise ConnectionError(errno.EPROTO, f"TLS: {_words(error)}") from error
-        for sealed in map(self._outgoing.read, (-1,)):
-            self._sealed += (sealed,)
-            break
+        with self._lock:  # a reader for whom the library has something to say puts it there, too
+            for sealed in map(self._outgoing.read, (-1,)):
+                self._sealed += (sealed,)
+                break
 
     def close(self) -> None:
         """As that of `socket.socket`; its memory goes with the last who has it."""
