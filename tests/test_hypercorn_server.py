@@ -898,6 +898,18 @@ async def test_a_connection_of_http_2_is_idle_after_streams_that_have_come_to_no
         client.writer.close()
 
 
+async def test_a_client_of_http_2_is_told_which_streams_were_heard_when_its_connection_is_closed() -> None:
+    async with serving() as server:
+        client = await Http2.open(server)
+        client.get(1, "/a")
+        await client.take(len(b"hello"), window=False)
+        server.stop.set()
+        events = client.connection.receive_data(await asyncio.wait_for(client.reader.read(), PATIENCE_S))
+        heard = [event.last_stream_id for event in events if isinstance(event, h2.events.ConnectionTerminated)]
+        assert heard == [1]
+        client.writer.close()
+
+
 async def test_who_asks_for_another_server_over_http_1_is_answered_and_hung_up_on() -> None:
     async with serving(server_names=["y"]) as server:
         assert (await exchange(server, b"GET /a HTTP/1.1\r\nhost: x\r\n\r\n")).startswith(b"HTTP/1.1 404")

@@ -213,7 +213,7 @@ class Connection(asyncio.Protocol):
     def close(self) -> None:
         """Close once everything written is sent (idempotent). From now on nobody waits to write."""
         if not self.closing:
-            self._lane.flush()
+            self._lane.farewell()
             self._end()
             self._timer.cancel()
             self._transport.close()

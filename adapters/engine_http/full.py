@@ -15,6 +15,7 @@ import re
 from collections.abc import Awaitable, Callable, Iterable, Sized
 from typing import TYPE_CHECKING, Any
 
+import h2.connection
 import h2.errors
 import h2.events
 import h2.exceptions
@@ -97,8 +98,15 @@ class FullLane:
         if self._task is not None:
             self._task.cancel()
 
+    def farewell(self) -> None:
+        """See `engine_http.lane.Lane.farewell`: over HTTP/2, the client then knows what was not begun."""
+        protocol = getattr(self, "_protocol", None)  # it has ended, with all that there was to say
+        if isinstance(protocol, _H2):
+            self._outbox.append(protocol.last_words())
+        self.flush()
+
     def flush(self) -> None:
-        """See `engine_http.lane.Lane.flush`."""
+        """Write what was held back."""
         if self._flush_handle is not None:
             self._flush_handle.cancel()
             self._flush_handle = None
@@ -482,6 +490,12 @@ class _H2(H2Protocol):
         while buffer is not None and len(buffer.buffer) >= BUFFER_HIGH_WATER and not buffer._complete:
             await buffer._paused.wait()
             await buffer._paused.clear()
+
+    def last_words(self) -> bytes:
+        """What says up to which stream the client was heard; nothing where one side has said that it ends."""
+        if self.connection.state_machine.state is not h2.connection.ConnectionState.CLOSED:
+            self.connection.close_connection()
+        return self.connection.data_to_send()
 
     async def let_go(self, stream_id: int) -> None:
         """Reset a stream of which the client takes nothing."""

@@ -25,8 +25,8 @@ class Lane(Protocol):
     def ended(self) -> None:
         """The client is gone, or nothing more is to be sent to it: nobody may wait for it any longer. Called once."""
 
-    def flush(self) -> None:
-        """Write what was held back."""
+    def farewell(self) -> None:
+        """Write what was held back, and that the connection ends, if the protocol has words for that."""
 
 
 class LaneWithTask(Lane, Protocol):
@@ -43,8 +43,8 @@ class _NoLane:
     def ended(self) -> None:
         """It has."""
 
-    def flush(self) -> None:
-        """Nothing was held back."""
+    def farewell(self) -> None:
+        """Nobody is there to be told."""
 
 
 NO_LANE: Lane = _NoLane()

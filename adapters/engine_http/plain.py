@@ -83,8 +83,8 @@ class PlainLane:
         if self._cycle is not None:
             self._cycle.leave()
 
-    def flush(self) -> None:
-        """See `engine_http.lane.Lane.flush`: nothing is ever held back."""
+    def farewell(self) -> None:
+        """See `engine_http.lane.Lane.farewell`: nothing is ever held back, and the last answer has said it."""
 
     def _begin(self) -> None:
         """Begin the next request, if its head is complete."""
