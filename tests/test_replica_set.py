@@ -493,6 +493,16 @@ def test_one_that_takes_its_time_after_it_could_not_be_reached_gets_others_soon(
     assert placed(known, now + 0.25) == [("b", "r1"), ("c", "r1")]
 
 
+def test_one_that_hands_back_its_first_call_after_it_could_not_be_reached_is_at_a_long_one() -> None:
+    known = make("r1", limit=5)
+    known.unreachable(known.targets["r1"], 0, NOW)
+    now = NOW + UNREACHABLE_S
+    assert place(known, now=now) == "r1"
+    known.handed_back(known.targets["r1"], 1, now)
+    assert [place(known, name, now=now) for name in "abc"] == ["r1", None, None]
+    assert placed(known, now + 0.3) == []
+
+
 def test_the_other_one_takes_over_meanwhile() -> None:
     known = make("r1", "r2", limit=5)
     known.unreachable(known.targets["r1"], 0, NOW + 1 - UNREACHABLE_S)

@@ -465,6 +465,8 @@ class ReplicaSet:
     def _count_out(self, target: Target, load: int, now: float) -> None:
         target.in_flight -= 1
         target.heard_at = now
+        if target.doubted:  # it can be reached
+            target.doubted, target.slow_for = False, 0
         if load > target.in_flight:
             target.elsewhere, target.elsewhere_at = load - target.in_flight, now
         else:
