@@ -23,7 +23,7 @@ from engine.errors import (
 )
 from engine.seam.channel import ChannelClosed
 from engine.seam.control_messages import Answered, Drain, Ping, Pong, Reconfigure, Reconfigured, Unhealthy
-from engine.seam.messages import ANY_CALL, INITIAL_CREDIT, Cancel, Credit, End, Failure, FailureKind, Item, Reply
+from engine.seam.messages import ANY_CALL, INITIAL_CREDIT, Call, Cancel, Credit, End, Failure, FailureKind, Item, Reply
 from engine.seam.serialization import dumps, unpack_exception
 from engine.serving import blocking_replica
 from engine.serving import replica as replica_module
@@ -111,6 +111,11 @@ def test_a_call_of_a_caller_that_takes_it_elsewhere_is_not_run(worlds: Any) -> N
 # -- long calls ------------------------------------------------------------------------------------------------------
 
 
+def informed(call: Call) -> Call:
+    """Its caller knows that the replica is at a long one."""
+    return call._replace(informed=True)
+
+
 class Working:
     """A backend that is found at its work: while it runs, the others' messages come in."""
 
@@ -155,17 +160,34 @@ def test_whoever_comes_again_waits_for_the_long_call(worlds: Any) -> None:
 
     def meanwhile() -> None:
         world.replica.delayed()
-        world.caller.answer(python_call(3, "again"))
+        world.caller.answer(informed(python_call(3, "again")))
         world.replica._began = PAST  # as if it had run for long
         world.replica.received(other, python_call(9, "new"))
         world.replica.delayed()
         assert [(message.id, message.kind) for message in other.sent] == [(9, FailureKind.BUSY)]
-        world.replica.received(other, python_call(10, "new, again"))
+        world.replica.received(other, informed(python_call(10, "new, again")))
 
     world = worlds(Working, meanwhile)
     world.ask(python_call(1, "long"), python_call(2))
     assert [(type(message), message.id) for message in world.caller.sent] == [(Failure, 2), (Reply, 1), (Reply, 3)]
     assert [(type(message), message.id) for message in other.sent[1:]] == [(Reply, 10)]
+
+
+def test_what_was_on_its_way_when_its_caller_was_told_is_handed_back_too(worlds: Any) -> None:
+    def meanwhile() -> None:
+        world.replica._began = PAST
+        world.replica.delayed()
+        world.caller.answer(python_call(3))
+        world.caller.answer(informed(python_call(4)))
+
+    world = worlds(Working, meanwhile)
+    world.ask(python_call(1, "long"), python_call(2))
+    assert [(type(message), message.id) for message in world.caller.sent] == [
+        (Failure, 2),
+        (Failure, 3),
+        (Reply, 1),
+        (Reply, 4),
+    ]
 
 
 def test_what_was_told_of_one_long_call_says_nothing_of_the_next(worlds: Any) -> None:
@@ -184,8 +206,8 @@ def test_a_call_that_waited_for_a_long_one_once_does_not_go_away_for_the_next(wo
     def meanwhile() -> None:
         world.replica.delayed()
         if len(world.caller.sent) == 1:
-            world.caller.answer(python_call(3, "long"))
-            world.caller.answer(python_call(4))
+            world.caller.answer(informed(python_call(3, "long")))
+            world.caller.answer(informed(python_call(4)))
 
     world = worlds(Working, meanwhile)
     world.ask(python_call(1, "long"), python_call(2))

@@ -450,6 +450,7 @@ def test_calls_that_are_handed_back_keep_their_order(world: World) -> None:
     for _ in "bcd":
         world.reply("r1")
     assert world.names("r1") == list("abcdbcd")
+    assert [call.informed for call in world.calls("r1")] == [False] * 4 + [True] * 3
     assert world.counted() == IDLE
 
 
@@ -1641,8 +1642,11 @@ def test_giving_up_may_be_interrupted() -> None:
         ("copies that wait", Caller._retry_copies),
     ],
 )
-def test_timers_do_their_work_wherever_they_are_interrupted(what: str, timer: Any) -> None:
+def test_timers_do_their_work_wherever_they_are_interrupted(
+    what: str, timer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a loop nobody else does it. Only where one begins nothing of it has run yet."""
+    monkeypatch.setattr(replica_set, "RETRY_S", 60.0)  # none is over before its time is made to be
     begins = f"{timer.__code__.co_filename}:{timer.__code__.co_firstlineno} "
     entry = dataclasses.replace(backend_entry("b", ["r1"]), max_retries=1)
     for world, strike in each_strike(entry):

@@ -57,7 +57,7 @@ _bodies = st.one_of(
 )
 _MESSAGES: st.SearchStrategy[Message] = st.one_of(
     st.builds(
-        lambda *fields: Call(*fields[:7], AS_CONFIGURED, fields[7]),
+        lambda *fields: Call(*fields[:7], AS_CONFIGURED, *fields[7:]),
         _ids,
         st.sampled_from([PYTHON, HTTP]),
         _texts,
@@ -66,6 +66,7 @@ _MESSAGES: st.SearchStrategy[Message] = st.one_of(
         _bytes,
         _bytes,
         st.sampled_from([NORMAL, LOW]),
+        st.booleans(),
     ),
     st.builds(Reply, _ids, _loads, _bytes, _bytes),
     st.builds(Failure, _ids, _loads, st.integers(0, 255), _bytes, _bytes),

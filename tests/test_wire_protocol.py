@@ -52,6 +52,8 @@ MESSAGES: list[Message] = [
     Call(BIG_ID, HTTP, "", None, "", b"", b""),
     Call(3, PYTHON, "m", None, "", b"", b"background", priority=LOW),
     Call(3, HTTP, "m", None, "r", b"scope", b"background", priority=LOW),
+    Call(3, PYTHON, "m", None, "", b"", b"again", informed=True),
+    Call(3, HTTP, "m", None, "r", b"scope", b"again", priority=LOW, informed=True),
     Reply(1, 0, b"", b"result"),
     Reply(BIG_ID, (1 << 32) - 1, b"[200, []]", b""),
     Reply(0, 0, b"", b""),

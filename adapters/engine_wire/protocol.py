@@ -47,6 +47,8 @@ _NO_DEADLINE = -1.0
 _LONGEST_NAME = 0xFFFF
 _LOW_BIT = 0x80
 """Of the byte with a call's kind: it is of low priority."""
+_INFORMED_BIT = 0x40
+"""Of the same byte: see `Call.informed`."""
 
 _new = tuple.__new__  # a named tuple's own constructor is several times slower
 _header = struct.Struct("<IBQ")
@@ -88,9 +90,11 @@ def encode(message: Message) -> bytes:
             raise _too_large(size)
         return _reply_head.pack(size, _REPLY, call_id, load, len(head)) + head + payload
     if type(message) is Call:
-        call_id, kind, method, deadline, request_id, head, payload, _, priority = message
+        call_id, kind, method, deadline, request_id, head, payload, _, priority, informed = message
         if priority:
             kind |= _LOW_BIT
+        if informed:
+            kind |= _INFORMED_BIT
         name, tag = method.encode(), request_id.encode()
         name_size, tag_size, head_size = len(name), len(tag), len(head)
         size = (17 if deadline is None else 17 + _MOMENT_BYTES) + name_size + tag_size + head_size + len(payload)
@@ -278,10 +282,12 @@ def _decode(kind: int, call_id: int, data: bytes, start: int, end: int, same_mac
         if kind != _CALL:
             return _decode_other(kind, call_id, data, start, end)
         asks, remaining, method_size, request_id_size, head_size = _call_fields.unpack_from(data, start)
-        priority = NORMAL
-        if asks & _LOW_BIT:
-            asks ^= _LOW_BIT
-            priority = LOW
+        priority, informed = NORMAL, False
+        if asks >= _INFORMED_BIT:
+            if asks & _LOW_BIT:
+                priority = LOW
+            informed = asks & _INFORMED_BIT != 0
+            asks &= _INFORMED_BIT - 1
         method_at = start + 17
         deadline = None
         if remaining >= 0:
@@ -304,6 +310,7 @@ def _decode(kind: int, call_id: int, data: bytes, start: int, end: int, same_mac
                 data[payload_at:end],
                 AS_CONFIGURED,
                 priority,
+                informed,
             ),
         )
     except Exception as error:  # the body of a control message may raise anything

@@ -464,7 +464,7 @@ class Caller:
                 return
             slot.send_on(channel)
             self._pending[call_id] = slot
-            channel.send(_new(Call, (call_id, *call[1:])))
+            channel.send(_new(Call, (call_id, *call[1:-1], target.slow_for > 0)))
             if watch:
                 channel.watch()
         except ChannelClosed:

@@ -281,7 +281,9 @@ class _BaseHandle:
             if kwargs and not _OPTIONS.isdisjoint(kwargs):
                 raise _misplaced(kwargs)
         payload = dumps_arguments(args, kwargs, "the argument")
-        return _new(Call, (0, PYTHON, options.method_name, deadline, "", self._head, payload, self._retries, priority))
+        return _new(
+            Call, (0, PYTHON, options.method_name, deadline, "", self._head, payload, self._retries, priority, False)
+        )
 
 
 class Handle(_BaseHandle, Generic[T_co]):

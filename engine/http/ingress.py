@@ -499,7 +499,9 @@ def _call_of(
     if found.path_params:
         trimmed["path_params"] = {**trimmed.get("path_params", {}), **found.path_params}
     retries = AS_CONFIGURED if scope["method"] in _IDEMPOTENT else AS_CONFIGURED_FOR_POSTS
-    return _new(Call, (0, HTTP, call_method, deadline, request_id, pickle.dumps(trimmed, 5), body, retries, priority))
+    return _new(
+        Call, (0, HTTP, call_method, deadline, request_id, pickle.dumps(trimmed, 5), body, retries, priority, False)
+    )
 
 
 def _beginning_with(message: Any, receive: Any) -> Any:

@@ -74,7 +74,8 @@ class Call(NamedTuple):
     """A request to run one method of a replica.
 
     ``id`` is the caller's number for it while one replica has it; 0 as long as none does. ``retries`` is how often its
-    caller may repeat it though it may have begun, and does not travel.
+    caller may repeat it though it may have begun, and does not travel. ``informed`` says that its caller, when it sent
+    this, had heard that calls of the replica's take long (`FailureKind.BUSY`), and knew of no idle one.
     """
 
     id: int
@@ -86,6 +87,7 @@ class Call(NamedTuple):
     payload: bytes
     retries: int = AS_CONFIGURED
     priority: int = NORMAL
+    informed: bool = False
 
 
 class Reply(NamedTuple):

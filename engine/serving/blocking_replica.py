@@ -2,7 +2,7 @@
 
 Short calls wait here for each other, so that the next one is at hand when one ends. While a long one runs, those that
 wait are handed back to their callers, who may know of an idle replica. A caller who sends one all the same, having
-been told, knows of none: that call waits here.
+been told, knows of none: that call waits here (`Call.informed`).
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ class BlockingReplica(Replica):
         queue.append(job)
         if self._began is None:
             return
-        if job.channel in self._told:
+        if job.call.informed and job.channel in self._told:  # what was sent before it was told is handed back, too
             job.kept = True
         elif time.monotonic() - self._began >= _LONG_S:
             self._hand_back()
