@@ -30,3 +30,16 @@ def test_a_scenario_in_short(scenario: str) -> None:
         timeout=150,
     )
     assert done.returncode == 0, done.stdout
+
+
+def test_its_help_names_the_scenarios() -> None:
+    command = [sys.executable, "-m", "bench.chaos"]
+    told = subprocess.run(
+        [*command, "--help"], cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=60, check=True
+    ).stdout
+    assert "[SCENARIO ...]" in told
+    assert "[]" not in told
+    assert all(name in told for name in SCENARIOS)
+    wrong = subprocess.run([*command, "x"], cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert wrong.returncode == 2
+    assert "there is no scenario 'x'; there are: kills" in wrong.stderr

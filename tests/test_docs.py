@@ -75,6 +75,7 @@ PRINTED: dict[tuple[str, str], list[list[str]]] = {
     ("docs/embedding.md", "Logging"): [[]],
     ("docs/engine.md", "The life of a backend's object"): [["['time']"]],
     ("docs/engine.md", "Health checks"): [["replaced"]],
+    ("docs/engine.md", "What runs"): [["[('greet#1', 'ready'), ('greet#2', 'ready')]", "ready"]],
     ("docs/engine.md", "Replacing a backend"): [["hello", "good morning"]],
     ("docs/errors.md", "Errors"): [["refill: buy some"]],
     ("docs/handles.md", "Handles"): [["2", "[0, 2, 4, 6]", "12", "0 2", "2", "4", "[0, 2, 4]"]],

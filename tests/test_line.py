@@ -12,6 +12,7 @@ import pytest
 from fakes import backend_entry
 
 from engine.calling.line import Line, bytes_of, share_of_low
+from engine.calling.pace import Pace
 from engine.calling.replica_set import RETRY_S, ReplicaSet
 from engine.calling.slot import Slot
 from engine.errors import Overloaded
@@ -145,6 +146,19 @@ def test_low_ones_may_be_expected_to_wait_half_as_long(name: str, refused: bool)
             known.place(slot_of(name), NOW + 2)
     else:
         assert known.place(slot_of(name), NOW + 2) is None
+
+
+def test_who_is_refused_for_a_load_that_lasts_is_told_what_decided(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pace, "most_waiting", lambda self, in_flight: 4.0)
+    known = known_with("ABC", max_queue_wait_s=7.0)
+    told = (
+        r"and 4 are enough, of which calls of low priority have half, to keep the replicas busy .*max_queue_wait_s is"
+    )
+    with pytest.raises(Overloaded, match=told):
+        known.place(slot_of("a"), NOW)
+    assert known.place(slot_of("D"), NOW) is None
+    with pytest.raises(Overloaded, match="and 4 are enough to keep the replicas busy"):
+        known.place(slot_of("E"), NOW)
 
 
 def test_what_is_counted_stays_exact_whatever_becomes_of_calls() -> None:

@@ -761,7 +761,7 @@ SABOTAGE = {
     "the server": (
         "import engine_local.forkserver as it\ndef fail(self): raise RuntimeError('sabotage')\n"
         "it.ForkServer._read = fail",
-        "its fork server exited with code 1",
+        "ended with its fork server, which exited with code 1",
     ),
     "forking": (
         "import os\ndef fork(): raise BlockingIOError(11, 'Resource temporarily unavailable')\nos.fork = fork",
@@ -854,7 +854,7 @@ async def test_the_death_of_the_fork_server_is_survived(adapter: LocalAdapter, r
     os.kill(server, signal.SIGKILL)
     for name in ("w1", "w2"):
         assert await recorder.exit(name) == (
-            "its fork server was killed by SIGKILL (out of memory, or someone killed it)"
+            "ended with its fork server, which was killed by SIGKILL (out of memory, or someone killed it)"
         )
     await within(1.0, lambda: not any(map(is_running, pids)))
     await adapter.start_worker(spec("w3", _workers.answer, "alive"))
@@ -942,7 +942,7 @@ async def test_what_a_fork_server_that_was_killed_had_to_do_is_done_by_the_next(
     for name in ("w1", "w2"):
         assert await recorder.answer(name) == name
         assert await recorder.exit(name) == "exited"
-    assert "its fork server was killed by SIGKILL" in await recorder.exit("old")
+    assert "ended with its fork server, which was killed by SIGKILL" in await recorder.exit("old")
 
 
 async def test_a_module_that_ends_the_fork_server_fails_the_worker_that_needs_it(
@@ -953,7 +953,7 @@ async def test_a_module_that_ends_the_fork_server_fails_the_worker_that_needs_it
     assert await recorder.answer("first") == 1
     await adapter.start_worker(spec("guilty", _workers.answer, 1, preload=("deadly",)))
     await adapter.start_worker(spec("innocent", _workers.answer, 1))
-    assert await recorder.exit("guilty") == "its fork server exited with code 3"
+    assert await recorder.exit("guilty") == "ended with its fork server, which exited with code 3"
     assert await recorder.answer("innocent") == 1
 
 

@@ -253,6 +253,7 @@ OUT_OF_MEMORY = "was killed by SIGKILL (out of memory, or someone killed it)"
 BY_THE_ENGINE = "was killed by the engine"
 BECAUSE_CUT_OFF = "was killed by the engine because it had closed its control channel"
 TOO_LONG = "was ended before it started: the import of a module took too long"
+WITH_ITS_SERVER = "ended with its fork server, which crashed"
 STUCK = "is gone; its fork server, which could say why, is stuck in an import"
 ENDS: list[tuple[str, list[Any], str, int]] = [
     ("the exit first", ["forked", Exited("w", 0)], "exited", 0),
@@ -266,13 +267,33 @@ ENDS: list[tuple[str, list[Any], str, int]] = [
     ("cut off", ["forked", "hung up", "too late", SIGKILLED], BECAUSE_CUT_OFF, 1),
     ("cut off, then killed", ["forked", "hung up", "too late", "kill", SIGKILLED], BY_THE_ENGINE, 2),
     ("killed, then cut off", ["forked", "kill", "hung up", "too late", SIGKILLED], BY_THE_ENGINE, 2),
-    ("orphaned", ["forked", "server gone", "hung up"], "its fork server crashed", 0),
-    ("orphaned before its fork", ["server gone", "hung up"], "its fork server crashed", 0),
-    ("orphaned, the channel first", ["forked", "hung up", "server gone"], "its fork server crashed", 0),
-    ("orphaned, the channel never", ["forked", "server gone", "too late"], "its fork server crashed", 0),
-    ("orphaned, then killed", ["forked", "server gone", "kill", "doom", "hung up"], "its fork server crashed", 0),
+    ("orphaned", ["forked", "server gone", "hung up"], WITH_ITS_SERVER, 0),
+    ("orphaned before its fork", ["server gone", "hung up"], WITH_ITS_SERVER, 0),
+    (
+        "orphaned, the channel first",
+        ["forked", "hung up", "server gone"],
+        WITH_ITS_SERVER,
+        0,
+    ),
+    (
+        "orphaned, the channel never",
+        ["forked", "server gone", "too late"],
+        WITH_ITS_SERVER,
+        0,
+    ),
+    (
+        "orphaned, then killed",
+        ["forked", "server gone", "kill", "doom", "hung up"],
+        WITH_ITS_SERVER,
+        0,
+    ),
     ("orphaned by the engine", ["forked", "doom", "server gone", "hung up"], BY_THE_ENGINE, 0),
-    ("cut off and orphaned", ["forked", "hung up", "too late", "server gone"], "its fork server crashed", 1),
+    (
+        "cut off and orphaned",
+        ["forked", "hung up", "too late", "server gone"],
+        WITH_ITS_SERVER,
+        1,
+    ),
     ("given up", ["server stuck", "kill", "too late"], TOO_LONG, 1),
     ("not given up", ["forked", "server stuck", "kill", SIGKILLED], BY_THE_ENGINE, 1),
     ("alone", ["forked", "retire", "hung up", "too late"], STUCK, 1),

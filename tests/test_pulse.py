@@ -252,9 +252,19 @@ async def test_workers_that_cannot_be_looked_at_go_on(world: World) -> None:
     assert not world.ended
 
 
-def test_people_are_told_once_of_one_that_works_without_answering(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("patience_s", "cure"),
+    [
+        (math.inf, "is not replaced for it (set max_call_s to have such a replica replaced)"),
+        (60.0, "is replaced if that goes on for 60 s"),
+    ],
+)
+def test_people_are_told_once_of_one_that_works_without_answering(
+    patience_s: float, cure: str, caplog: pytest.LogCaptureFixture
+) -> None:
     @in_world
     async def scenario(world: World) -> None:
+        world.watch._patience = lambda worker_id: patience_s
         world.watch.add("w")
         await world.pass_time(times=20)
         world.watch.answered("w")
@@ -264,6 +274,7 @@ def test_people_are_told_once_of_one_that_works_without_answering(caplog: pytest
     told = [record.getMessage() for record in caplog.records if record.name == "engine.controller"]
     assert len(told) == 1
     assert told[0].startswith("w has not answered for 4 s, though its process is not stopped: native code")
+    assert told[0].endswith(cure)
 
 
 @in_world

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import math
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from engine.control.workers import Life, Worker, Workers
 from engine.errors import BackendStartError, EngineError, ResourcesUnavailable
 from engine.seam.control_messages import Drain, Drained, LogLine, Pong, Ready, Reconfigure, Reconfigured, StartFailed
 from engine.seam.serialization import pack_exception
-from engine.seam.worker import WorkerExit, WorkerSpec
+from engine.seam.worker import Listen, WorkerExit, WorkerSpec
 from engine.testing.fakes import FakeAdapter
 
 SPEC = WorkerSpec("w#1", "replica.w.1", "nowhere:main", b"")
@@ -163,6 +164,13 @@ async def test_a_start_that_takes_too_long_is_killed(world: World) -> None:
         "replica.w.1 was not ready within start_timeout_s=0.001; it was killed; its last words:\nloading..."
     )
     assert world.adapter.killed == ["w#1"]
+
+
+@on_loop
+async def test_an_ingress_that_takes_too_long_is_not_told_of_by_a_setting_of_backends(world: World) -> None:
+    with pytest.raises(BackendStartError) as caught:
+        await world.workers.start(replace(SPEC, listen=Listen("127.0.0.1", 0)), NOW)
+    assert str(caught.value) == "replica.w.1 was not ready within 0.001 s; it was killed"
 
 
 @on_loop

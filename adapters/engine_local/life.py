@@ -73,7 +73,7 @@ def describe_end(
     if doomed:
         return "was killed by the engine"
     if report is None:
-        return f"its fork server {server}"
+        return f"ended with its fork server, which {server}"
     if last is Stage.CUT_OFF:
         return "was killed by the engine because it had closed its control channel"
     return describe_exit(report.status)

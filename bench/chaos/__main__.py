@@ -16,7 +16,11 @@ def main() -> int:
     """Run scenarios one after the other; 1 if a promise was broken."""
     options = argparse.ArgumentParser(prog="python -m bench.chaos", description=sys.modules["bench.chaos"].__doc__)
     options.add_argument(
-        "scenario", nargs="*", choices=[*SCENARIOS, []], help="by default all that the adapter has a part in"
+        "scenario",
+        nargs="*",
+        type=_scenario,
+        metavar="SCENARIO",
+        help=f"by default all that the adapter has a part in: {', '.join(SCENARIOS)}",
     )
     options.add_argument("--backend", default="local", choices=["local", "ray"])
     options.add_argument("--seconds", type=float, help="how long each goes on")
@@ -39,6 +43,13 @@ def main() -> int:
             print(f"{name}: {'kept' if kept else 'BROKEN'} ({time.monotonic() - began:.0f} s)", file=sys.stderr)
     print(table(outcomes))
     return 1 if broken else 0
+
+
+def _scenario(given: str) -> str:
+    """Not as ``choices``: then Python 3.10 and 3.11 want the empty list, which is the default, among them."""
+    if given not in SCENARIOS:
+        raise argparse.ArgumentTypeError(f"there is no scenario {given!r}; there are: {', '.join(SCENARIOS)}")
+    return given
 
 
 if __name__ == "__main__":

@@ -262,10 +262,11 @@ class ReplicaSet:
         in_flight = sum(target.in_flight for target in self.targets.values())
         wait_s = pace.expect(now, before, in_flight)
         told = f"backend {self.tag!r}: {len(self.waiting)} calls of this caller wait already"
-        if burst_s is not None and in_flight and before + 1 > share * pace.most_waiting(in_flight):
+        if burst_s is not None and in_flight and before + 1 > share * (most := pace.most_waiting(in_flight)):
+            half = f"{_half(call)}," if call.priority else ""
             return Overloaded(
-                f"{told}, which keeps the replicas busy while {pace.load:.2g} come for each that is served "
-                f"(max_queue_wait_s={burst_s:g} is for bursts{_half(call)}); retry later or raise num_replicas"
+                f"{told}, and {most:.0f} are enough{half} to keep the replicas busy while {pace.load:.2g} come for "
+                "each that is served (max_queue_wait_s is for bursts); retry later or raise num_replicas"
             )
         if burst_s is not None and wait_s > share * burst_s:
             bound = f"max_queue_wait_s={burst_s:g}{_half(call)}"

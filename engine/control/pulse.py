@@ -234,15 +234,19 @@ class PulseWatch:
             pulse.looking = False
         if self._pulses.get(worker_id) is not pulse:
             return
-        why = pulse.verdict(vitals, self._patience(worker_id))
+        patience_s = self._patience(worker_id)
+        why = pulse.verdict(vitals, patience_s)
         if why:
             self._end(worker_id, why)
         elif pulse.mention():
             _logger.warning(
                 "%s has not answered for %.0f s, though %s: native code that keeps Python's lock is likely the cause, "
                 "in an ingress also a middleware that blocks its event loop. It can neither be drained nor have its "
-                "calls cancelled meanwhile",
+                "calls cancelled meanwhile, and %s",
                 self._name(worker_id),
                 pulse.silent_s,
                 "its process cannot be looked at" if vitals is None else "its process is not stopped",
+                "is not replaced for it (set max_call_s to have such a replica replaced)"
+                if patience_s == math.inf
+                else f"is replaced if that goes on for {max(patience_s, STOPPED_S):g} s",
             )

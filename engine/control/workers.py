@@ -174,13 +174,12 @@ class Workers:
         except (asyncio.TimeoutError, TimeoutError):
             unplaced = self._adapter.unplaced(spec.worker_id) if isinstance(self._adapter, FindsPlaces) else None
             await self.kill(worker)
+            # an ingress has no such setting
+            within = f"within start_timeout_s={timeout_s:g}" if spec.listen is None else f"within {timeout_s:g} s"
             if unplaced is not None:
-                raise ResourcesUnavailable(
-                    f"{spec.name} found no place within start_timeout_s={timeout_s:g}: {unplaced}"
-                ) from None
+                raise ResourcesUnavailable(f"{spec.name} found no place {within}: {unplaced}") from None
             raise BackendStartError(
-                f"{spec.name} was not ready within start_timeout_s={timeout_s:g}; it was killed"
-                f"{worker.last_words.told()}"
+                f"{spec.name} was not ready {within}; it was killed{worker.last_words.told()}"
             ) from None
         except BaseException:
             await self.kill(worker)

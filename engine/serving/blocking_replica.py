@@ -270,8 +270,9 @@ class BlockingReplica(Replica):
         if self._running_since() != since:
             return  # it ended just now
         what = " and ".join({self._name(job) for job in running}) or f"a background task of backend {self._tag!r}"
-        requests = f" (request {', '.join(job.call.request_id for job in running)})" if running else ""
-        told = f"a call of {what}{requests} has run for {age_s:.1f} s, longer than max_call_s={limit_s:g}"
+        told = (
+            f"a call of {what}{self._requests(running)} has run for {age_s:.1f} s, longer than max_call_s={limit_s:g}"
+        )
         if self._reported != since:
             self._log_where(told, stack)
         self._reported = since

@@ -311,8 +311,7 @@ class LoopReplica(Replica):
 
     def _what_runs(self, limit: CallLimit) -> str:
         what = " and ".join({self._name(job) for job in limit.jobs})
-        requests = ", ".join(job.call.request_id for job in limit.jobs)
-        return f"a call of {what} (request {requests}) runs for longer than max_call_s={limit.limit_s:g}"
+        return f"a call of {what}{self._requests(limit.jobs)} runs for longer than max_call_s={limit.limit_s:g}"
 
     def _fail(self, job: Job, error: BaseException) -> None:
         if self._limits:

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable
 from typing import TYPE_CHECKING, Any
 
 from ..calling.budget import Budget
@@ -628,6 +628,11 @@ class Replica(Watched):
 
     def _name(self, job: Job) -> str:
         return f"backend {self._tag!r}" if job.call.method == "__call__" else f"{self._tag!r}.{job.call.method}"
+
+    def _requests(self, jobs: Iterable[Job]) -> str:
+        """In parentheses, which requests these are; empty for calls by handle, which have no number of their own."""
+        numbers = ", ".join(job.call.request_id for job in jobs if job.call.request_id)
+        return f" (request {numbers})" if numbers else ""
 
     def _spread(self, jobs: list[Job], results: Any) -> list[tuple[Job, Coroutine[Any, Any, None]]]:
         """Answer a batch, one result each; returns what `_succeed` left to do."""
