@@ -878,6 +878,43 @@ async def test_idle_connections_are_closed_at_once_when_it_stops(browser: Client
         await server.ended()
 
 
+async def test_who_has_connected_when_it_stops_is_served(browser: Client) -> None:
+    """Also those one too many, and those whose request comes a moment later."""
+    async with serving(max_connections=1) as server, browser() as client:
+        held = asyncio.ensure_future(client.get(server.url + "/wait"))
+        assert await server.app.started.get() == "/wait"
+        early, late = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(2)]
+        early.sendall(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n")
+        server.stop.set()
+        answers = [await answer_to(early)]
+        late.sendall(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n")
+        answers.append(await answer_to(late))
+        server.app.may_answer.set()
+        assert (await held).text == "hello"
+        for answer in answers:
+            assert answer.startswith(b"HTTP/1.1 200") and b"connection: close" in answer
+        await server.ended()
+
+
+async def test_who_connects_when_it_stops_and_asks_nothing_is_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections_module, "_IDLE_S", 0.01)
+    async with serving() as server:
+        silent = socket.create_connection(("127.0.0.1", server.port))
+        server.stop.set()
+        assert await answer_to(silent) == b""
+        await server.ended()
+
+
+async def answer_to(sock: socket.socket) -> bytes:
+    """All that comes until the server closes."""
+    sock.setblocking(False)
+    reader, writer = await asyncio.open_connection(sock=sock)
+    try:
+        return await asyncio.wait_for(reader.read(), PATIENCE_S)
+    finally:
+        writer.close()
+
+
 @pytest.mark.parametrize("how", ["refused", "refused at once", "reset", "reset early", "no such server"])
 async def test_a_connection_of_http_2_is_idle_after_streams_that_have_come_to_nothing(how: str) -> None:
     async with serving(**({"server_names": ["y"]} if how == "no such server" else {})) as server:

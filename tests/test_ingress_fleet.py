@@ -67,6 +67,23 @@ async def test_every_node_or_the_first() -> None:
     assert [spec.node_id for spec in alone.started] == ["a"]
 
 
+async def test_the_url_stands_while_the_only_ingress_is_replaced() -> None:
+    platform = Platform("a")
+    fleet = platform.fleet()
+    assert fleet.url() is None
+    await fleet.ensure_started()
+    worker = platform.workers.get(platform.started[0].worker_id)
+    assert worker is not None
+    platform.workers.worker_exited(WorkerExit(worker.spec.worker_id, "died"))
+    assert fleet.forget(worker)
+    assert served(fleet) == []
+    assert fleet.url() == "http://address of a:80"
+    await fleet.complete()
+    assert fleet.url() == "http://address of a:80"
+    await fleet.stop(0)
+    assert fleet.url() is None
+
+
 async def test_a_node_that_hangs_holds_up_no_other() -> None:
     platform = Platform("a")
     fleet = platform.fleet()

@@ -8,6 +8,8 @@ loop's thread touches it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import socket
 import ssl
 from collections.abc import Callable
@@ -20,6 +22,8 @@ __all__ = ["Accepting"]
 
 log = Log("engine.http")
 
+_BEGINS_WITHIN_S = 1.0
+"""So long may a client that has connected at the last moment take to begin with TLS."""
 _AT_ONCE = 64
 """So many connections are accepted before those that stand get a turn."""
 _shortages = ShortageLog(log)
@@ -73,12 +77,37 @@ class Accepting:
         sock.listen(backlog)
         self._go_on()
 
+    def finish(self, *, close_port: bool) -> None:
+        """Accept who has connected already, whether or not there is room, and then no more.
+
+        Args:
+            close_port: Whoever connects from now on is to be refused, though other processes have the socket, too. Only
+                Linux can do that; elsewhere the port is closed with the last of them.
+        """
+        self._accept_no_more()
+        self._accept_waiting()
+        if close_port:
+            with contextlib.suppress(OSError):  # somebody else has done so, or the system cannot
+                self._sock.shutdown(socket.SHUT_RDWR)
+
+    def _accept_waiting(self) -> None:
+        while True:
+            try:
+                sock, _ = self._sock.accept()
+            except ConnectionError:  # this one went away again
+                continue
+            except OSError:  # that was all, or there are no descriptors left
+                return
+            self._take(sock)
+
+    async def begun(self) -> None:
+        """Wait until who was accepted has begun, or takes too long."""
+        if self._beginning:
+            await asyncio.wait(self._beginning, timeout=_BEGINS_WITHIN_S)
+
     def stop(self) -> None:
         """Accept no more, and hang up on who has not begun (idempotent)."""
-        self._stopped = True
-        self._loop.remove_reader(self._sock.fileno())
-        if self._rest is not None:
-            self._rest.cancel()
+        self._accept_no_more()
         for task in self._beginning:
             task.cancel()
 
@@ -86,6 +115,12 @@ class Accepting:
         """Wait until those are gone."""
         if self._beginning:
             await asyncio.wait(self._beginning)
+
+    def _accept_no_more(self) -> None:
+        self._stopped = True
+        self._loop.remove_reader(self._sock.fileno())
+        if self._rest is not None:
+            self._rest.cancel()
 
     def _go_on(self) -> None:
         self._rest = None
@@ -105,11 +140,16 @@ class Accepting:
                     _shortages.say(error, "clients wait until there are some")
                     self._loop.remove_reader(self._sock.fileno())
                     self._rest = self._loop.call_later(REST_S, self._go_on)
+                elif error.errno == errno.EINVAL:  # the port is closed, for all who share it; it would stay readable
+                    self._loop.remove_reader(self._sock.fileno())
                 return  # or another ingress was faster, or the client went away again
-            sock.setblocking(False)
-            task = self._loop.create_task(self._begin(sock))
-            self._beginning.add(task)
-            task.add_done_callback(self._begun)
+            self._take(sock)
+
+    def _take(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        task = self._loop.create_task(self._begin(sock))
+        self._beginning.add(task)
+        task.add_done_callback(self._begun)
 
     def _found_room(self) -> None:
         if self._waits and not self._stopped:

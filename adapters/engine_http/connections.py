@@ -89,18 +89,36 @@ class Connections:
 
     # -- their end -------------------------------------------------------------------------------------------------
 
-    async def finish(self) -> None:
-        """Close idle connections, let active ones finish their request, return when none is left."""
+    async def keep_none(self) -> None:
+        """Let each connection end with its request from now on (idempotent)."""
         await self._context.stop()
+
+    async def finish(self) -> None:
+        """Close idle connections, let active ones finish their request, return when none is left.
+
+        Who has only just connected may have his first request on its way, and gets a moment for it.
+        """
+        await self.keep_none()
         self._waiting.clear()
+        loop = self._context.loop
+        since = loop.time() - _IDLE_S
+        for connection in list(self._open):
+            if connection.idle_since <= since or (connection.idle and connection.requests):
+                connection.close()
+        later = loop.call_later(_IDLE_S, self._close_idle)
+        try:
+            await self._none_left.wait()
+        finally:
+            later.cancel()
+
+    def _close_idle(self) -> None:
         for connection in list(self._open):
             if connection.idle:
                 connection.close()
-        await self._none_left.wait()
 
     async def break_off(self, timeout_s: float) -> None:
         """Break what is left."""
-        await self._context.stop()
+        await self.keep_none()
         for connection in list(self._open):
             connection.break_off()
         try:

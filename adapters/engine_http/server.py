@@ -63,9 +63,11 @@ class HypercornServer:
         options: HTTPOptions,
         *,
         started: Callable[[], None],
-        stopping: Callable[[], Awaitable[object]],
+        stopping: Callable[[], Awaitable[bool]],
     ) -> None:
         """Serve on bound sockets, in the running asyncio loop, until ``stopping()`` returns.
+
+        See `engine.seam.ingress_server.IngressServer.serve`.
 
         Raises:
             engine.errors.InvalidArgument: A setting turned out to be wrong only now.
@@ -97,11 +99,14 @@ class HypercornServer:
             # not needed for the first answers, and slow to import: done aside, before somebody needs it
             later = loop.call_later(_IMPORT_AFTER_S, _import_full_lane_aside)
             try:
-                await stopping()
+                close_port = await stopping()
             finally:
                 later.cancel()
             for one in accepting:
-                one.stop()
+                one.finish(close_port=close_port)
+            await connections.keep_none()
+            for one in accepting:
+                await one.begun()
             await connections.finish()
         finally:
             for one in accepting:

@@ -49,6 +49,7 @@ class IngressFleet:
         self._listen = Listen(http.host or "", http.port, int(http.server_options.get("backlog", 1024)))
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)  # by node
         self._running: dict[str, list[Worker]] = {}  # by node
+        self._served: set[str] = set()  # nodes on which the address is bound, whether or not an ingress runs just now
         self._restarts = Restarts()
         self._wait_s = 0.0  # before those that died are replaced
         self._wanted = False
@@ -159,6 +160,7 @@ class IngressFleet:
         for worker in await asyncio.gather(*[self._workers.adopt(spec) for spec in specs]):
             if worker.life is Life.READY:
                 self._running.setdefault(str(worker.spec.node_id), []).append(worker)
+                self._served.add(str(worker.spec.node_id))
 
     def forget(self, worker: Worker) -> bool:
         """A worker died; returns whether it was an ingress."""
@@ -178,12 +180,13 @@ class IngressFleet:
         self._wanted = False
         workers = [worker for running in self._running.values() for worker in running]
         self._running.clear()
+        self._served.clear()
         await asyncio.gather(*[self._workers.drain(worker, grace_s) for worker in workers])
 
     def url(self) -> str | None:
-        """The base URL on the node where the engine was created, once an ingress runs there."""
+        """The base URL on the node where the engine was created, once an ingress has run there."""
         head = self._adapter.nodes()[0]
-        return self._url_on(head) if self._running.get(head.node_id) else None
+        return self._url_on(head) if head.node_id in self._served else None
 
     def _url_on(self, node: Node) -> str:
         bound = self._adapter.bound(self._listen, node.node_id)
@@ -219,3 +222,4 @@ class IngressFleet:
             _START_TIMEOUT_S,
         )
         self._running.setdefault(node_id, []).append(worker)  # at once: from now on its death is noticed
+        self._served.add(node_id)

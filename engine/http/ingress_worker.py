@@ -119,9 +119,7 @@ class _Worker:
         app = wrap_middlewares(self._ingress, options.middlewares, debug=options.debug)
         self._host.on_control(self._control)
         serving = asyncio.ensure_future(
-            server.serve(
-                app, self._host.listen_sockets(), options, started=self._has_started, stopping=self._draining.wait
-            )
+            server.serve(app, self._host.listen_sockets(), options, started=self._has_started, stopping=self._stopping)
         )
         draining = asyncio.ensure_future(self._draining.wait())
         await asyncio.wait([serving, draining], return_when=asyncio.FIRST_COMPLETED)
@@ -139,6 +137,11 @@ class _Worker:
     def _has_started(self) -> None:
         self.started = True
         self._host.tell(Ready(""))
+
+    async def _stopping(self) -> bool:
+        await self._draining.wait()
+        # An engine drains its ingresses when it ends, and only then. One that is killed in a thread may be replaced.
+        return self._drain_within_s > 0
 
     def _control(self, body: Any) -> None:
         # on the worker's control thread

@@ -49,13 +49,15 @@ class IngressServer(Protocol):
         options: HTTPOptions,
         *,
         started: Callable[[], None],
-        stopping: Callable[[], Awaitable[object]],
+        stopping: Callable[[], Awaitable[bool]],
     ) -> None:
         """Serve on bound sockets, in the running asyncio loop.
 
-        Calls ``started`` once connections are accepted. When ``stopping()`` returns, it accepts no more, closes idle
-        connections at once, lets active ones finish their request and returns when none is left. When it is
-        cancelled it breaks what is left and returns soon. The sockets stay the caller's and open.
+        Calls ``started`` once connections are accepted. When ``stopping()`` returns, it accepts who has connected
+        already, and then no more. If ``stopping()`` returned True, it shuts the sockets down (``SHUT_RDWR``), so that
+        whoever connects then is refused, though other processes have the sockets, too. It closes idle connections, lets
+        active ones finish their request and returns when none is left. When it is cancelled it breaks what is left and
+        returns soon. The sockets stay the caller's and open.
 
         Raises:
             engine.errors.InvalidArgument: A setting turned out to be wrong only now.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,7 +12,7 @@ import httpx
 import pytest
 
 from engine import errors, get_replica_context
-from engine.testing.instruments import eventually
+from engine.testing.instruments import PATIENCE_S, eventually
 
 
 def ok(request):
@@ -177,6 +179,41 @@ def test_shutdown_lets_calls_finish(adapter, gate):
     assert ref.future().result(20) == "finished"
     closing.join(20)
     assert not closing.is_alive()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the port closes with the processes that have it")
+def test_who_connects_during_the_end_is_refused(adapter, client, gate):
+    """And not kept waiting for the last call, to be hung up on."""
+
+    async def held(request):
+        await gate.apass_through()
+        return "finished"
+
+    def refused(port):
+        try:
+            socket.create_connection(("127.0.0.1", port), 20).close()
+        except ConnectionRefusedError:
+            return True
+        except OSError:
+            pass
+        return False
+
+    engine = adapter.engine(workers=2)
+    engine.create_backend("held", held, config={"max_concurrent_queries": 2, "graceful_shutdown_timeout_s": PATIENCE_S})
+    engine.create_endpoint("held", backend="held", route="/held")
+    url = httpx.URL(f"{engine.http_url}/held")
+    with ThreadPoolExecutor(3) as pool:
+        call = pool.submit(engine.get_handle("held").call)
+        request = pool.submit(lambda: client.get(url).text)
+        gate.wait_for_arrivals(2)
+        closing = pool.submit(engine.shutdown, timeout_s=PATIENCE_S)
+        try:
+            eventually(lambda: refused(url.port))
+            assert not closing.done()
+        finally:
+            gate.open()
+        assert [call.result(20), request.result(20)] == ["finished"] * 2
+        closing.result(20)
 
 
 @pytest.mark.parametrize("error", [SystemExit(0), KeyboardInterrupt()], ids=repr)
