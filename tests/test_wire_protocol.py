@@ -58,6 +58,7 @@ MESSAGES: list[Message] = [
     Reply(BIG_ID, (1 << 32) - 1, b"[200, []]", b""),
     Reply(0, 0, b"", b""),
     Failure(3, 7, FailureKind.USER, b"", b"packed"),
+    Failure(3, 7, FailureKind.ENGINE, b"[502, []]", b"body", "ReplicaDied: größer"),
     Failure(3, 0, FailureKind.DRAINING, b"[503, []]", b""),
     Item(4, b"head", b"chunk"),
     Item(4, b"", b""),

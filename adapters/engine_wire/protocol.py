@@ -61,8 +61,8 @@ _MOMENT_BYTES = 12
 assert _moment.size == _MOMENT_BYTES
 _reply_head = struct.Struct("<IBQII")
 _reply_fields = struct.Struct("<II")
-_failure_head = struct.Struct("<IBQIBI")
-_failure_fields = struct.Struct("<IBI")
+_failure_head = struct.Struct("<IBQIBHI")
+_failure_fields = struct.Struct("<IBHI")
 _item_head = struct.Struct("<IBQI")
 _end_head = struct.Struct("<IBQIB")
 _end_fields = struct.Struct("<IB")
@@ -122,10 +122,12 @@ def _time_namespace() -> int:
 
 def _encode_other(message: Message) -> bytes:
     if isinstance(message, Failure):
-        size = _failure_fields.size + len(message.head) + len(message.payload)
+        cause = message.cause.encode("utf-8", "replace")[:_LONGEST_NAME]
+        size = _failure_fields.size + len(cause) + len(message.head) + len(message.payload)
         _check_size(size)
-        prefix = _failure_head.pack(size, _FAILURE, message.id, message.load, message.kind, len(message.head))
-        frame = b"".join((prefix, message.head, message.payload))
+        sizes = len(cause), len(message.head)
+        prefix = _failure_head.pack(size, _FAILURE, message.id, message.load, message.kind, *sizes)
+        frame = b"".join((prefix, cause, message.head, message.payload))
     elif isinstance(message, Item):
         size = _amount.size + len(message.head) + len(message.payload)
         _check_size(size)
@@ -328,10 +330,12 @@ def _deadline(remaining: float, data: bytes, moment_at: int, *, same_machine: bo
 
 def _decode_other(kind: int, call_id: int, data: bytes, start: int, end: int) -> Message:
     if kind == _FAILURE:
-        load, why, head_size = _failure_fields.unpack_from(data, start)
-        head_at = start + _failure_fields.size
+        load, why, cause_size, head_size = _failure_fields.unpack_from(data, start)
+        cause_at = start + _failure_fields.size
+        head_at = cause_at + cause_size
         payload_at = _within(head_at + head_size, end)
-        return Failure(call_id, load, why, data[head_at:payload_at], data[payload_at:end])
+        cause = data[cause_at:head_at].decode("utf-8", "replace")
+        return Failure(call_id, load, why, data[head_at:payload_at], data[payload_at:end], cause)
     if kind == _ITEM:
         (head_size,) = _amount.unpack_from(data, start)
         payload_at = _within(start + 4 + head_size, end)

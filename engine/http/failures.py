@@ -20,13 +20,14 @@ from ..errors import (
     ReplicaDied,
     RetryLater,
 )
-from ..seam.error_text import message_of, traceback_of
+from ..seam.error_text import message_of, shortened, summary_of, traceback_of
 from ..seam.jsonable import to_json
 from .heads import JSON, TEXT, encode_head
 
 __all__ = ["Told", "failure_head", "tell_failure"]
 
 _RETRY_AFTER_S = b"1"
+_LONGEST_CAUSE = 500
 
 _Row = tuple[type[BaseException], int, str]
 # The most special type first; the first that fits decides.
@@ -51,11 +52,14 @@ class Told(NamedTuple):
         head: See `engine.http.heads`.
         body: The body.
         untold: What went wrong with the backend and the client is not told, so that the log must say it; or None.
+        cause: For the line that the ingress logs of it: type and message of what the client is told in general words
+            only; empty if there is nothing to add.
     """
 
     head: bytes
     body: bytes
     untold: BaseException | None
+    cause: str
 
 
 def tell_failure(error: BaseException, *, of_the_request: bool, debug: bool = False) -> Told:
@@ -69,20 +73,26 @@ def tell_failure(error: BaseException, *, of_the_request: bool, debug: bool = Fa
     """
     try:
         if _is_http_exception(error):
-            return Told(*_http_exception(error), None)
+            return Told(*_http_exception(error), None, "")
         for kind, status, sentence in (*_PASSED_ON, *_OF_THE_REQUEST) if of_the_request else _PASSED_ON:
             if isinstance(error, kind):
                 later = ((b"retry-after", _RETRY_AFTER_S),) if status == 503 and kind is not EngineClosed else ()
                 sentence += f"\n\n{message_of(error)}" if debug else ""
-                return Told(*_text(status, sentence, later), None)
-        return Told(*_other(error, debug=debug), error)
+                return Told(*_text(status, sentence, later), None, _cause(error) if status >= 500 else "")
+        return Told(*_other(error, debug=debug), error, _cause(error))
     except BaseException as worse:  # a detail that has no form in JSON, a header that HTTP cannot carry, or anything
-        return Told(*_text(500, traceback_of(worse) if debug else "Internal Server Error"), worse)
+        return Told(*_text(500, traceback_of(worse) if debug else "Internal Server Error"), worse, _cause(worse))
 
 
 def failure_head(error: BaseException, *, debug: bool = False) -> tuple[bytes, bytes]:
     """Head and body of `tell_failure`, for what the engine itself raised over the request."""
     return tell_failure(error, of_the_request=True, debug=debug)[:2]
+
+
+def _cause(error: BaseException) -> str:
+    """In one line, which nobody who had a hand in the message can break."""
+    line = shortened(summary_of(error).partition("\n")[0], _LONGEST_CAUSE)
+    return line if line.isprintable() else repr(line)
 
 
 def _other(error: BaseException, *, debug: bool) -> tuple[bytes, bytes]:

@@ -347,7 +347,8 @@ class Ingress:
         if failure.head:
             status, headers = decode_head(failure.head)
             if status >= 500:
-                exchange.log_failure(status, endpoint_name, "the backend failed")
+                why = f"the backend failed: {failure.cause}" if failure.cause else "the backend failed"
+                exchange.log_failure(status, endpoint_name, why)
             await exchange.answer(status, headers, failure.payload)
         else:
             exchange.log_failure(500, endpoint_name, "the backend failed without saying how")

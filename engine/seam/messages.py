@@ -107,7 +107,7 @@ class Failure(NamedTuple):
     """The call failed; see `FailureKind`.
 
     ``head`` is what an HTTP client is told, in the form of `Reply.head`, so that the ingress unpickles nothing; it is
-    empty for `PYTHON` calls.
+    empty for `PYTHON` calls. ``cause`` is what that client is not told of it, in a line for the log of the ingress.
     """
 
     id: int
@@ -115,6 +115,7 @@ class Failure(NamedTuple):
     kind: int
     head: bytes
     payload: bytes
+    cause: str = ""
 
 
 class Item(NamedTuple):

@@ -566,10 +566,10 @@ class Replica(Watched):
         from ..http.failures import tell_failure
 
         of_the_request = type(error) is NoSuchMethod
-        head, body, untold = tell_failure(error, of_the_request=of_the_request, debug=self._debug)
+        head, body, untold, cause = tell_failure(error, of_the_request=of_the_request, debug=self._debug)
         if untold is not None and not job.cancelled:
             self._log(f"{self._name(job)} failed" + (f" ({advice})" if advice else ""), job, untold)
-        return Failure(call.id, 0, kind, head, body)
+        return Failure(call.id, 0, kind, head, body, cause)
 
     def _log(self, what: str, job: Job, error: BaseException) -> None:
         logged = False

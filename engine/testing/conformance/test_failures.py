@@ -276,3 +276,24 @@ def test_scaling_up_that_fails_keeps_what_there_is(serve, engine, journal):
         engine.update_backend_config(served.tag, {"num_replicas": 2})
     assert served.call() == "served"
     assert engine.get_backend_config(served.tag).num_replicas == 1
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_the_log_names_what_clients_are_not_told(serve, caplog, asynchronous):
+    """As of a call that the backend made: its client hears of no other backends."""
+
+    def fails(request):
+        raise getattr(errors, request.query_params["kind"], ValueError)("what is\ninside")
+
+    async def fails_on_loop(request):
+        fails(request)
+
+    served = serve(fails_on_loop if asynchronous else fails)
+    kinds = {"ReplicaDied": 502, "NoReplica": 503, "DeadlineExceeded": 504, "ValueError": 500}
+    for kind, status in kinds.items():
+        answer = served.http(params={"kind": kind})
+        assert answer.status_code == status
+        assert kind not in answer.text
+        assert "what is" not in answer.text
+        line = f" -> {status}: endpoint {served.name!r}: the backend failed: {kind}: what is (request "
+        assert eventually(lambda line=line: any(line in record.getMessage() for record in caplog.records)), line

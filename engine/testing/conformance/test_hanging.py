@@ -80,6 +80,7 @@ def test_a_plain_call_that_runs_for_too_long(engine, serve, gate, caplog, method
     assert eventually(lambda: said(caplog, f"longer than max_call_s={LIMIT_S}", served.tag, "in held_if_asked"))
     assert eventually(lambda: said(caplog, "has been in one call for", "replacing it"))
     assert not said(caplog, "(request )"), "a call by handle has no number to show"
+    assert not said(caplog, "It is here", "replica.py"), "the stack begins where user code does"
     assert list(engine.statistics()["backends"][served.tag]["replicas"].values()) == ["ready"]
 
 
@@ -104,6 +105,7 @@ def test_an_async_call_that_runs_for_too_long_is_cancelled(serve, gate, journal,
         lambda: said(caplog, f"longer than max_call_s={LIMIT_S}", served.tag, "in waits", "it is cancelled")
     )
     assert not said(caplog, "(request )"), "a call by handle has no number to show"
+    assert not said(caplog, "It is here", "replica.py"), "the stack begins where user code does"
 
 
 @pytest.mark.parametrize("limit", ["stuck_after_s", "max_call_s"])
