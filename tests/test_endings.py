@@ -251,6 +251,22 @@ def test_what_a_replica_has_started_ends_with_it(dies):
         program.communicate("go on\n", timeout=30)
 
 
+def test_what_a_replica_has_started_ends_with_the_program_while_the_fork_server_imports(tmp_path):
+    """It does so when there is nothing else to do, and so most likely soon after the first replica has come."""
+    (tmp_path / "uvloop.py").write_text("import time; open(__file__ + '.begun', 'w').close(); time.sleep(100)")
+    with subprocess.Popen(
+        [sys.executable, "-c", POOLED],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    ) as program:
+        pids = [int(pid) for pid in program.stdout.readline().split()]
+        eventually((tmp_path / "uvloop.py.begun").exists)
+        program.kill()
+        eventually(lambda: not any(map(is_running, pids)))
+
+
 @pytest.mark.parametrize("backend", ["inline", "local"])
 def test_cycles_leave_nothing(backend, client):
     """Twenty lives of an engine, some with HTTP; what one of them keeps for good shows in the count."""

@@ -184,7 +184,7 @@ def test_a_peer_ends_its_own_connection_at_most(data: bytes, cuts: list[int], de
         assert channel.sock.fileno() == -1
         broke = "broke the protocol" in str(listener.reason)
         assert len(records) == broke, records
-    assert _open_descriptors() == before
+    assert _open_descriptors() <= before  # another test's may go meanwhile
 
 
 @fuzzed(words=st.binary(max_size=40), number=_ids, cut=st.integers(0, 5000))

@@ -717,7 +717,7 @@ def test_output_arrives_on_loggers_of_the_application(engine: Engine, caplog: An
         wanted = {("INFO", "printed in the replica"), ("WARNING", "logged in the replica")}
 
         def arrived() -> bool:
-            lines = [record for record in caplog.records if record.name == "engine.replica.kit.1"]
+            lines = [record for record in caplog.records if record.name.startswith("engine.replica.kit.")]
             return wanted <= {(record.levelname, record.getMessage()) for record in lines}
 
         eventually(arrived)

@@ -7,7 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,10 +115,15 @@ _DISK_IS_FULL = """
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> list[str]:
+def small_disk() -> Iterator[list[str]]:
     """What a command is to be prefixed with, so that ``TMPDIR`` has room for few files."""
+    with tempfile.TemporaryDirectory(prefix="disk-") as place:  # where sockets of a longer path would go elsewhere
+        yield _on_a_small_disk(place)
+
+
+def _on_a_small_disk(place: str) -> list[str]:
     unshare = shutil.which("unshare")
-    mount = f'mount -t tmpfs -o nr_inodes=30,size=256k none {tmp_path} && exec env TMPDIR={tmp_path} "$@"'
+    mount = f'mount -t tmpfs -o nr_inodes=30,size=256k none {place} && exec env TMPDIR={place} "$@"'
     prefix = [unshare or "", "-rm", "sh", "-c", mount, "sh"]
     if unshare is None or subprocess.run([*prefix, "true"], capture_output=True).returncode:
         pytest.skip("no file system can be mounted here")

@@ -8,8 +8,8 @@ Each worker leads a process group of its own, in which all that it starts stays 
 worker has ended, however it did, what is left of its group is ended, too.
 
 When the engine's process dies, a signal from the kernel (Linux) or the end of its socket tells this one; it then kills
-its workers and their groups. While an import has it, which may never end, the kernel kills it instead. When it dies
-itself, the kernel kills the workers.
+its workers and their groups. While an import of the user's has it, which may never end, the kernel kills it instead.
+When it dies itself, the kernel kills the workers.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ class ForkServer:
             if self._descriptor in ready and not self._read():
                 return
             if not ready:
-                self._import(self._later.pop(0))
+                _import_if_possible(self._later.pop(0))
                 self._frozen = False
 
     def _patience_ms(self) -> int | None:

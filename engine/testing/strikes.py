@@ -36,13 +36,12 @@ class _Strike:
         self._left = place
         self._error = error
         self._spare = spare
-        # The collector runs these when it likes, and nobody hears what they raise.
         self._collecting = {getattr(function, "__code__", None) for function in gc.callbacks}
         self.where = ""
 
     def begin(self, frame: FrameType, event: str, argument: Any) -> Any:
         """Trace a function that begins, or a generator that goes on."""
-        if frame.f_code.co_filename.endswith(self._spare) or frame.f_code in self._collecting:
+        if frame.f_code.co_filename.endswith(self._spare) or self._is_unheard(frame):
             return None
         frame.f_trace_opcodes = True
         frame.f_trace_lines = False
@@ -62,6 +61,15 @@ class _Strike:
             return within
 
         return within
+
+    def _is_unheard(self, frame: FrameType) -> bool:
+        """Whether the interpreter runs it when it likes, as the end of an object: then nobody hears what it raises."""
+        caller: FrameType | None = frame
+        while caller is not None and caller.f_code is not struck.__code__:
+            if caller.f_code.co_name == "__del__" or caller.f_code in self._collecting:
+                return True
+            caller = caller.f_back
+        return False
 
     def _pass(self, frame: FrameType) -> None:
         if self._left == 0:
