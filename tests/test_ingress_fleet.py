@@ -84,6 +84,20 @@ async def test_the_url_stands_while_the_only_ingress_is_replaced() -> None:
     assert fleet.url() is None
 
 
+async def test_the_end_closes_the_ports_once_no_ingress_is_left() -> None:
+    class Keeping(Platform):
+        left: int | None = None
+
+        def close_ports(self) -> None:
+            self.left = len(self.workers)
+
+    platform = Keeping("a")
+    fleet = platform.fleet(workers=2)
+    await fleet.ensure_started()
+    await fleet.stop(0)
+    assert platform.left == 0
+
+
 async def test_a_node_that_hangs_holds_up_no_other() -> None:
     platform = Platform("a")
     fleet = platform.fleet()

@@ -813,6 +813,12 @@ async def test_workers_share_a_public_address(adapter: LocalAdapter, recorder: R
     assert greeted == {"w1", "w2"}
     for name in greeted:
         assert await recorder.exit(name) == "exited"
+    with socket.create_connection((host, bound.port), PATIENCE_S):  # it is kept for the next worker
+        pass
+    adapter.close_ports()
+    adapter.close_ports()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((host, bound.port), PATIENCE_S)
 
 
 def has_ipv6() -> bool:

@@ -188,6 +188,11 @@ class LocalAdapter(LocalConnector, AdapterBase):
         worker = self._workers.get(worker_id)
         return None if worker is None or worker.pid is None else await look_at(worker.pid)
 
+    def close_ports(self) -> None:
+        """See `engine.seam.adapter.KeepsPorts.close_ports`."""
+        if self._running is not None:
+            self._running.listening.close()
+
     def bound(self, listen: Listen, node_id: str) -> Listen:
         """See `engine.seam.adapter.Adapter.bound`."""
         if self._running is None:

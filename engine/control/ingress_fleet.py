@@ -11,7 +11,7 @@ from typing import Any
 
 from ..config import HTTPOptions
 from ..errors import BackendStartError
-from ..seam.adapter import Adapter, Node, WatchesNodes
+from ..seam.adapter import Adapter, KeepsPorts, Node, WatchesNodes
 from ..seam.ingress_server import load_server
 from ..seam.log import Log
 from ..seam.serialization import dumps_by_value
@@ -182,6 +182,8 @@ class IngressFleet:
         self._running.clear()
         self._served.clear()
         await asyncio.gather(*[self._workers.drain(worker, grace_s) for worker in workers])
+        if isinstance(self._adapter, KeepsPorts):  # there may have been none that could have closed them
+            self._adapter.close_ports()
 
     def url(self) -> str | None:
         """The base URL on the node where the engine was created, once an ingress has run there."""

@@ -3,7 +3,7 @@
 An adapter starts workers, says when and why they died, tells them things, kills them, lists nodes and opens channels.
 It knows nothing of backends, endpoints or routing; the core knows nothing of processes, sockets or clusters. Only ids,
 bytes, frozen dataclasses and deadlines cross. What only some adapters can do are protocols of their own, which the core
-asks for by type: `WatchesNodes`, `FindsPlaces` and `SeesProcesses` here, `HasRefs` and `MayReturn` in
+asks for by type: `WatchesNodes`, `FindsPlaces`, `KeepsPorts` and `SeesProcesses` here, `HasRefs` and `MayReturn` in
 `engine.seam.connector`, `Detachable` and `KeepsState` in `engine.seam.detached`. An adapter that passes on to another
 one does so by methods of its own: what only `__getattr__` finds counts as there or not depending on the version of
 Python.
@@ -25,6 +25,7 @@ __all__ = [
     "AdapterBase",
     "AdapterEvents",
     "FindsPlaces",
+    "KeepsPorts",
     "Node",
     "SeesProcesses",
     "Vitals",
@@ -153,6 +154,14 @@ class FindsPlaces(Protocol):
         Returns:
             A phrase for people, or None when it has a place.
         """
+
+
+@runtime_checkable
+class KeepsPorts(Protocol):
+    """An adapter that keeps public addresses open itself, also while no worker accepts connections there."""
+
+    def close_ports(self) -> None:
+        """Close them for good: the engine ends, and the workers that accepted connections are gone (idempotent)."""
 
 
 class Vitals(NamedTuple):
