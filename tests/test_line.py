@@ -151,6 +151,7 @@ def test_low_ones_may_be_expected_to_wait_half_as_long(name: str, refused: bool)
 def test_who_is_refused_for_a_load_that_lasts_is_told_what_decided(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Pace, "most_waiting", lambda self, in_flight: 4.0)
     known = known_with("ABC", max_queue_wait_s=7.0)
+    known._pace.crowded_since = NOW - 8.0
     told = (
         r"and 4 are enough, of which calls of low priority have half, to keep the replicas busy .*max_queue_wait_s is"
     )

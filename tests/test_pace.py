@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
+import random
 
 import pytest
 from fakes import backend_entry
@@ -77,6 +78,28 @@ def test_the_greater_the_load_the_shorter_the_queue() -> None:
         served, longest_s = _served(load)
         assert served > 0.97 * min(load, 1.0), f"at {load} times the load"
         assert longest_s <= waits_s + 0.001, f"at {load} times the load"
+
+
+@pytest.mark.parametrize("load", [0.7, 0.9])
+def test_calls_that_come_at_random_are_no_lasting_load(load: float) -> None:
+    """Calls of 10 ms on average, as M/M/1 has them: where they would wait for less than they may, none is refused."""
+    known = ReplicaSet(backend_entry("b", ["r1"], limit=1, max_queue_wait_s=10.0))
+    chance = random.Random(2)
+    now = end = NOW
+    for _ in range(5000):
+        now += chance.expovariate(100 * load)
+        while end <= now and (held := [slot for target in known.targets.values() for slot in target.holds]):
+            (target,) = known.targets.values()
+            del target.holds[held[0]]
+            known.answered(target, 0, end)
+            ready: list[Slot] = []
+            known.next_placements(end, ready)
+            end += chance.expovariate(100) if ready else math.inf
+        slot = Slot("e", Call(0, PYTHON, "", None, "", b"", b""))
+        if (placed := known.place(slot, now)) is not None:
+            slot.target = placed
+            placed.holds[slot] = None
+            end = now + chance.expovariate(100)
 
 
 def _served(load: float) -> tuple[float, float]:

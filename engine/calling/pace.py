@@ -32,13 +32,25 @@ class Pace:
     Attributes:
         interval_s: That mean in seconds; 0 as long as nothing is known.
         load: How many calls come for each that leaves.
+        crowded_since: Since when that has been more than one; infinite if it is not.
     """
 
-    __slots__ = ("_came", "_came_at", "_counted", "_first_s", "_left_at", "_stood_still", "interval_s", "load")
+    __slots__ = (
+        "_came",
+        "_came_at",
+        "_counted",
+        "_first_s",
+        "_left_at",
+        "_stood_still",
+        "crowded_since",
+        "interval_s",
+        "load",
+    )
 
     def __init__(self) -> None:
         self.interval_s = 0.0
         self.load = 1.0
+        self.crowded_since = math.inf
         self._counted = 0  # of the intervals in the mean, if they are not very many
         self._first_s: float | None = None  # of a queue that was empty: how long the first to leave waited
         self._came = 0  # since the last one left
@@ -51,6 +63,7 @@ class Pace:
         if now - self._left_at > _PAUSE_S:
             self.interval_s = 0.0
             self.load = 1.0
+            self.crowded_since = math.inf
             self._counted = 0
         self._came = 1
         self._first_s = None
@@ -69,6 +82,10 @@ class Pace:
             self._stood_still = False
             return
         self.load = max(1.0, self.load + (min(came, _MOST_AT_ONCE) - self.load) * _LOAD_WEIGHT)
+        if self.load <= 1.0:
+            self.crowded_since = math.inf
+        elif self.crowded_since == math.inf:
+            self.crowded_since = now
         if left_at >= came_at:
             if self._first_s is not None:
                 self._count(self._first_s)

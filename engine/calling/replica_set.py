@@ -262,7 +262,8 @@ class ReplicaSet:
         in_flight = sum(target.in_flight for target in self.targets.values())
         wait_s = pace.expect(now, before, in_flight)
         told = f"backend {self.tag!r}: {len(self.waiting)} calls of this caller wait already"
-        if burst_s is not None and in_flight and before + 1 > share * (most := pace.most_waiting(in_flight)):
+        lasts = burst_s is not None and now - pace.crowded_since > burst_s
+        if lasts and in_flight and before + 1 > share * (most := pace.most_waiting(in_flight)):
             half = f"{_half(call)}," if call.priority else ""
             return Overloaded(
                 f"{told}, and {most:.0f} are enough{half} to keep the replicas busy while {pace.load:.2g} come for "
