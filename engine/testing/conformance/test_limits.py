@@ -146,7 +146,7 @@ def test_what_waits_is_bounded_in_bytes(serve, engine, gate):
     refs += [served.handle.remote(bytes(4000)), served.handle.options(timeout_s=0.1).remote(b"late")]
     with pytest.raises(errors.Overloaded, match="max_queued_bytes=15000"):
         engine.get(served.handle.remote(bytes(2000)), timeout=20)
-    with pytest.raises(errors.DeadlineExceeded):
+    with pytest.raises((errors.DeadlineExceeded, errors.Overloaded)):  # at once, if others have waited for so long
         engine.get(refs.pop(), timeout=20)
     gate.open()
     assert engine.get(refs, timeout=20) == [10_000, 10_000, 4000]
