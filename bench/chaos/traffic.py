@@ -32,10 +32,8 @@ class Marks:
     """
 
     def __init__(self, path: Path) -> None:
-        if not path.exists():
-            with path.open("wb") as file:
-                file.truncate(MOST_CALLS)
-        with path.open("r+b") as file:
+        with path.open("ab+") as file:  # whoever comes first makes it: several replicas may start at a time
+            file.truncate(MOST_CALLS)
             self._bytes = mmap.mmap(file.fileno(), MOST_CALLS)
         self.numbers = itertools.count()
 
