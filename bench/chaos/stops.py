@@ -19,6 +19,7 @@ from .traffic import Account, Marks, Traffic, Worker, ready_pids
 
 NOTICED_WITHIN_S = 5.0
 REPLICAS = 2
+INGRESSES = 2
 CALL_S = 0.005
 
 
@@ -29,7 +30,7 @@ def stops(backend: str, seconds: float) -> Iterator[Outcome]:
     """
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "marks")
-        with Engine(backend=backend, http_options={"port": 0, "workers": 2}) as engine:
+        with Engine(backend=backend, http_options={"port": 0, "workers": INGRESSES}) as engine:
             marks = Marks(path)
             engine.create_backend("worker", Worker, str(path), CALL_S, config={"num_replicas": REPLICAS})
             engine.create_endpoint("worker", backend="worker", route="/worker", methods=["GET", "POST"])
@@ -75,6 +76,7 @@ def _only_begun_ones_failed(account: Account, stopped: str) -> bool:
 
 
 def _stop_fork_server(engine: Engine) -> Iterator[Outcome]:
+    _until_it_has_forked(engine)
     before = ready_pids(engine, "worker")
     forking = procs.parent(next(iter(before.values())))
     os.kill(forking, signal.SIGSTOP)
@@ -105,6 +107,16 @@ def _stop_fork_server(engine: Engine) -> Iterator[Outcome]:
         "none lost" if kept else f"{before} became {after}",
         kept and len(after) == REPLICAS + 1,
     )
+
+
+def _until_it_has_forked(engine: Engine, patience_s: float = 30.0) -> None:
+    """Wait until nothing is being started: what follows is about a fork server that is stopped at rest."""
+    end = time.monotonic() + patience_s
+    while time.monotonic() < end:
+        ingresses = engine.statistics()["ingresses"].values()
+        if len(ingresses) == INGRESSES and all(one["state"] == "ready" for one in ingresses):
+            break
+        time.sleep(0.05)
 
 
 def _until_gone(pid: int, patience_s: float = 60.0) -> float:
