@@ -14,7 +14,7 @@ import time
 from typing import Any
 
 from engine.seam.channel import Channel
-from engine.seam.control_messages import Drain, LogLine, Ping, Pong, Ready
+from engine.seam.control_messages import Drain, LogLine, Ping, Pong, Ready, Started
 from engine.seam.event_loop import close_event_loop, new_event_loop
 from engine.seam.messages import Call, Message, Reply
 from engine.seam.service import Service, ServiceLoop
@@ -148,6 +148,12 @@ def ignore_everything(host: WorkerHost) -> None:
 def sleep(host: WorkerHost) -> None:
     answer(host, os.getpid())
     time.sleep(1000)
+
+
+def start_and_sleep(host: WorkerHost) -> None:
+    """As a replica does, whose fork server need not tell its process."""
+    host.tell(Started(os.getpid()))
+    sleep(host)
 
 
 # -- what a worker finds -------------------------------------------------------------------------------------------

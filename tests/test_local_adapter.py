@@ -902,6 +902,30 @@ async def test_a_stopped_fork_server_is_replaced_and_its_workers_go_on(
     assert mark.read_text() == "x" * 3
 
 
+async def test_a_worker_whose_fork_server_was_stopped_in_the_fork_has_an_end(
+    quick: None,
+    adapter: LocalAdapter,
+    recorder: Recorder,
+    modules: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The fork server still has the worker's end of the control channel then, which thus never ends."""
+    monkeypatch.setattr(watched, "_KILL_PATIENCE_S", 0.01)
+    monkeypatch.setattr(watched, "_EXIT_PATIENCE_S", 0.01)
+    stopping = "import os, signal\nos.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGSTOP))"
+    write_module(modules, "stopping", stopping)
+    monkeypatch.setattr(vitals, "STOPPED_S", PATIENCE_S)  # else another fork server may make it before it has begun
+    await adapter.start_worker(spec("held", _workers.start_and_sleep, preload=("stopping",)))
+    pid = await recorder.answer("held")
+    monkeypatch.setattr(vitals, "STOPPED_S", 0.1)
+    await within(PATIENCE_S, lambda: "is stopped; starting another one" in caplog.text)
+    os.kill(pid, signal.SIGKILL)
+    await within(PATIENCE_S, lambda: vitals.vitals_of(pid).ended)
+    adapter.kill_worker("held")
+    assert await recorder.exit("held") == "is gone; its fork server, which could say why, is stopped"
+
+
 async def test_a_fork_server_that_is_continued_in_time_is_kept(
     quick: None, adapter: LocalAdapter, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

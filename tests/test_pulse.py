@@ -50,6 +50,9 @@ FROZEN = "has not answered for 60 s (its process does nothing)"
     [
         pytest.param(lambda at: STOPPED, "has not answered for 4 s (its process is stopped)", id="stopped"),
         pytest.param(lambda at: IDLE, FROZEN, id="frozen"),
+        pytest.param(
+            lambda at: Vitals(False, 1.0, ended=True), "has not answered for 2 s (its process has ended)", id="ended"
+        ),
         pytest.param(lambda at: Vitals(False, 0.01 * at), FROZEN, id="no more than threads of libraries do"),
         pytest.param(lambda at: Vitals(False, 0.5 * at), "", id="works"),
         pytest.param(lambda at: None, "", id="unseen"),

@@ -17,6 +17,7 @@ from typing import Any
 
 from engine.seam.control_messages import LogLine, Started
 from engine_wire import ControlChannel
+from engine_wire.vitals import vitals_of
 
 from .launcher import Launcher
 from .life import STUCK, Stage, describe_end
@@ -166,6 +167,16 @@ class WatchedWorker:
     def _kill_here(self) -> None:
         if self.stage is Stage.RUNNING and self.pid is not None:  # its channel stands: the number still is its own
             kill_group(self.pid)
+            self._expect_within(_EXIT_PATIENCE_S, self._end_unheard)
+
+    def _end_unheard(self) -> None:
+        """Its fork server tells nothing, and if it was stopped in the fork, it holds the channel open, too."""
+        if self.stage is Stage.RUNNING and self.pid is not None:
+            vitals = vitals_of(self.pid)
+            if vitals is None or vitals.ended:
+                self._end()
+            else:
+                self._expect_within(_EXIT_PATIENCE_S, self._end_unheard)
 
     def _cut_off(self) -> None:
         self.stage = self.stage.to(Stage.CUT_OFF)

@@ -21,6 +21,7 @@ STOPPED_S = 4.0
 """For so long a process may be stopped: see `engine.control.pulse`."""
 
 _STOPPED = "Tt"  # by a signal, by a debugger
+_ENDED = "Z"
 _HELD_UP = "RDU"  # wants a CPU, or has one; waits for a disk, as Linux and as others have it
 _PS_PATIENCE_S = 5.0
 
@@ -41,7 +42,7 @@ def vitals_of(pid: int, *, threads: bool = False) -> Vitals | None:
         fields = _stat(Path(f"/proc/{pid}/stat"))
         held_up = threads and any(_stat(one / "stat")[0] in _HELD_UP for one in Path(f"/proc/{pid}/task").iterdir())
         cpu_s = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-        return Vitals(fields[0] in _STOPPED, cpu_s, held_up)
+        return Vitals(fields[0] in _STOPPED, cpu_s, held_up, fields[0] in _ENDED)
     except (OSError, IndexError, ValueError):
         return None
 
@@ -97,6 +98,7 @@ def _asked_of_ps(pid: int) -> Vitals | None:
         seconds = 0.0
         for part in rest.split(":"):  # of [[days-]hours:]minutes:seconds
             seconds = seconds * 60 + float(part.replace(",", "."))
-        return Vitals(state[0] in _STOPPED, int(days or 0) * 86400 + seconds, state[0] in _HELD_UP)
+        cpu_s = int(days or 0) * 86400 + seconds
+        return Vitals(state[0] in _STOPPED, cpu_s, state[0] in _HELD_UP, state[0] in _ENDED)
     except (OSError, ValueError, subprocess.SubprocessError):
         return None

@@ -104,6 +104,8 @@ class Pulse:
         if not self._asked:
             return ""
         if vitals is not None:
+            if vitals.ended:
+                return self._silence("its process has ended")
             self._excuse(vitals)
         if vitals is None or not vitals.stopped:
             if self.silent_s - self._excused_s >= max(patience_s, STOPPED_S):

@@ -171,11 +171,13 @@ class Vitals(NamedTuple):
         stopped: It runs no more until somebody continues it: by a signal such as SIGSTOP, or in a debugger.
         cpu_s: Seconds of CPU that it has used so far.
         held_up: It would run, but for a CPU or a disk that it waits for. What runs just then is held up, too.
+        ended: It runs no more at all. Its parent, who could tell, has not taken notice.
     """
 
     stopped: bool
     cpu_s: float
     held_up: bool = False
+    ended: bool = False
 
 
 @runtime_checkable
